@@ -1,0 +1,40 @@
+# make study   trains all eight methods on the embedded digits and writes runs/demo/report.html
+# make test    lint, and the default tests
+# make lab     opens the notebooks in JupyterLab
+# Each builds .venv on first use, with uv where it is installed, else with python3 -m venv and pip.
+
+PYTHON ?= python3
+STUDY ?=
+TESTS ?=
+BIN := .venv/bin
+
+.PHONY: study test lab clean
+
+study: .venv/.lab
+	$(BIN)/hybrid-study --scale demo $(STUDY)
+
+test: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest $(TESTS)
+
+lab: .venv/.lab
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf .venv
+
+# Rebuilt when pyproject.toml changes; a half-built environment has no stamp and is tried again.
+.venv/.lab .venv/.test: .venv/.%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@if command -v uv >/dev/null; then \
+	  { test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) .venv; } && \
+	  uv pip install --quiet --python $(BIN)/python --editable '.[$*]'; \
+	elif $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
+	  { test -x $(BIN)/python || $(PYTHON) -m venv .venv; } && \
+	  $(BIN)/python -m pip install --quiet --editable '.[$*]'; \
+	else \
+	  echo "This Python has no venv. On Debian or Ubuntu: apt install python3-venv. Or install uv."; exit 1; \
+	fi
+	@touch $@

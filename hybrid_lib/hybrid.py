@@ -1,0 +1,449 @@
+"""One optimizer for all hybrids: rules propose, their directions and step sizes are merged.
+
+The merge of the report (Algorithms 2 and 4) is a product of sums,
+
+    w  <-  w - (sum of lambda_i * eta_i) * (sum of lambda_i * d_i),
+
+not the sum of the rules' own steps. :class:`Hybrid` is that line; :func:`atmo`, :func:`padam`,
+:func:`padam_sgd`, :func:`adahessian` and :func:`adasgd` are the report's choices of rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hybrid_lib import rules as rule
+from hybrid_lib.rules import Seen
+
+
+class Hybrid(Optimizer):
+    r"""Merge the proposals of several rules into one step.
+
+    With rules i that answer a direction :math:`d_i` and a step size :math:`\eta_i`:
+
+    .. math:: w \leftarrow w (1 - \eta\gamma)
+              - \Big(\sum_i \lambda_i \eta_i\Big) \Big(\sum_i \lambda_i d_i\Big)
+
+    ``lr`` and ``lambdas`` live in ``param_groups``: change them there at any time, by hand or with
+    a scheduler of :mod:`torch.optim.lr_scheduler`. All rules move their buffers on every step,
+    whatever their weight, so a rule that is faded in later is warm.
+
+    Buffers have the dtype of their parameter, but never less than float32.
+
+    Args:
+        params: parameters or parameter groups; a group may override every argument below.
+        rules: the rules, adaptive ones first by convention.
+        lr: learning rate :math:`\eta > 0`, handed to every rule.
+        lambdas: one weight per rule, in their order: finite, at least 0. They need not sum to 1.
+        decoupled_weight_decay: :math:`\gamma \ge 0`; weights shrink before they move (Algorithm 3).
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: at construction and in ``add_param_group`` for anything outside its range, and
+            in ``step`` for weights or rates that were changed to something impossible.
+        TypeError: for complex parameters, and for rules that are not rules.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Hybrid([w], [rule.Adam(), rule.SGD()], lr=0.1, lambdas=(0.5, 0.5))
+        >>> (w**2).sum().backward()
+        >>> optimizer.step()
+        >>> w
+        Parameter containing:
+        tensor([ 0.4225, -1.1225], requires_grad=True)
+
+        At the first step Adam answers :math:`d = 0.1\,\mathrm{sign}(g)` and
+        :math:`\eta = 0.1 / (1 - 0.9) = 1`; SGD answers g and 0.1. The merge moves the first weight
+        by (0.5 * 1 + 0.5 * 0.1) * (0.5 * 0.1 + 0.5 * 2) = 0.5775.
+    """
+
+    def __init__(
+        self,
+        params,
+        rules: Sequence,
+        lr: float,
+        lambdas: Sequence[float] = (1.0,),
+        decoupled_weight_decay: float = 0.0,
+        maximize: bool = False,
+    ):
+        defaults = dict(
+            lr=lr,
+            lambdas=tuple(lambdas),
+            rules=tuple(rules),
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+        super().__init__(params, defaults)
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether any rule of any group asks for ``hess_diag``."""
+        return any(r.needs_hessian for group in self.param_groups for r in group["rules"])
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters with settings of their own; what is not given is taken from the defaults.
+
+        Raises:
+            ValueError, TypeError: as at construction; the optimizer is then left as it was.
+        """
+        group = {**self.defaults, **param_group}
+        group["rules"], group["lambdas"] = tuple(group["rules"]), tuple(group["lambdas"])
+        for r in group["rules"]:
+            if not callable(getattr(r, "propose", None)):
+                raise TypeError(f"rules: {r!r} is not a rule; use those of hybrid_lib.rules")
+        if not group["lr"] > 0:
+            raise ValueError(f"lr={group['lr']!r}: must be a finite number above 0")
+        _check_rates(group)
+        super().add_param_group(group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                self.param_groups.pop()
+                raise TypeError(
+                    f"a parameter of dtype {p.dtype}: complex numbers have no order, so the "
+                    "second moment and |D| are undefined; pass torch.view_as_real(parameter)"
+                )
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        hess_diag: Iterable[Tensor | None] | None = None,
+    ):
+        """Move all parameters that have a gradient, once.
+
+        Args:
+            closure: evaluates the model again, sets the gradients and returns the loss.
+            hess_diag: one tensor per parameter, in the order of ``param_groups``, each of its
+                parameter's shape, as :func:`~hybrid_lib.hessian_diagonal` returns them. None, for
+                all or for one, uses the last again. Ignored where no rule needs it.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, or where a rule needs ``hess_diag`` and never had
+                one. Nothing has moved then.
+            ValueError: if ``hess_diag`` does not fit the parameters.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        if hess_diag is not None:
+            self._keep(list(hess_diag))
+        for group in self.param_groups:
+            self._check_ready(group)
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None:
+                    self._move(w, group)
+        return loss
+
+    def _move(self, w: Tensor, group: dict) -> None:
+        """The step of one parameter tensor: Algorithms 2 and 4, line by line."""
+        state = self.state[w]
+        state["step"] = t = state.get("step", 0) + 1
+        buffers = state.setdefault("rules", [{} for _ in group["rules"]])
+
+        x, g, D = _at_least_float32(w), _at_least_float32(w.grad), state.get("hess_diag")
+        seen = Seen(x, -g if group["maximize"] else g, D)  # D enters squared: its sign is free
+        η, γ = group["lr"], group["decoupled_weight_decay"]
+        answers = [r.propose(seen, b, η, t) for r, b in zip(group["rules"], buffers)]
+
+        λ = group["lambdas"]
+        d_merged = sum(λi * d for λi, (d, _) in zip(λ, answers) if λi != 0)
+        η_merged = sum(λi * ηi for λi, (_, ηi) in zip(λ, answers))
+        if γ != 0:
+            x.mul_(1 - η * γ)
+        x.sub_(η_merged * d_merged)
+        if x is not w:
+            w.copy_(x)
+
+    def _keep(self, hess_diag: list[Tensor | None]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(hess_diag) != len(params):
+            raise ValueError(
+                f"hess_diag holds {len(hess_diag)} tensors, the optimizer {len(params)} "
+                "parameters: pass one per parameter, in the order of param_groups"
+            )
+        for i, (p, D) in enumerate(zip(params, hess_diag)):
+            if D is not None and D.shape != p.shape:
+                raise ValueError(
+                    f"hess_diag[{i}] has shape {tuple(D.shape)}, its parameter {tuple(p.shape)}"
+                )
+        for group in self.param_groups:
+            needed = any(r.needs_hessian for r in group["rules"])
+            for p in group["params"]:
+                D = hess_diag.pop(0)
+                if needed and D is not None:
+                    self.state[p]["hess_diag"] = _at_least_float32(D.detach())
+
+    def _check_ready(self, group: dict) -> None:
+        _check_rates(group)
+        needs_hessian = any(r.needs_hessian for r in group["rules"])
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
+                    "use dense gradients (for an embedding: sparse=False)"
+                )
+            if needs_hessian and "hess_diag" not in self.state.get(p, {}):
+                raise RuntimeError(
+                    "AdaHessian needs the Hessian diagonal at its first step: "
+                    "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
+                )
+
+    def state_dict(self) -> dict:
+        """As in :class:`torch.optim.Optimizer`; rules become dicts of numbers and strings.
+
+        The result holds tensors and primitives only, so that ``torch.load(...,
+        weights_only=True)`` reads it back.
+        """
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group["rules"] = [{"rule": type(r).__name__, **asdict(r)} for r in group["rules"]]
+        return packed
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore a ``state_dict()``, copied: later steps do not write into it.
+
+        Raises:
+            ValueError: if it belongs to other rules or to other parameters.
+        """
+        saved_groups = []
+        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            theirs = [r["rule"] for r in saved.get("rules", [])]
+            ours = [type(r).__name__ for r in group["rules"]]
+            if theirs != ours:
+                raise ValueError(
+                    f"the saved state belongs to {' + '.join(theirs) or 'another optimizer'}, "
+                    f"this optimizer is {' + '.join(ours)}"
+                )
+            restored = tuple(
+                replace(r, **{k: v for k, v in packed.items() if k != "rule"})
+                for r, packed in zip(group["rules"], saved["rules"])
+            )
+            saved_groups.append({**saved, "rules": restored, "lambdas": tuple(saved["lambdas"])})
+        saved_groups += state_dict["param_groups"][len(saved_groups) :]
+        super().load_state_dict({**state_dict, "param_groups": saved_groups})
+        # torch rounds every buffer to its parameter's dtype; under bfloat16 ours are float32.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, params):
+            if key in state_dict["state"]:
+                self.state[p] = _copied(state_dict["state"][key], p.device)
+
+
+def sgd(
+    params,
+    lr: float = 0.01,
+    momentum: float = 0.95,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 5e-4,
+    maximize: bool = False,
+) -> Hybrid:
+    """SGD alone, with the defaults of Table I; the same steps as :class:`torch.optim.SGD`."""
+    alone = rule.SGD(momentum, dampening, nesterov, weight_decay)
+    return Hybrid(params, (alone,), lr, maximize=maximize)
+
+
+def adam(
+    params,
+    lr: float = 0.001,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 5e-4,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Hybrid:
+    """Adam alone, with the defaults of Table I; the same steps as :class:`torch.optim.Adam`."""
+    return Hybrid(params, (rule.Adam(betas, eps, weight_decay, amsgrad),), lr, maximize=maximize)
+
+
+def atmo(
+    params,
+    lr: float = 0.01,
+    lambdas: Sequence[float] = (0.5, 0.5),
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.95,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 5e-4,
+    weight_decay_in: str = "both",
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Hybrid:
+    """ATMO, Adam + SGD (Algorithm 2; Landro et al. 2021), with the defaults of Table I.
+
+    Args:
+        lambdas: (weight of Adam, weight of SGD).
+        weight_decay: L2 term. Algorithm 2 has it in SGD alone: ``weight_decay_in="sgd"``. The
+            released code has it in both rules, and so has the default.
+
+    Other arguments: :class:`rules.Adam`, :class:`rules.SGD` and :class:`Hybrid`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = atmo(model.parameters(), lambdas=(0.8, 0.2))
+        >>> optimizer.param_groups[0]["lambdas"]
+        (0.8, 0.2)
+    """
+    adam = rule.Adam(betas, eps, _unless_sgd_only(weight_decay, weight_decay_in), amsgrad)
+    sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
+    return Hybrid(params, (adam, sgd), lr, lambdas, maximize=maximize)
+
+
+def padam(
+    params,
+    lr: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 5e-4,
+    amsgrad: bool = True,
+    partial: float = 1 / 8,
+    bias_correction: str = "released",
+    maximize: bool = False,
+) -> Hybrid:
+    """Padam (Algorithm 1; Chen et al. 2018). Arguments: :class:`rules.Padam`, :class:`Hybrid`.
+
+    The report lists no settings for Padam alone; lr and weight decay are those of its paper.
+    """
+    alone = rule.Padam(betas, eps, weight_decay, amsgrad, partial, bias_correction)
+    return Hybrid(params, (alone,), lr, maximize=maximize)
+
+
+def padam_sgd(
+    params,
+    lr: float = 0.01,
+    lambdas: Sequence[float] = (0.5, 0.5),
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.025,
+    weight_decay_in: str = "both",
+    amsgrad: bool = False,
+    partial: float = 1 / 8,
+    bias_correction: str = "released",
+    maximize: bool = False,
+) -> Hybrid:
+    """PADAM-SGD, Padam + SGD merged as in Algorithm 2, with the defaults of Table I.
+
+    As released: no AMSGrad maximum, p = 1/8, L2 in both rules (``weight_decay_in="sgd"``: in SGD
+    alone). Arguments: :class:`rules.Padam`, :class:`rules.SGD` and :class:`Hybrid`; ``lambdas`` is
+    (weight of Padam, weight of SGD).
+    """
+    decay = _unless_sgd_only(weight_decay, weight_decay_in)
+    adaptive = rule.Padam(betas, eps, decay, amsgrad, partial, bias_correction)
+    sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
+    return Hybrid(params, (adaptive, sgd), lr, lambdas, maximize=maximize)
+
+
+def adahessian(
+    params,
+    lr: float = 0.15,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 5e-4,
+    hessian_power: float = 1.0,
+    spatial_average: str | int | None = None,
+    signed_average: bool = False,
+    maximize: bool = False,
+) -> Hybrid:
+    """AdaHessian (Algorithm 3; Yao et al. 2020), with the defaults of Table I.
+
+    ``weight_decay`` is decoupled, as in the algorithm. Arguments: :class:`rules.AdaHessian` and
+    :class:`Hybrid`. Every step wants a Hessian diagonal:
+
+    Example:
+        >>> from hybrid_lib import hessian_diagonal
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
+        >>> optimizer = adahessian([w], lr=0.5, weight_decay=0.0)
+        >>> grads, diag = hessian_diagonal((torch.tensor([1.0, 10.0]) * w**2).sum(), [w])
+        >>> w.grad = grads[0]
+        >>> optimizer.step(hess_diag=diag)
+        >>> w.data.round(decimals=4)  # curvature 2 and 20, the same relative step: Newton's, halved
+        tensor([ 1.5000, -0.5000])
+    """
+    alone = rule.AdaHessian(betas, eps, hessian_power, spatial_average, signed_average)
+    return Hybrid(params, (alone,), lr, (1.0,), weight_decay, maximize)
+
+
+def adasgd(
+    params,
+    lr: float = 0.1,
+    lambdas: Sequence[float] = (0.5, 0.5),
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.95,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 5e-4,
+    weight_decay_in: str = "sgd",
+    hessian_power: float = 1.0,
+    spatial_average: str | int | None = None,
+    signed_average: bool = False,
+    maximize: bool = False,
+) -> Hybrid:
+    """AdaSGD, AdaHessian + SGD (Algorithm 4), with the defaults of Table I.
+
+    Args:
+        lambdas: (weight of AdaHessian, weight of SGD).
+        weight_decay: L2 term of the SGD rule, as released. Algorithm 4 decays both:
+            ``weight_decay_in="both"`` adds AdaHessian's own, decoupled decay.
+
+    Other arguments: :class:`rules.AdaHessian`, :class:`rules.SGD` and :class:`Hybrid`.
+    """
+    adaptive = rule.AdaHessian(betas, eps, hessian_power, spatial_average, signed_average)
+    sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
+    decoupled = _unless_sgd_only(weight_decay, weight_decay_in)
+    return Hybrid(params, (adaptive, sgd), lr, lambdas, decoupled, maximize)
+
+
+def _unless_sgd_only(weight_decay: float, weight_decay_in: str) -> float:
+    """The adaptive rule's share of the weight decay."""
+    if weight_decay_in not in ("both", "sgd"):
+        raise ValueError(f'weight_decay_in={weight_decay_in!r}: must be "both" or "sgd"')
+    return weight_decay if weight_decay_in == "both" else 0.0
+
+
+def _check_rates(group: dict) -> None:
+    """lr and lambdas may be changed between steps: looked at again before each."""
+    lr, lambdas, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"lr={lr!r}: must be a finite number above 0")
+    if not (math.isfinite(γ) and γ >= 0):
+        raise ValueError(f"decoupled_weight_decay={γ!r}: must be a finite number, at least 0")
+    if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):
+        raise ValueError(
+            f"lambdas={tuple(lambdas)!r} for {len(group['rules'])} rules: one weight per rule"
+        )
+    if not all(math.isfinite(λ) and λ >= 0 for λ in lambdas):
+        raise ValueError(f"lambdas={tuple(lambdas)!r}: weights must be finite and at least 0")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _copied(value, device):
+    if isinstance(value, Tensor):
+        return value.detach().clone().to(device)
+    if isinstance(value, dict):
+        return {k: _copied(v, device) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v, device) for v in value]
+    return value

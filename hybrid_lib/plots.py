@@ -1,0 +1,279 @@
+"""Figures and tables of histories: interactive Plotly figures, pandas tables.
+
+Every figure names its data set. A method has one colour and one dash style everywhere, so that
+lines can be told apart without colour. With several seeds, lines are means and bands go from the
+lowest to the highest seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from hybrid_lib import data
+from hybrid_lib.experiments import LABELS, Experiment
+from hybrid_lib.history import History
+
+# Okabe and Ito's four colours with a contrast of 3:1 on white; families share one.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+STYLES = {
+    "sgd": (BLUE, "solid"),
+    "adam": (VERMILLION, "solid"),
+    "atmo": (GREEN, "solid"),
+    "dyn_atmo": (GREEN, "dash"),
+    "padam_sgd": (PURPLE, "solid"),
+    "dyn_padam_sgd": (PURPLE, "dash"),
+    "adahessian": (VERMILLION, "dot"),
+    "adasgd": (BLUE, "dashdot"),
+    "padam": (PURPLE, "dot"),
+}
+AXES = {
+    "train_loss": "train loss (nats)",
+    "test_loss": "test loss (nats)",
+    "train_accuracy": "train accuracy",
+    "test_accuracy": "test accuracy",
+}
+GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
+_INSTALLED = Path(__file__).parent / "paper"  # where a wheel puts data/paper
+PAPER = _INSTALLED if _INSTALLED.is_dir() else data.PROJECT / "data" / "paper"
+
+
+def paper(name: str) -> pd.DataFrame:
+    """The report's own numbers: "table3", "runs" or "milestones" (``data/paper``).
+
+    >>> paper("table3")["test_accuracy"].max()
+    0.8997
+    """
+    table = pd.read_csv(PAPER / f"{name}.csv")
+    return table if name == "milestones" else table.set_index("optimizer")
+
+
+def curves(histories: Sequence[History], column: str = "test_accuracy", title: str = ""):
+    """One line per method over the epochs.
+
+    Args:
+        histories: any number of methods and seeds, all on one data set.
+        column: a key of the rows.
+        title: stands before the data set's name.
+
+    Raises:
+        ValueError: for no history, or for histories of several data sets.
+    """
+    figure = go.Figure()
+    for name, group in _by_name(histories).items():
+        _add_lines(figure, name, group, column)
+    _epoch_axis(figure, histories)
+    figure.update_yaxes(title_text=AXES.get(column, column))
+    return _finished(figure, f"{title or AXES.get(column, column)}, {subject(histories)}")
+
+
+def panels(histories: Sequence[History]):
+    """Figure 1: loss and accuracy, training and test, of every method."""
+    columns = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    figure = make_subplots(2, 2, shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.1)
+    for i, column in enumerate(columns):
+        row, col = i // 2 + 1, i % 2 + 1
+        for name, group in _by_name(histories).items():
+            _add_lines(figure, name, group, column, row=row, col=col, legend=i == 0)
+        figure.update_yaxes(title_text=AXES[column], row=row, col=col)
+        if column.endswith("loss"):
+            figure.update_yaxes(type="log", row=row, col=col)
+    _epoch_axis(figure, histories, row=2)
+    return _finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)
+
+
+def epoch_seconds(histories: Sequence[History]):
+    """Figure 2: seconds per epoch of training and test pass; ratio to SGD, beside the report's.
+
+    Medians over epochs; the first epoch of a run, which warms up, is left out where there are more.
+    """
+    table = seconds_table(histories)
+    figure = go.Figure()
+    for column, colour, label in (
+        ("train", BLUE, "training pass"),
+        ("test", VERMILLION, "test pass"),
+    ):
+        figure.add_bar(
+            x=table[f"{column} seconds"], y=table.index, name=label, orientation="h",
+            marker_color=colour, marker_pattern_shape="" if column == "train" else "/",
+            hovertemplate="%{y}: %{x:.3g} s<extra>" + label + "</extra>",
+        )  # fmt: skip
+    for label, row in table.iterrows():
+        ours, theirs = row["ratio to SGD"], row["report's ratio"]
+        notes = [
+            "" if pd.isna(ours) else f"{ours:.1f} × SGD",
+            "" if pd.isna(theirs) else f"report: {theirs:.1f} ×",
+        ]
+        figure.add_annotation(
+            x=row["train seconds"] + row["test seconds"], y=label, showarrow=False, xanchor="left",
+            text="  " + ", ".join(filter(None, notes)),
+        )  # fmt: skip
+    figure.update_layout(barmode="stack")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    longest = (table["train seconds"] + table["test seconds"]).max()
+    figure.update_xaxes(title_text="seconds per epoch (median)", range=[0, longest * 1.45])
+    device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
+    return _finished(figure, f"Time per epoch on {device}, {subject(histories)}")
+
+
+def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
+    """The learning rate and the weight of SGD in every epoch, one pair of panels per experiment."""
+    experiments = list(experiments)
+    figure = make_subplots(
+        2, len(experiments), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
+        horizontal_spacing=0.015, column_titles=[e.label for e in experiments],
+    )  # fmt: skip
+    for col, e in enumerate(experiments, start=1):
+        colour, dash = _style(e.name)
+        epochs, weights = list(range(1, e.epochs + 1)), e.lambdas()
+        alone = 1.0 if e.optimizer == "sgd" else 0.0
+        sgd = [weights(epoch - 1)[1] if e.is_hybrid else alone for epoch in epochs]
+        for row, values, label in ((1, e.learning_rates(), "η"), (2, sgd, "λ of SGD")):
+            figure.add_scatter(
+                x=epochs, y=values, mode="lines", name=e.label, showlegend=False,
+                line={"color": colour, "dash": dash, "shape": "hv"}, row=row, col=col,
+                hovertemplate="epoch %{x}: " + label + " = %{y:.3g}<extra></extra>",
+            )  # fmt: skip
+    # A cosine ends near 0, far below what matters on a logarithmic axis.
+    figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, exponentformat="power", row=1)
+    figure.update_yaxes(title_text="learning rate η", row=1, col=1)
+    figure.update_yaxes(title_text="weight λ of SGD", range=[-0.05, 1.05], row=2, col=1)
+    figure.update_yaxes(range=[-0.05, 1.05], row=2)
+    figure.update_xaxes(title_text="epoch", nticks=4, row=2)
+    return _finished(figure, title, height=420)
+
+
+def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
+    """Table III, redone: the report's accuracy beside final and best ones.
+
+    Columns are mean test accuracies over the seeds; ± is their standard deviation (with one seed
+    there is none). "best" is chosen by the test set, epoch by epoch: it flatters, so it never
+    stands alone.
+    """
+    report, rows = paper("table3")["test_accuracy"], {}
+    for name, group in _by_name(histories).items():
+        done = [h for h in group if h.rows]
+        final = pd.Series([h.final["test_accuracy"] for h in done])
+        best = pd.Series([h.best["test_accuracy"] for h in done])
+        last = pd.Series([h.frame()["test_accuracy"].tail(10).mean() for h in done])
+        rows[group[0].label] = {
+            "report (CIFAR-10)": report.get(name),
+            "final": final.mean(),
+            "± final": final.std(),
+            "mean of last 10": last.mean(),
+            "best": best.mean(),
+            "epochs": max((h.final["epoch"] for h in done), default=0),
+            "seeds": len(done),
+            "status": ", ".join(sorted({h.status for h in group})),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(subject(histories))
+
+
+def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
+    """Seconds per epoch of every method, and its ratio to SGD beside the report's."""
+    report = paper("runs")["seconds_per_epoch"]
+    rows = {}
+    for name, group in _by_name(histories).items():
+        rows_ = [row for h in group for row in (h.rows[1:] or h.rows)]
+        rows[name] = {
+            "train seconds": pd.Series([row["train_seconds"] for row in rows_]).median(),
+            "test seconds": pd.Series([row["test_seconds"] for row in rows_]).median(),
+            "report's ratio": report.get(name, float("nan")) / report["sgd"],
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    total = table["train seconds"] + table["test seconds"]
+    table.insert(2, "ratio to SGD", total / total.get("sgd", float("nan")))
+    return table.rename(index=lambda name: LABELS.get(name, name)).rename_axis(subject(histories))
+
+
+def show(figure) -> None:
+    """Show a figure in a notebook; without a front end, also as an image for static readers."""
+    from IPython import get_ipython  # imported where used: figures are also made outside notebooks
+
+    shell = get_ipython()
+    watched = shell is not None and getattr(shell.kernel, "_allow_stdin", True)
+    if watched:
+        figure.show()
+        return
+    figure = go.Figure(figure).update_layout(width=900)
+    try:
+        figure.show("plotly_mimetype+png")
+    except Exception:  # kaleido draws with an installed Chrome or Chromium; there may be none
+        figure.show("plotly_mimetype+notebook_connected")
+
+
+def subject(histories: Sequence[History]) -> str:
+    """The data set's name, for titles.
+
+    Raises:
+        ValueError: for no history, or for histories of several data sets.
+    """
+    titles = sorted({h.dataset for h in histories})
+    if not titles:
+        raise ValueError("no history to show")
+    if len(titles) > 1:
+        raise ValueError(
+            f"histories of several data sets ({', '.join(titles)}): show one at a time"
+        )
+    return titles[0]
+
+
+def _by_name(histories: Sequence[History]) -> dict[str, list[History]]:
+    """Histories by experiment name, in the report's order."""
+    known = list(LABELS)
+    groups: dict[str, list[History]] = {}
+    for h in sorted(histories, key=lambda h: known.index(h.experiment.name)
+                    if h.experiment.name in known else len(known)):  # fmt: skip
+        groups.setdefault(h.experiment.name, []).append(h)
+    return groups
+
+
+def _style(name: str) -> tuple[str, str]:
+    return STYLES.get(name, ("#808080", "solid"))
+
+
+def _add_lines(figure, name, group, column, row=None, col=None, legend=True) -> None:
+    done = [h.frame()[column] for h in group if h.rows]
+    if not done:
+        return
+    colour, dash = _style(name)
+    seeds = pd.concat(done, axis=1)
+    mean, label = seeds.mean(axis=1), group[0].label
+    where = {} if row is None else {"row": row, "col": col}
+    if len(done) > 1:
+        figure.add_scatter(
+            x=[*mean.index, *mean.index[::-1]],
+            y=[*seeds.max(axis=1), *seeds.min(axis=1)[::-1]],
+            fill="toself", fillcolor=colour, opacity=0.15, line={"width": 0}, mode="lines",
+            legendgroup=name, showlegend=False, hoverinfo="skip", **where,
+        )  # fmt: skip
+    figure.add_scatter(
+        x=mean.index, y=mean, mode="lines" if len(mean) > 1 else "markers", name=label,
+        line={"color": colour, "dash": dash, "width": 2}, legendgroup=name, showlegend=legend,
+        hovertemplate="epoch %{x}: %{y:.4f}<extra>" + label + "</extra>", **where,
+    )  # fmt: skip
+
+
+def _epoch_axis(figure, histories: Sequence[History], **where) -> None:
+    longest = max((len(h.rows) for h in histories), default=0)
+    figure.update_xaxes(title_text="epoch", **where)
+    figure.update_xaxes(dtick=1 if longest <= 12 else None)  # no ticks at fractions of an epoch
+
+
+def _finished(figure, title: str, height: int = 460):
+    figure.update_layout(
+        title={"text": title, "x": 0, "xref": "paper", "font": {"size": 16}},
+        height=height,
+        margin={"l": 70, "r": 20, "t": 60, "b": 50},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"color": "#767676", "size": 13},
+        legend={"itemwidth": 40},
+    )
+    figure.update_xaxes(gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    return figure

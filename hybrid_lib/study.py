@@ -1,0 +1,404 @@
+"""Whole studies: train many experiments, execute the notebooks on them, write one report.
+
+Command line: ``hybrid-study --scale demo --dataset digits`` (or ``python -m hybrid_lib.study``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import html
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pydantic
+
+from hybrid_lib import data, plots
+from hybrid_lib.experiments import EXPERIMENTS, Experiment, faults
+from hybrid_lib.history import FILE, History, write_atomically
+from hybrid_lib.train import loaded, run
+
+NOTEBOOKS = data.PROJECT / "notebooks"
+TABLE = tuple(name for name in EXPERIMENTS if name != "padam")  # the eight rows of Table III
+
+# What a scale changes in Tables I and II; milestones and horizons keep their share of the epochs.
+SCALES: dict[str, dict] = {
+    # Seconds: does everything run? The numbers mean nothing.
+    "toy": {"epochs": 2, "width": 4, "batch_size": 32, "train_limit": 160, "test_limit": 80},
+    # Minutes on two CPU cores with the digits, an hour with 32x32 images: does every method learn?
+    "demo": {"epochs": 20, "width": 8, "batch_size": 32},
+    # As in the report: GPU hours.
+    "paper": {},
+}
+DEMO_IMAGES = {"epochs": 10, "width": 16, "batch_size": 64, "train_limit": 10_000,
+               "test_limit": 2_000}  # fmt: skip
+
+
+def plan(
+    scale: str = "demo",
+    dataset: str = "digits",
+    only: Iterable[str] = TABLE,
+    seeds: Iterable[int] = (0,),
+    **changes,
+) -> list[Experiment]:
+    """The experiments of a study: rows of ``EXPERIMENTS`` at a scale, one per name and seed.
+
+    Args:
+        scale: a key of :data:`SCALES`.
+        dataset: see :func:`hybrid_lib.data.load`.
+        only: names of :data:`~hybrid_lib.EXPERIMENTS`.
+        seeds: one run per seed.
+        changes: any field of Experiment, over what the scale says; ``epochs`` rescales.
+
+    Raises:
+        ValueError: for an unknown name or scale, or settings outside their range.
+
+    >>> [e.epochs for e in plan("toy", only=["sgd"], seeds=[0, 1])]
+    [2, 2]
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r}: must be {_listed(SCALES)}")
+    small_images = scale != "demo" or dataset == "digits"
+    changes = {**(SCALES[scale] if small_images else DEMO_IMAGES), **changes}
+    epochs = changes.pop("epochs", None)
+    planned = []
+    for name in only:
+        if name not in EXPERIMENTS:
+            raise ValueError(f"optimizer {name!r}: must be {_listed(EXPERIMENTS, name)}")
+        row = EXPERIMENTS[name]
+        if epochs is not None:
+            # Not scaled() yet: it would accept an impossible number that replace() refuses.
+            dataclasses.replace(row, epochs=epochs)
+            row = row.scaled(int(epochs))
+        for seed in seeds:
+            planned.append(dataclasses.replace(row, dataset=dataset, seed=seed, **changes))
+    return planned
+
+
+def run_folder(out: str | Path, experiment: Experiment) -> Path:
+    """Where a study keeps a run: ``OUT/runs/NAME-seedN``."""
+    return Path(out) / "runs" / f"{experiment.name}-seed{experiment.seed}"
+
+
+def histories(
+    experiments: Iterable[Experiment], out: str | Path, train: bool = True
+) -> list[History]:
+    """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
+
+    Raises:
+        FileNotFoundError: if there is none and nothing was to be trained.
+    """
+    found = []
+    for experiment in experiments:
+        folder = run_folder(out, experiment)
+        if train:
+            found.append(run(experiment, folder))
+        elif (folder / FILE).exists():
+            found.append(History.load(folder))
+    if not found:
+        raise FileNotFoundError(f"{out}: no finished run there; set train = True to train them")
+    return found
+
+
+def default_out(scale: str, dataset: str) -> Path:
+    """Where a study is kept if nothing else is said: runs/SCALE, or runs/SCALE-DATASET."""
+    name = Path(dataset.removeprefix("folder:")).name
+    return data.PROJECT / "runs" / (scale if dataset == "digits" else f"{scale}-{name}")
+
+
+def asked(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[Experiment]:
+    """The experiments that a notebook's parameters ask for.
+
+    ``chosen`` has scale, dataset and seeds (as text: "0,3" or "0-4"), and epochs (None: the
+    scale's).
+    """
+    changes = {} if chosen.epochs is None else {"epochs": chosen.epochs}
+    return plan(chosen.scale, chosen.dataset, only, seed_list(chosen.seeds), **changes)
+
+
+def asked_one(chosen: SimpleNamespace) -> Experiment:
+    """The one experiment that a notebook's parameters ask for.
+
+    ``chosen`` has optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; of its other
+    values those that are not None and name a field of Experiment change that field.
+    """
+    fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
+    changes = {k: v for k, v in vars(chosen).items() if k in fields and v is not None}
+    return plan(chosen.scale, chosen.dataset, [chosen.optimizer], [chosen.seed], **changes)[0]
+
+
+def collect(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[History]:
+    """The histories of :func:`asked`, from ``chosen.out`` (empty: :func:`default_out`).
+
+    ``chosen.train`` says whether to train what is missing there.
+    """
+    out = chosen.out or default_out(chosen.scale, chosen.dataset)
+    return histories(asked(chosen, only), out, chosen.train)
+
+
+def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
+    """Check a notebook's parameters: the cell after them calls this with ``globals()``.
+
+    The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
+    says that the value may be missing). Papermill injects
+    a cell behind it, warns of names that nobody reads and passes everything else on as it came,
+    text or number. Here all of it is looked at before anything is computed.
+
+    Args:
+        namespace: the notebook's globals, with IPython's list of cells ``In``.
+        check: called with the values; raises for values that are impossible.
+
+    Returns:
+        The values as attributes, converted to their types.
+
+    Raises:
+        ValueError: with one line that names every fault: names that were not declared, values
+            that do not fit their type, and whatever ``check`` found.
+    """
+    declared, given = {}, []
+    for source in namespace["In"]:
+        for node in _assignments(source):
+            if isinstance(node, ast.AnnAssign):
+                kind = _TYPES[ast.unparse(node.annotation)]
+                optional = isinstance(node.value, ast.Constant) and node.value.value is None
+                declared[node.target.id] = (kind | None if optional else kind, ...)
+            else:
+                given += [target.id for target in node.targets]
+    messages = [
+        f"{name} is not a parameter of this notebook{_did_you_mean(name, declared)}"
+        for name in given
+        if name not in declared
+    ]
+    values = {name: namespace[name] for name in declared}
+    try:
+        values = SimpleNamespace(**dict(pydantic.create_model("Parameters", **declared)(**values)))
+        check(values)
+    except pydantic.ValidationError as error:
+        messages += faults(error)
+    except ValueError as error:
+        messages.append(str(error))
+    if messages:
+        raise ValueError(f"{'; '.join(messages)} (parameters: {', '.join(declared)})") from None
+    return values
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 0 if every run and every notebook succeeded, else 1."""
+    parser = argparse.ArgumentParser("hybrid-study", description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="demo", help="default: %(default)s")
+    parser.add_argument(
+        "--dataset", default="digits", help=f"{', '.join(data.NAMES)} or folder:PATH"
+    )
+    parser.add_argument("--only", default=",".join(TABLE), help="methods, separated by commas")
+    parser.add_argument("--seeds", default="0", help="as in 0,3 or 0-4; default: %(default)s")
+    parser.add_argument("--protocol", default="clean", help="clean or released")
+    parser.add_argument("--epochs", type=int, help="other than the scale's; schedules keep shape")
+    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, help="default: runs/SCALE, or runs/SCALE-DATASET")
+    chosen = parser.parse_args(arguments)
+
+    try:
+        changes = {} if chosen.epochs is None else {"epochs": chosen.epochs}
+        experiments = plan(
+            chosen.scale, chosen.dataset, chosen.only.split(","), seed_list(chosen.seeds),
+            protocol=chosen.protocol, **changes,
+        )  # fmt: skip
+        for experiment in {e.batch_size: e for e in experiments}.values():
+            loaded(
+                experiment, chosen.device
+            )  # what is wrong with the data is said before a file is
+    except pydantic.ValidationError as error:
+        return _refused("; ".join(faults(error)))
+    except (ValueError, OSError) as error:
+        return _refused(error)
+
+    out = (chosen.out or default_out(chosen.scale, chosen.dataset)).resolve()
+    found, failures = [], []
+    for experiment in experiments:
+        try:
+            found.append(run(experiment, run_folder(out, experiment), chosen.device))
+        except Exception as error:  # one run that fails leaves the others untouched
+            traceback.print_exc()
+            failures.append(f"{experiment.name}, seed {experiment.seed}: {_one_line(error)}")
+    failures += [
+        f"{h.label}, seed {h.experiment.seed}: diverged, {h.note}"
+        for h in found
+        if h.status == "diverged"
+    ]
+    found = [h for h in found if h.rows]
+    if not found:
+        return _refused("; ".join(failures))
+    pages, faults_ = execute_notebooks(out, chosen.scale, chosen.dataset, chosen.seeds)
+    failures += faults_
+    report = write_report(out, found, pages, failures)
+
+    print(f"\n{plots.accuracy_table(found).round(4).to_string()}\n")
+    for failure in failures:
+        print(f"failed: {failure}")
+    print(f"report: {report}")
+    return 1 if failures else 0
+
+
+def execute_notebooks(
+    out: Path, scale: str, dataset: str, seeds: str
+) -> tuple[list[Path], list[str]]:
+    """Execute the notebooks that read a study into ``out/notebooks``, as notebooks and as pages.
+
+    Returns:
+        The pages, and a line for each notebook that failed.
+    """
+    import nbconvert  # imported where used: a second that training alone does not need
+    import papermill
+
+    folder = out / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {
+        "out": str(out), "scale": scale, "dataset": dataset, "seeds": seeds, "train": False
+    }  # fmt: skip
+    pages, failures = [], []
+    for source in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        accepted = papermill.inspect_notebook(source)
+        if "train" not in accepted:
+            continue  # a notebook that trains for itself is no reader of a study
+        executed = folder / source.name
+        print(f"notebook {source.stem}")
+        try:
+            papermill.execute_notebook(
+                source, executed, {k: v for k, v in given.items() if k in accepted},
+                progress_bar=False, cwd=NOTEBOOKS,
+            )  # fmt: skip
+        except Exception as error:
+            failures.append(f"notebook {source.stem}: {_one_line(error)}")
+            continue
+        page, _ = nbconvert.HTMLExporter(exclude_input=False).from_filename(str(executed))
+        executed.with_suffix(".html").write_text(page, encoding="utf-8")
+        pages.append(executed.with_suffix(".html"))
+    return pages, failures
+
+
+def write_report(
+    out: Path, found: list[History], pages: Iterable[Path] = (), failures: Iterable[str] = ()
+) -> Path:
+    """Write ``out/report.html``: figures and tables of the histories; it needs no network."""
+    subject = plots.subject(found)
+    environments = sorted(
+        {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
+    )
+    sections = [
+        ("Test accuracy", _table(plots.accuracy_table(found)), TABLE_NOTE),
+        ("Loss and accuracy (Figure 1)", plots.panels(found), ""),
+        ("Time per epoch (Figure 2)", plots.epoch_seconds(found), TIME_NOTE),
+        ("Schedules (Table II)", plots.schedules(_first_seeds(found)), ""),
+    ]
+    body = [f"<h1>Hybrid optimizers on {html.escape(subject)}</h1>",
+            f"<p>{len(found)} runs on {html.escape('; '.join(environments))}; data set checksum "
+            f"{html.escape(found[0].environment['dataset_checksum'])}.</p>"]  # fmt: skip
+    if failures:
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in failures)
+        body.append(f"<h2>What failed</h2><ul>{items}</ul>")
+    plotly_js: bool | str = True  # once, inside the page
+    for title, content, note in sections:
+        body.append(f"<h2>{title}</h2>")
+        if not isinstance(content, str):
+            content.update_layout(font_color="#333")
+            content = content.to_html(full_html=False, include_plotlyjs=plotly_js)
+            plotly_js = False
+        body.append(content + (f"<p>{note}</p>" if note else ""))
+    links = "".join(f'<li><a href="notebooks/{p.name}">{p.stem}</a></li>' for p in pages)
+    if links:
+        body.append(f"<h2>Notebooks</h2><p>Executed on these runs:</p><ul>{links}</ul>")
+    report = out / "report.html"
+    page = PAGE.replace("{title}", html.escape(subject)).replace("{body}", "\n".join(body))
+    write_atomically(report, page.encode("utf-8"))
+    return report
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Hybrid optimizers: {title}</title>
+<meta name="viewport" content="width=device-width">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+       max-width: 1100px; margin: 2em auto; padding: 0 1em }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2em }
+table { border-collapse: collapse } td, th { padding: .3em .8em; text-align: right }
+th:first-child, tbody th { text-align: left } tbody tr { border-top: 1px solid #ccc }
+</style>
+{body}
+</html>
+"""
+TABLE_NOTE = (
+    "The column of the report is its Table III: CIFAR-10 at full length, one run each. It is "
+    "comparable with the others only on that data set and at that length. &quot;best&quot; is "
+    "chosen by the test set. ± is the standard deviation over seeds."
+)
+TIME_NOTE = "The report's ratios come from a T4 or P100 at full width."
+
+
+def _table(table) -> str:
+    return table.reset_index().to_html(index=False, float_format="%.4f", na_rep="–", border=0)
+
+
+def _first_seeds(found: list[History]) -> list[Experiment]:
+    return list({h.experiment.name: h.experiment for h in reversed(found)}.values())[::-1]
+
+
+def seed_list(text: str) -> list[int]:
+    """Seeds from text.
+
+    >>> seed_list("0-2,7")
+    [0, 1, 2, 7]
+    """
+    try:
+        ranges = [part.split("-") for part in text.split(",")]
+        seeds = [s for r in ranges for s in range(int(r[0]), int(r[-1]) + 1)]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ValueError(f"seeds={text!r}: give numbers, as in 0,3 or 0-4")
+    return seeds
+
+
+def _refused(reason) -> int:
+    print(f"hybrid-study: {reason}", file=sys.stderr)
+    return 2
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def _assignments(source: str) -> list[ast.stmt]:
+    """The statements of a parameters cell, given or injected; of any other cell, none."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a cell with shell commands, say
+        return []
+    plain = all(
+        (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+        or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
+        for node in body
+    )
+    injected = source.startswith("# Parameters")  # papermill's mark
+    return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _listed(known: Iterable[str], given: str = "") -> str:
+    return f"one of {', '.join(known)}{_did_you_mean(given, known)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""The training loop: one experiment in, one row per epoch out.
+
+:func:`run` is the whole story for most users. :func:`epochs` is the loop itself, a generator of
+rows, for those who want to watch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import os
+import platform
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hybrid_lib import data
+from hybrid_lib.curvature import hessian_diagonal
+from hybrid_lib.data import Data
+from hybrid_lib.experiments import Experiment
+from hybrid_lib.history import FILE, History, write_atomically
+
+CHECK_EVERY = 32  # steps between two looks at the loss: a look makes the host wait for a GPU
+TEST_BATCH = 1000  # in evaluation mode the batch size does not matter, but for memory
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite any more."""
+
+
+class Stopped(RuntimeError):
+    """``should_stop`` said so."""
+
+
+def run(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    device: str | torch.device | None = None,
+    *,
+    progress: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> History:
+    """Train an experiment, go on with it, or return what is already complete.
+
+    Args:
+        experiment: what to run.
+        out: the run's folder. After every epoch ``history.json`` (experiment, environment, rows)
+            and ``last.pt`` (everything needed to go on) are in it; a later call with the same
+            experiment continues from there, to the same numbers. None: nothing is written.
+        device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
+        progress: show a bar in a terminal, elsewhere print a line per epoch.
+        should_stop: asked before every step; True ends the call with status "stopped".
+
+    Returns:
+        The history. Its status is "complete", "stopped", or "diverged" if a loss was not finite:
+        that is a result, kept up to the last good epoch and not tried again.
+
+    Raises:
+        ValueError: for settings that do not fit the data or the device.
+        FileNotFoundError: for data that is not there.
+        RuntimeError: if the folder holds another experiment or another process writes to it.
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None and (folder / FILE).exists():
+        history = History.load(folder)
+        _check_same(experiment, history, folder)
+        if history.status in ("complete", "diverged"):
+            return history
+
+    dataset = loaded(experiment, device)
+    device = dataset.train_images.device
+    if folder is None:
+        return _run(experiment, dataset, device, None, progress, should_stop)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            return _run(experiment, dataset, device, folder, progress, should_stop)
+    except filelock.Timeout:
+        raise RuntimeError(f"{folder}: another process is training there; wait for it") from None
+
+
+def epochs(
+    experiment: Experiment,
+    dataset: Data,
+    device: torch.device,
+    folder: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[list[dict]]:
+    """The loop. Yields all rows so far, first those of the checkpoint, then after every epoch.
+
+    When rows are yielded, the checkpoint that belongs to them is on disk.
+
+    Raises:
+        Diverged, Stopped: in the middle of an epoch; rows and checkpoint are those before it.
+    """
+    model = experiment.build_model(len(dataset.classes), dataset.train_images.shape[1])
+    model.to(device)
+    optimizer = experiment.build_optimizer(model.parameters())
+    learning_rates, lambdas = experiment.learning_rates(), experiment.lambdas()
+
+    rows = _restore(folder, experiment, model, optimizer)
+    yield rows
+    for epoch in range(len(rows), experiment.epochs):
+        for group in optimizer.param_groups:
+            group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
+
+        start = _now(device)
+        train_loss, train_accuracy = _train(
+            model, optimizer, dataset, experiment, epoch, should_stop
+        )
+        trained = _now(device)
+        test_loss, test_accuracy = _test(model, dataset, experiment)
+        tested = _now(device)
+
+        rows.append(
+            {
+                "epoch": epoch + 1,
+                "lr": learning_rates[epoch],
+                "lambdas": lambdas(epoch),
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "train_seconds": trained - start,
+                "test_seconds": tested - trained,
+            }
+        )
+        _keep(folder, experiment, model, optimizer, rows)
+        yield rows
+
+
+def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[float, float]:
+    """One pass over the training images; returns mean loss and accuracy while training."""
+    model.train()
+    params = list(model.parameters())
+    images, labels = dataset.train_images, dataset.train_labels
+    device, n, seed = images.device, len(images), experiment.seed
+    crops = data.generator("augmentation", seed, epoch, device)
+    probes = data.generator("probes", seed, epoch, device)
+    n_steps = math.ceil(n / experiment.batch_size)
+    losses = torch.zeros(n_steps, device=device)
+    sizes = torch.zeros(n_steps, device=device)
+    correct = torch.zeros((), dtype=torch.long, device=device)
+
+    order = data.order(n, seed, epoch)
+    for step, (x, y) in enumerate(data.batches(images, labels, order, experiment.batch_size)):
+        if should_stop():
+            raise Stopped(f"in epoch {epoch + 1}, step {step + 1}")
+        if experiment.augment:
+            x = data.augmented(x, crops)
+        with _precision(experiment, device):
+            logits = model(_inputs(x, dataset, experiment))
+            loss = F.cross_entropy(logits.float(), y)
+        losses[step], sizes[step] = loss.detach(), len(y)
+        if step % CHECK_EVERY == 0:
+            _check_finite(losses, optimizer, epoch)
+
+        if optimizer.needs_hessian and (epoch * n_steps + step) % experiment.hessian_every == 0:
+            grads, hess_diag = hessian_diagonal(loss, params, experiment.hessian_samples, probes)
+            for p, g in zip(params, grads):
+                p.grad = g
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            hess_diag = None
+        optimizer.step(hess_diag=hess_diag)
+        correct += (logits.argmax(dim=1) == y).sum()
+
+    _check_finite(losses, optimizer, epoch)
+    return ((losses * sizes).sum() / n).item(), correct.item() / n
+
+
+@torch.no_grad()
+def _test(model: nn.Module, dataset: Data, experiment: Experiment) -> tuple[float, float]:
+    """Mean loss and accuracy over the test images."""
+    released = experiment.protocol == "released"
+    model.train(released)  # as released: test batches use, and move, the batch statistics
+    images, labels = dataset.test_images, dataset.test_labels
+    loss_sum = torch.zeros((), device=images.device)
+    correct = torch.zeros((), dtype=torch.long, device=images.device)
+    size = experiment.batch_size if released else TEST_BATCH
+    for x, y in data.batches(images, labels, torch.arange(len(images)), size):
+        with _precision(experiment, images.device):
+            logits = model(_inputs(x, dataset, experiment)).float()
+        loss_sum += F.cross_entropy(logits, y, reduction="sum")
+        correct += (logits.argmax(dim=1) == y).sum()
+    loss = loss_sum.item() / len(images)
+    if not math.isfinite(loss):
+        raise Diverged(f"test loss {loss}")
+    return loss, correct.item() / len(images)
+
+
+def _inputs(images: Tensor, dataset: Data, experiment: Experiment) -> Tensor:
+    raw = experiment.protocol == "released"  # 0-255, as the report's code fed them
+    return images.float() if raw else data.normalised(images, dataset)
+
+
+def _precision(experiment: Experiment, device: torch.device):
+    torch.backends.cuda.matmul.allow_tf32 = experiment.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = experiment.precision == "tf32"  # torch's default is True
+    return torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bfloat16")
+
+
+def _check_finite(losses: Tensor, optimizer, epoch: int) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        group, step = optimizer.param_groups[0], int(bad[0])
+        raise Diverged(
+            f"loss {losses[step].item()} in epoch {epoch + 1}, step {step + 1} "
+            f"(lr {group['lr']:.4g}, lambdas {group['lambdas']})"
+        )
+
+
+def loaded(experiment: Experiment, device: str | torch.device | None = None) -> Data:
+    """The experiment's data on the device, once the three are known to go together.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`run` does.
+    """
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: use cpu, cuda or cuda:N ({error})") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: no NVIDIA GPU here; use 'cpu' or leave it out")
+    if experiment.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision='tf32' needs an NVIDIA GPU, not {device.type!r}; use float32")
+    dataset = data.load(experiment.dataset, experiment.train_limit, experiment.test_limit)
+    n, size = len(dataset.train_images), experiment.batch_size
+    if size > n:
+        raise ValueError(
+            f"batch_size={size} is larger than the {n} training images of {dataset.title}"
+        )
+    # Eight times halved (cifar stem) or 32 times (imagenet), a small image is a single pixel.
+    shrink = 8 if experiment.stem == "cifar" else 32
+    parts = [n] + [len(dataset.test_images)] * (experiment.protocol == "released")
+    if max(dataset.train_images.shape[2:]) <= shrink and any(m % size == 1 for m in parts):
+        raise ValueError(
+            f"batch_size={size} leaves a last batch of one image (of {parts}), whose one-pixel "
+            "feature maps have no batch statistics; change batch_size or a limit by one"
+        )
+    return dataset.to(device)
+
+
+def _run(experiment, dataset, device, folder, progress, should_stop) -> History:
+    history = History(experiment, environment=_environment(dataset, device))
+    show = _Progress(experiment, progress)
+    try:
+        for rows in epochs(experiment, dataset, device, folder, should_stop):
+            history.rows = list(rows)
+            if rows and folder is not None:
+                history.save(folder)
+            show(rows)
+        history.status = "complete"
+    except Diverged as reason:
+        history.status, history.note = "diverged", str(reason)
+    except Stopped as reason:
+        history.status, history.note = "stopped", str(reason)
+    except KeyboardInterrupt:
+        history.status, history.note = "stopped", "interrupted"
+        raise
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"{device} is out of memory: lower batch_size or width (another experiment), or free "
+            "the device; what was finished is kept, run again to go on"
+        ) from error
+    finally:
+        show.close(history)
+        if folder is not None and (history.rows or history.status == "diverged"):
+            history.save(folder)
+    return history
+
+
+class _Progress:
+    """A bar where someone watches a terminal, a line per epoch in notebooks and logs."""
+
+    def __init__(self, experiment: Experiment, enabled: bool):
+        self.experiment, self.enabled, self.shown = experiment, enabled, None
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=experiment.epochs, desc=experiment.label, unit="epoch")
+
+    def __call__(self, rows: list[dict]) -> None:
+        if self.enabled and rows and self.bar is None and self.shown is not None:
+            epochs = self.experiment.epochs
+            print(f"{self.experiment.label} {rows[-1]['epoch']}/{epochs} {_line(rows[-1])}")
+        if self.bar is not None:
+            self.bar.update(len(rows) - self.bar.n)
+            self.bar.set_postfix_str(_line(rows[-1]) if rows else "")
+        self.shown = len(rows)
+
+    def close(self, history: History) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.enabled and history.status in ("stopped", "diverged"):
+            again = "; run again to continue" if history.status == "stopped" else ""
+            print(f"{history.label}: {history.status}, {history.note}; "
+                  f"{len(history.rows)} epochs are kept{again}")  # fmt: skip
+
+
+def _line(row: dict) -> str:
+    weights = ", ".join(f"{w:.3g}" for w in row["lambdas"])
+    return (
+        f"train loss {row['train_loss']:.4f} acc {row['train_accuracy']:.4f}, "
+        f"test loss {row['test_loss']:.4f} acc {row['test_accuracy']:.4f}, "
+        f"lr {row['lr']:.4g}, lambdas ({weights}), {row['train_seconds']:.2f} s"
+    )
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock that never goes back, once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _environment(dataset: Data, device: torch.device) -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "dataset": dataset.title,
+        "dataset_checksum": dataset.checksum,
+        "train_images": len(dataset.train_images),
+        "test_images": len(dataset.test_images),
+        "device": str(device),
+        "device_name": name,
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "hybrid_lib": version("hybrid-lib"),
+        "platform": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # elsewhere platform knows; on Linux it says x86_64
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _check_same(experiment: Experiment, history: History, folder: Path) -> None:
+    ours, theirs = dataclasses.asdict(experiment), dataclasses.asdict(history.experiment)
+    differing = [
+        f"{k}: {theirs[k]!r} there, {ours[k]!r} here" for k in ours if ours[k] != theirs[k]
+    ]
+    if differing:
+        raise RuntimeError(
+            f"{folder} holds another experiment ({'; '.join(differing)}); choose another folder"
+        )
+
+
+def _keep(folder: Path | None, experiment, model, optimizer, rows) -> None:
+    """Write ``last.pt``; what was there becomes ``prev.pt``."""
+    if folder is None:
+        return
+    content = io.BytesIO()
+    state = {
+        "format": 1,
+        "experiment": dataclasses.asdict(experiment),
+        "rows": rows,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, content)
+    last, prev = folder / "last.pt", folder / "prev.pt"
+    if last.exists():
+        os.replace(last, prev)
+    write_atomically(last, content.getvalue())
+
+
+def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> list[dict]:
+    """Load the newest intact checkpoint into model and optimizer and return its rows."""
+    if folder is None:
+        return []
+    for leftover in itertools.chain(folder.glob(".last.pt.*"), folder.glob(f".{FILE}.*")):
+        leftover.unlink(missing_ok=True)  # of a write that was cut short
+    for file in (folder / "last.pt", folder / "prev.pt"):
+        if not file.exists():
+            continue
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch writes checksums but does not read them
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            print(f"{file} is damaged ({error}); looking for the one before")
+            continue
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["experiment"] != dataclasses.asdict(experiment):
+            raise RuntimeError(f"{file} belongs to another experiment; choose another folder")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["rows"]
+    if (folder / FILE).exists():  # published histories travel without their checkpoints
+        kept = folder / f"history-before-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        os.replace(folder / FILE, kept)
+        print(
+            f"{folder}: no checkpoint, starting again; the earlier history is kept as {kept.name}"
+        )
+    return []
