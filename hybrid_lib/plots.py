@@ -7,6 +7,9 @@ lowest to the highest seed.
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -74,14 +77,14 @@ def curves(histories: Sequence[History], column: str = "test_accuracy", title: s
 def panels(histories: Sequence[History]):
     """Figure 1: loss and accuracy, training and test, of every method."""
     columns = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
-    figure = make_subplots(2, 2, shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.1)
+    figure = make_subplots(2, 2, shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.13)
     for i, column in enumerate(columns):
         row, col = i // 2 + 1, i % 2 + 1
         for name, group in _by_name(histories).items():
             _add_lines(figure, name, group, column, row=row, col=col, legend=i == 0)
         figure.update_yaxes(title_text=AXES[column], row=row, col=col)
         if column.endswith("loss"):
-            figure.update_yaxes(type="log", row=row, col=col)
+            figure.update_yaxes(type="log", nticks=6, row=row, col=col)
     _epoch_axis(figure, histories, row=2)
     return _finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)
 
@@ -121,13 +124,17 @@ def epoch_seconds(histories: Sequence[History]):
 
 
 def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
-    """The learning rate and the weight of SGD in every epoch, one pair of panels per experiment."""
-    experiments = list(experiments)
+    """Learning rate and weight of SGD in every epoch: a column of two panels per experiment.
+
+    Of experiments that differ in their seed alone, the first is shown.
+    """
+    shown = list({e.name: e for e in reversed(list(experiments))}.values())[::-1]
     figure = make_subplots(
-        2, len(experiments), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
-        horizontal_spacing=0.015, column_titles=[e.label for e in experiments],
+        2, len(shown), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
+        horizontal_spacing=0.015, column_titles=[e.label.replace(" ", "<br>") for e in shown],
     )  # fmt: skip
-    for col, e in enumerate(experiments, start=1):
+    figure.update_annotations(font_size=12)
+    for col, e in enumerate(shown, start=1):
         colour, dash = _style(e.name)
         epochs, weights = list(range(1, e.epochs + 1)), e.lambdas()
         alone = 1.0 if e.optimizer == "sgd" else 0.0
@@ -135,16 +142,17 @@ def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
         for row, values, label in ((1, e.learning_rates(), "η"), (2, sgd, "λ of SGD")):
             figure.add_scatter(
                 x=epochs, y=values, mode="lines", name=e.label, showlegend=False,
-                line={"color": colour, "dash": dash, "shape": "hv"}, row=row, col=col,
+                line={"color": colour, "dash": dash, "shape": "hvh"}, row=row, col=col,
                 hovertemplate="epoch %{x}: " + label + " = %{y:.3g}<extra></extra>",
             )  # fmt: skip
     # A cosine ends near 0, far below what matters on a logarithmic axis.
     figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, exponentformat="power", row=1)
     figure.update_yaxes(title_text="learning rate η", row=1, col=1)
-    figure.update_yaxes(title_text="weight λ of SGD", range=[-0.05, 1.05], row=2, col=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=2)
-    figure.update_xaxes(title_text="epoch", nticks=4, row=2)
-    return _finished(figure, title, height=420)
+    figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
+    figure.update_xaxes(nticks=4)
+    figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
+    return _finished(figure, title, height=430).update_layout(margin_t=90)
 
 
 def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
@@ -192,18 +200,26 @@ def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
 
 def show(figure) -> None:
     """Show a figure in a notebook; without a front end, also as an image for static readers."""
-    from IPython import get_ipython  # imported where used: figures are also made outside notebooks
+    from IPython import get_ipython  # imported where used: figures exist outside notebooks too
+    from IPython.display import display
+    from PIL import Image
 
     shell = get_ipython()
     watched = shell is not None and getattr(shell.kernel, "_allow_stdin", True)
     if watched:
         figure.show()
         return
-    figure = go.Figure(figure).update_layout(width=900)
+    still = go.Figure(figure).update_layout(width=900)
+    bundle = {"application/vnd.plotly.v1+json": json.loads(still.to_json())}
     try:
-        figure.show("plotly_mimetype+png")
+        image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
     except Exception:  # kaleido draws with an installed Chrome or Chromium; there may be none
-        figure.show("plotly_mimetype+notebook_connected")
+        bundle["text/html"] = still.to_html(full_html=False, include_plotlyjs="cdn")
+    else:
+        small = io.BytesIO()
+        image.save(small, "png", optimize=True)
+        bundle["image/png"] = base64.b64encode(small.getvalue()).decode("ascii")
+    display(bundle, raw=True)
 
 
 def subject(histories: Sequence[History]) -> str:
@@ -273,6 +289,7 @@ def _finished(figure, title: str, height: int = 460):
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#767676", "size": 13},
         legend={"itemwidth": 40},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#767676", "activecolor": BLUE},
     )
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import html
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pydantic
+from jupyter_client.manager import AsyncKernelManager
 
 from hybrid_lib import data, plots
 from hybrid_lib.experiments import EXPERIMENTS, Experiment, faults
@@ -270,7 +272,7 @@ def execute_notebooks(
         try:
             papermill.execute_notebook(
                 source, executed, {k: v for k, v in given.items() if k in accepted},
-                progress_bar=False, cwd=NOTEBOOKS,
+                progress_bar=False, cwd=NOTEBOOKS, kernel_manager_class=_PrivateKernelManager,
             )  # fmt: skip
         except Exception as error:
             failures.append(f"notebook {source.stem}: {_one_line(error)}")
@@ -286,18 +288,18 @@ def write_report(
 ) -> Path:
     """Write ``out/report.html``: figures and tables of the histories; it needs no network."""
     subject = plots.subject(found)
-    environments = sorted(
-        {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
-    )
+    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
+    sizes = {f"{h.environment['train_images']:,} training images, width {h.experiment.width}, "
+             f"protocol {h.experiment.protocol}" for h in found}  # fmt: skip
     sections = [
         ("Test accuracy", _table(plots.accuracy_table(found)), TABLE_NOTE),
         ("Loss and accuracy (Figure 1)", plots.panels(found), ""),
         ("Time per epoch (Figure 2)", plots.epoch_seconds(found), TIME_NOTE),
-        ("Schedules (Table II)", plots.schedules(_first_seeds(found)), ""),
+        ("Schedules (Table II)", plots.schedules(h.experiment for h in found), ""),
     ]
     body = [f"<h1>Hybrid optimizers on {html.escape(subject)}</h1>",
-            f"<p>{len(found)} runs on {html.escape('; '.join(environments))}; data set checksum "
-            f"{html.escape(found[0].environment['dataset_checksum'])}.</p>"]  # fmt: skip
+            f"<p>ResNet18, {'; '.join(sorted(sizes))}. {len(found)} runs on "
+            f"{html.escape('; '.join(sorted(machines)))}.</p>"]  # fmt: skip
     if failures:
         items = "".join(f"<li>{html.escape(line)}</li>" for line in failures)
         body.append(f"<h2>What failed</h2><ul>{items}</ul>")
@@ -318,6 +320,12 @@ def write_report(
     return report
 
 
+class _PrivateKernelManager(AsyncKernelManager):
+    """Talks to the kernel through files of this user instead of open ports."""
+
+    transport = "tcp" if os.name == "nt" else "ipc"
+
+
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Hybrid optimizers: {title}</title>
 <meta name="viewport" content="width=device-width">
@@ -326,7 +334,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .3em .8em; text-align: right }
-th:first-child, tbody th { text-align: left } tbody tr { border-top: 1px solid #ccc }
+th:first-child, td:first-child { text-align: left } tbody tr { border-top: 1px solid #ccc }
 </style>
 {body}
 </html>
@@ -341,10 +349,6 @@ TIME_NOTE = "The report's ratios come from a T4 or P100 at full width."
 
 def _table(table) -> str:
     return table.reset_index().to_html(index=False, float_format="%.4f", na_rep="–", border=0)
-
-
-def _first_seeds(found: list[History]) -> list[Experiment]:
-    return list({h.experiment.name: h.experiment for h in reversed(found)}.values())[::-1]
 
 
 def seed_list(text: str) -> list[int]:
