@@ -1,4 +1,5 @@
-# make study   trains all eight methods on the embedded digits and writes runs/demo/report.html
+# make study   trains all eight methods, three seeds each, on the embedded digits and writes
+#              runs/demo/report.html; more options: make study STUDY="--only sgd,atmo"
 # make test    lint, and the default tests
 # make lab     opens the notebooks in JupyterLab
 # Each builds .venv on first use, with uv where it is installed, else with python3 -m venv and pip.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 .PHONY: study test lab clean
 
 study: .venv/.lab
-	$(BIN)/hybrid-study --scale demo $(STUDY)
+	$(BIN)/hybrid-study --scale demo --seeds 0-2 $(STUDY)
 
 test: .venv/.test
 	$(BIN)/ruff check .

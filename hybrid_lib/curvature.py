@@ -38,6 +38,7 @@ def hessian_diagonal(
 
     Raises:
         ValueError: for ``n_samples`` below 1 or a loss that is not a scalar.
+        TypeError: if ``params`` is a single tensor.
 
     Reference: Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007.
 
@@ -47,6 +48,8 @@ def hessian_diagonal(
         >>> grads[0], diag[0]
         (tensor([ 3., 12.]), tensor([ 6., 12.]))
     """
+    if isinstance(params, Tensor):
+        raise TypeError("params is a tensor: pass a list of tensors, as in [w]")
     params = list(params)
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples!r}: at least 1")
@@ -54,7 +57,8 @@ def hessian_diagonal(
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
 
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-    diag = [torch.zeros_like(p) for p in params]
+    # Summed in at least float32: in bfloat16 many small terms would be lost.
+    diag = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
     curved = [g for g in grads if g is not None and g.requires_grad]  # the rest has H z = 0
     if curved:
         for sample in range(n_samples):
@@ -66,8 +70,11 @@ def hessian_diagonal(
             )
             for D, z, h in zip(diag, zs, Hz):
                 if h is not None:
-                    D.addcmul_(z, h, value=1 / n_samples)
-    return [None if g is None else g.detach() for g in grads], diag
+                    D.add_(z * h, alpha=1 / n_samples)
+    return (
+        [None if g is None else g.detach() for g in grads],
+        [D.to(p.dtype) for D, p in zip(diag, params)],
+    )
 
 
 def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -18,10 +18,11 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from hybrid_lib import data, hybrid, schedules
+from hybrid_lib import data, hybrid, rules, schedules
 from hybrid_lib.models import ResNet18, resnet18
 
-Optimizer = Literal["sgd", "adam", "atmo", "padam", "padam_sgd", "adahessian", "adasgd"]
+NAMED = ("sgd", "adam", "atmo", "padam", "padam_sgd", "adahessian", "adasgd")
+RULES = {"sgd": rules.SGD, "adam": rules.Adam, "padam": rules.Padam, "adahessian": rules.AdaHessian}
 SCHEDULES = {
     "linear": schedules.Linear,
     "cosine": schedules.Cosine,
@@ -66,7 +67,8 @@ class Experiment:
 
     Attributes:
         name: what the run is called; letters, digits, ``.``, ``_`` and ``-``.
-        optimizer: a function of :mod:`hybrid_lib.hybrid`.
+        optimizer: a function of :mod:`hybrid_lib.hybrid`, or a hybrid of any two rules, as in
+            "adam+adahessian"; the first one then takes the place of the adaptive rule.
         dataset: see :func:`hybrid_lib.data.load`.
         train_limit, test_limit: keep that many images, class-balanced; None: all.
         augment: random shifts and mirror images; the report has none.
@@ -94,7 +96,7 @@ class Experiment:
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-    optimizer: Optimizer
+    optimizer: str
     dataset: str = "cifar10"
     train_limit: Count | None = None
     test_limit: Count | None = None
@@ -137,6 +139,11 @@ class Experiment:
     @model_validator(mode="after")
     def _fits_together(self):
         data.check_name(self.dataset)
+        if self.optimizer not in NAMED and not self._rules:
+            raise ValueError(
+                f"optimizer={self.optimizer!r}: must be one of {', '.join(NAMED)}, or two of "
+                f"{', '.join(RULES)} joined by +"
+            )
         if self.train_limit is not None and self.batch_size > self.train_limit:
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than train_limit={self.train_limit}: "
@@ -160,25 +167,40 @@ class Experiment:
     @property
     def label(self) -> str:
         """The report's name of the method, or ``name`` for experiments of one's own."""
-        return LABELS.get(self.name, self.name)
+        return LABELS.get(self.name, self.name.replace("-", " + "))
 
     @property
     def is_hybrid(self) -> bool:
         """Whether two rules are merged."""
-        return "lambdas" in inspect.signature(getattr(hybrid, self.optimizer)).parameters
+        return bool(self._rules) or self.optimizer in ("atmo", "padam_sgd", "adasgd")
+
+    @property
+    def _rules(self) -> list[type]:
+        """The two rules of a hybrid that has no name."""
+        names = self.optimizer.split("+")
+        return [RULES[n] for n in names] if len(names) == 2 and RULES.keys() >= set(names) else []
 
     def build_optimizer(self, params) -> hybrid.Hybrid:
         """The optimizer for ``params``, with the weights of the first epoch."""
-        make = getattr(hybrid, self.optimizer)
         settings = {f: getattr(self, f) for f in OPTIMIZER_SETTINGS}
         settings = {f: value for f, value in settings.items() if value is not None}
+        for f in sorted(settings.keys() - self.settings()):
+            raise ValueError(f"{f}={settings[f]!r}: {self.optimizer} has no such setting")
+        if self._rules:
+            made = [
+                r(**{f: v for f, v in settings.items() if f in inspect.signature(r).parameters})
+                for r in self._rules
+            ]
+            return hybrid.Hybrid(params, made, self.lr, self.lambdas()(0))
         if self.is_hybrid:
             settings["lambdas"] = self.lambdas()(0)
-        foreign = sorted(settings.keys() - inspect.signature(make).parameters.keys())
-        if foreign:
-            given = ", ".join(f"{f}={settings[f]!r}" for f in foreign)
-            raise ValueError(f"{given}: {self.optimizer} has no such setting")
-        return make(params, lr=self.lr, **settings)
+        return getattr(hybrid, self.optimizer)(params, lr=self.lr, **settings)
+
+    def settings(self) -> set[str]:
+        """Which of the optimizer's settings (momentum, partial, …) this optimizer has."""
+        makers = self._rules or [getattr(hybrid, self.optimizer)]
+        known = set().union(*(inspect.signature(m).parameters for m in makers))
+        return known & set(OPTIMIZER_SETTINGS)
 
     def build_model(self, num_classes: int, in_channels: int) -> ResNet18:
         """The network with this experiment's initial weights; the global generator is untouched."""
@@ -258,7 +280,7 @@ def faults(error: ValidationError) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _row(name: str, optimizer: Optimizer, lr: float, **settings) -> tuple[str, Experiment]:
+def _row(name: str, optimizer: str, lr: float, **settings) -> tuple[str, Experiment]:
     return name, Experiment(name=name, optimizer=optimizer, lr=lr, **settings)
 
 

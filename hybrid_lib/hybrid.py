@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Hybrid(Optimizer):
         >>> optimizer.step()
         >>> w
         Parameter containing:
-        tensor([ 0.4225, -1.1225], requires_grad=True)
+        tensor([ 0.4225, -0.8725], requires_grad=True)
 
         At the first step Adam answers :math:`d = 0.1\,\mathrm{sign}(g)` and
         :math:`\eta = 0.1 / (1 - 0.9) = 1`; SGD answers g and 0.1. The merge moves the first weight
@@ -95,8 +95,9 @@ class Hybrid(Optimizer):
         group = {**self.defaults, **param_group}
         group["rules"], group["lambdas"] = tuple(group["rules"]), tuple(group["lambdas"])
         for r in group["rules"]:
-            if not callable(getattr(r, "propose", None)):
-                raise TypeError(f"rules: {r!r} is not a rule; use those of hybrid_lib.rules")
+            is_rule = hasattr(r, "propose") and hasattr(r, "needs_hessian") and is_dataclass(r)
+            if isinstance(r, type) or not is_rule:
+                raise TypeError(f"rules: {r!r} is not a rule; use those of rules, as in SGD()")
         if not group["lr"] > 0:
             raise ValueError(f"lr={group['lr']!r}: must be a finite number above 0")
         _check_rates(group)
@@ -137,10 +138,11 @@ class Hybrid(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if hess_diag is not None:
-            self._keep(list(hess_diag))
+        fresh = {} if hess_diag is None else self._matched(list(hess_diag))
         for group in self.param_groups:
-            self._check_ready(group)
+            self._check_ready(group, fresh)
+        for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
+            self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is not None:
@@ -153,7 +155,8 @@ class Hybrid(Optimizer):
         state["step"] = t = state.get("step", 0) + 1
         buffers = state.setdefault("rules", [{} for _ in group["rules"]])
 
-        x, g, D = _at_least_float32(w), _at_least_float32(w.grad), state.get("hess_diag")
+        # Under bfloat16 the arithmetic is float32's; otherwise x is w itself.
+        x, g, D = w.to(_state_dtype(w)), w.grad.to(_state_dtype(w)), state.get("hess_diag")
         seen = Seen(x, -g if group["maximize"] else g, D)  # D enters squared: its sign is free
         η, γ = group["lr"], group["decoupled_weight_decay"]
         answers = [r.propose(seen, b, η, t) for r, b in zip(group["rules"], buffers)]
@@ -167,7 +170,8 @@ class Hybrid(Optimizer):
         if x is not w:
             w.copy_(x)
 
-    def _keep(self, hess_diag: list[Tensor | None]) -> None:
+    def _matched(self, hess_diag: list[Tensor | None]) -> dict[Tensor, Tensor]:
+        """The given tensors by parameter, where a rule needs them."""
         params = [p for group in self.param_groups for p in group["params"]]
         if len(hess_diag) != len(params):
             raise ValueError(
@@ -179,14 +183,20 @@ class Hybrid(Optimizer):
                 raise ValueError(
                     f"hess_diag[{i}] has shape {tuple(D.shape)}, its parameter {tuple(p.shape)}"
                 )
-        for group in self.param_groups:
-            needed = any(r.needs_hessian for r in group["rules"])
-            for p in group["params"]:
-                D = hess_diag.pop(0)
-                if needed and D is not None:
-                    self.state[p]["hess_diag"] = _at_least_float32(D.detach())
+            if D is not None and (D.device != p.device or not D.is_floating_point()):
+                raise ValueError(
+                    f"hess_diag[{i}] is {D.dtype} on {D.device}, its parameter {p.dtype} on "
+                    f"{p.device}: the diagonal must be real and on its parameter's device"
+                )
+        needing = {
+            p
+            for group in self.param_groups
+            if any(r.needs_hessian for r in group["rules"])
+            for p in group["params"]
+        }
+        return {p: D for p, D in zip(params, hess_diag) if D is not None and p in needing}
 
-    def _check_ready(self, group: dict) -> None:
+    def _check_ready(self, group: dict, fresh: dict[Tensor, Tensor]) -> None:
         _check_rates(group)
         needs_hessian = any(r.needs_hessian for r in group["rules"])
         for p in group["params"]:
@@ -197,7 +207,13 @@ class Hybrid(Optimizer):
                     f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
                     "use dense gradients (for an embedding: sparse=False)"
                 )
-            if needs_hessian and "hess_diag" not in self.state.get(p, {}):
+            state = self.state.get(p, {})
+            if len(state.get("rules", group["rules"])) != len(group["rules"]):
+                raise RuntimeError(
+                    "rules were added or removed after the first step: their buffers are not "
+                    "there; make a new optimizer, or weigh a rule with 0 until it is wanted"
+                )
+            if needs_hessian and p not in fresh and "hess_diag" not in state:
                 raise RuntimeError(
                     "AdaHessian needs the Hessian diagonal at its first step: "
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
@@ -212,6 +228,7 @@ class Hybrid(Optimizer):
         packed = super().state_dict()
         for group in packed["param_groups"]:
             group["rules"] = [{"rule": type(r).__name__, **asdict(r)} for r in group["rules"]]
+            group.update(_plain(group))
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -235,13 +252,20 @@ class Hybrid(Optimizer):
             )
             saved_groups.append({**saved, "rules": restored, "lambdas": tuple(saved["lambdas"])})
         saved_groups += state_dict["param_groups"][len(saved_groups) :]
-        super().load_state_dict({**state_dict, "param_groups": saved_groups})
-        # torch rounds every buffer to its parameter's dtype; under bfloat16 ours are float32.
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for key, p in zip(keys, params):
+            for name, shape in _shapes(state_dict["state"].get(key, {})):
+                if shape != p.shape:
+                    raise ValueError(
+                        f"the saved state of parameter {key} ({name}) has shape {tuple(shape)}, "
+                        f"the parameter {tuple(p.shape)}"
+                    )
+        super().load_state_dict({**state_dict, "param_groups": saved_groups})
+        # torch rounds every buffer to its parameter's dtype; under bfloat16 ours are float32.
+        for key, p in zip(keys, params):
             if key in state_dict["state"]:
-                self.state[p] = _copied(state_dict["state"][key], p.device)
+                self.state[p] = _copied(state_dict["state"][key], p)
 
 
 def sgd(
@@ -435,15 +459,31 @@ def _check_rates(group: dict) -> None:
         raise ValueError(f"lambdas={tuple(lambdas)!r}: weights must be finite and at least 0")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _state_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
-def _copied(value, device):
+def _copied(value, p: Tensor):
+    """A copy of one parameter's state, on its device and in the dtype its buffers have."""
     if isinstance(value, Tensor):
-        return value.detach().clone().to(device)
+        return value.detach().to(p.device, _state_dtype(p), copy=True)
     if isinstance(value, dict):
-        return {k: _copied(v, device) for k, v in value.items()}
+        return {k: _copied(v, p) for k, v in value.items()}
     if isinstance(value, list):
-        return [_copied(v, device) for v in value]
+        return [_copied(v, p) for v in value]
     return value
+
+
+def _shapes(state: dict):
+    """(name, shape) of every tensor in one parameter's state."""
+    for buffers in [state, *state.get("rules", [])]:
+        yield from ((k, v.shape) for k, v in buffers.items() if isinstance(v, Tensor))
+
+
+def _plain(value):
+    """NumPy's numbers as Python's, which every loader accepts."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(v) for v in value)
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value

@@ -115,7 +115,7 @@ def epoch_seconds(histories: Sequence[History]):
             x=row["train seconds"] + row["test seconds"], y=label, showarrow=False, xanchor="left",
             text="  " + ", ".join(filter(None, notes)),
         )  # fmt: skip
-    figure.update_layout(barmode="stack")
+    figure.update_layout(barmode="stack", legend_traceorder="normal")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     longest = (table["train seconds"] + table["test seconds"]).max()
     figure.update_xaxes(title_text="seconds per epoch (median)", range=[0, longest * 1.45])

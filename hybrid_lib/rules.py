@@ -262,6 +262,8 @@ def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
         return values
     if isinstance(block, int):
         flat = values.flatten()
+        if flat.numel() == 0:
+            return values
         n_blocks = -(-flat.numel() // block)
         padded = F.pad(flat, (0, n_blocks * block - flat.numel())).view(n_blocks, block)
         sizes = torch.full((n_blocks, 1), block, dtype=flat.dtype, device=flat.device)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import html
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -33,7 +34,7 @@ SCALES: dict[str, dict] = {
     # Seconds: does everything run? The numbers mean nothing.
     "toy": {"epochs": 2, "width": 4, "batch_size": 32, "train_limit": 160, "test_limit": 80},
     # Minutes on two CPU cores with the digits, an hour with 32x32 images: does every method learn?
-    "demo": {"epochs": 20, "width": 8, "batch_size": 32},
+    "demo": {"epochs": 12, "width": 8, "batch_size": 32},
     # As in the report: GPU hours.
     "paper": {},
 }
@@ -70,15 +71,12 @@ def plan(
     epochs = changes.pop("epochs", None)
     planned = []
     for name in only:
-        if name not in EXPERIMENTS:
-            raise ValueError(f"optimizer {name!r}: must be {_listed(EXPERIMENTS, name)}")
-        row = EXPERIMENTS[name]
+        experiment = row(name)
         if epochs is not None:
-            # Not scaled() yet: it would accept an impossible number that replace() refuses.
-            dataclasses.replace(row, epochs=epochs)
-            row = row.scaled(int(epochs))
+            # replace() first: it refuses an impossible number that scaled() cannot work with.
+            experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
         for seed in seeds:
-            planned.append(dataclasses.replace(row, dataset=dataset, seed=seed, **changes))
+            planned.append(dataclasses.replace(experiment, dataset=dataset, seed=seed, **changes))
     return planned
 
 
@@ -132,6 +130,44 @@ def asked_one(chosen: SimpleNamespace) -> Experiment:
     fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
     changes = {k: v for k, v in vars(chosen).items() if k in fields and v is not None}
     return plan(chosen.scale, chosen.dataset, [chosen.optimizer], [chosen.seed], **changes)[0]
+
+
+def row(name: str) -> Experiment:
+    """A row of ``EXPERIMENTS``; for "RULE+RULE", any two rules, a hybrid with ATMO's rate.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    if "+" not in name:
+        raise ValueError(f"optimizer={name!r}: must be {_listed(EXPERIMENTS, name)}")
+    return Experiment(name=name.replace("+", "-"), optimizer=name, lr=0.01, epochs=200)
+
+
+def as_python(experiment: Experiment, folder: str | Path) -> str:
+    """Python code that repeats a run exactly."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Experiment)}
+    given = {k: v for k, v in dataclasses.asdict(experiment).items() if v != defaults[k]}
+    settings = "".join(f"    {k}={v!r},\n" for k, v in given.items())
+    return (
+        f"import hybrid_lib as hl\n\nexperiment = hl.Experiment(\n{settings})\n"
+        f"history = hl.run(experiment, {str(folder)!r})\n"
+    )
+
+
+def as_papermill(experiment: Experiment, folder: str | Path) -> str:
+    """A shell command that repeats a run exactly, through the notebook ``10_train_one``."""
+    name = experiment.name if experiment.name in EXPERIMENTS else experiment.optimizer
+    start = dataclasses.asdict(row(name).scaled(experiment.epochs))
+    words = ["papermill", "notebooks/10_train_one.ipynb", f"{experiment.name}.ipynb"]
+    words += ["-p", "scale", "paper", "-p", "optimizer", name, "-p", "dataset", experiment.dataset]
+    words += ["-p", "epochs", str(experiment.epochs), "-p", "seed", str(experiment.seed)]
+    for field, value in dataclasses.asdict(experiment).items():
+        if value != start[field] and field not in ("name", "optimizer", "dataset", "seed"):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += ["-p", field, text]
+    return shlex.join([*words, "-p", "out", str(folder)])
 
 
 def collect(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[History]:
@@ -239,7 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     failures += faults_
     report = write_report(out, found, pages, failures)
 
-    print(f"\n{plots.accuracy_table(found).round(4).to_string()}\n")
+    ranking = plots.accuracy_table(found).sort_values("final", ascending=False)
+    print(f"\n{ranking.round(4).to_string(na_rep='-')}\n")
     for failure in failures:
         print(f"failed: {failure}")
     print(f"report: {report}")

@@ -50,6 +50,7 @@ def run(
     *,
     progress: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    on_epoch: Callable[[History], None] = lambda history: None,
 ) -> History:
     """Train an experiment, go on with it, or return what is already complete.
 
@@ -61,6 +62,8 @@ def run(
         device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
         progress: show a bar in a terminal, elsewhere print a line per epoch.
         should_stop: asked before every step; True ends the call with status "stopped".
+        on_epoch: called with the history so far, once it is on disk: at the start of the call
+            (with the rows of a checkpoint, if any) and after every epoch.
 
     Returns:
         The history. Its status is "complete", "stopped", or "diverged" if a loss was not finite:
@@ -81,11 +84,11 @@ def run(
     dataset = loaded(experiment, device)
     device = dataset.train_images.device
     if folder is None:
-        return _run(experiment, dataset, device, None, progress, should_stop)
+        return _run(experiment, dataset, device, None, progress, should_stop, on_epoch)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
-            return _run(experiment, dataset, device, folder, progress, should_stop)
+            return _run(experiment, dataset, device, folder, progress, should_stop, on_epoch)
     except filelock.Timeout:
         raise RuntimeError(f"{folder}: another process is training there; wait for it") from None
 
@@ -253,7 +256,7 @@ def loaded(experiment: Experiment, device: str | torch.device | None = None) -> 
     return dataset.to(device)
 
 
-def _run(experiment, dataset, device, folder, progress, should_stop) -> History:
+def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch) -> History:
     history = History(experiment, environment=_environment(dataset, device))
     show = _Progress(experiment, progress)
     try:
@@ -262,6 +265,7 @@ def _run(experiment, dataset, device, folder, progress, should_stop) -> History:
             if rows and folder is not None:
                 history.save(folder)
             show(rows)
+            on_epoch(history)
         history.status = "complete"
     except Diverged as reason:
         history.status, history.note = "diverged", str(reason)

@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "adasgd": lambda params, **kw: hybrid.adasgd(params, spatial_average=4, **kw),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+unhurried = settings(deadline=None)  # a busy machine is no fault
 quick = settings(max_examples=30, deadline=None)
 
 
@@ -283,6 +284,21 @@ def test_gradients_and_hessian_diagonals_are_only_read(name):
         given = copy.deepcopy(([p.grad for p in params], diag))
         optimizer.step(hess_diag=diag)
         assert same(([p.grad for p in params], diag), given)
+
+
+@every_optimizer
+def test_gradients_may_live_in_the_same_memory_for_ever(name):
+    """As with zero_grad(set_to_none=False): no buffer may be the gradient itself."""
+    params = parameters()
+    optimizer = OPTIMIZERS[name](params, weight_decay=0.0)
+    twin = OPTIMIZERS[name](parameters(), weight_decay=0.0)
+    memory = [torch.empty_like(p) for p in params]
+    for step in range(3):
+        diag = observe(params, step)
+        for p, grad in zip(params, memory):
+            p.grad = grad.copy_(p.grad)
+        optimizer.step(hess_diag=diag)
+    assert same(weights(optimizer), weights(train(twin, range(3))))
 
 
 # --- The report's constructors. ---
@@ -625,6 +641,7 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize(("rule", "field"), ALLOWED, ids=lambda v: getattr(v, "__name__", v))
+@unhurried
 @given(value=any_float)
 def test_a_rule_takes_exactly_the_values_of_its_range(rule, field, value):
     if ALLOWED[rule, field](value):
@@ -635,6 +652,7 @@ def test_a_rule_takes_exactly_the_values_of_its_range(rule, field, value):
 
 
 @pytest.mark.parametrize("rule", [Adam, Padam, AdaHessian])
+@unhurried
 @given(betas=st.tuples(any_float, any_float))
 def test_betas_lie_in_0_to_1(rule, betas):
     if all(0 <= beta < 1 for beta in betas):
@@ -671,6 +689,7 @@ def test_rules_are_values():
         Adam().eps = 1.0
 
 
+@unhurried
 @given(lr=any_float, lambdas=st.lists(any_float, max_size=3), decay=any_float)
 def test_impossible_rates_are_refused_at_construction_and_at_the_step(lr, lambdas, decay):
     fine = (

@@ -11,7 +11,7 @@ import pickle
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_lib import schedules
@@ -25,6 +25,8 @@ from hybrid_lib.schedules import (
     Step,
     released,
 )
+
+unhurried = settings(deadline=None)  # a busy machine is no fault
 
 RAMPS = [Linear, Cosine, Step, Exponential, Sigmoid]
 EXAMPLES = [ramp((1, 0), (0.25, 0.75), 10) for ramp in RAMPS] + [
@@ -46,6 +48,7 @@ def ramps(draw):
     return kind(draw(pairs), draw(pairs), draw(horizons), **extra)
 
 
+@unhurried
 @given(ramps(), st.integers(0, 1000))
 def test_a_ramp_starts_at_its_start_and_stays_at_its_end(ramp, later):
     assert ramp(0) == ramp.start
@@ -53,6 +56,7 @@ def test_a_ramp_starts_at_its_start_and_stays_at_its_end(ramp, later):
     assert ramp(ramp.epochs + later) == ramp.end
 
 
+@unhurried
 @given(ramps(), st.data())
 def test_a_ramp_goes_straight_to_its_end_and_never_back(ramp, data):
     epochs = sorted(data.draw(st.lists(st.integers(0, ramp.epochs), min_size=2, max_size=8)))
@@ -72,6 +76,7 @@ def share_done(ramp, epoch):
     return share
 
 
+@unhurried
 @given(ramps())
 def test_weights_that_sum_to_one_keep_doing_so(ramp):
     ramp = dataclasses.replace(ramp, start=(0.9, 0.1), end=(0.2, 0.8))
@@ -106,6 +111,7 @@ def test_any_number_of_weights():
     assert Constant([1])(0) == (1.0,)
 
 
+@unhurried
 @given(pairs, st.integers(0, 10**6))
 def test_constant_is_constant(pair, epoch):
     assert Constant(pair)(epoch) == pair
@@ -131,6 +137,7 @@ def test_lists_and_integers_are_the_same_value():
     assert Linear(epochs=10) != Cosine(epochs=10)
 
 
+@unhurried
 @given(st.lists(st.integers(1, 50), max_size=4), st.integers(0, 300))
 def test_a_sequence_hands_over_where_it_says(lengths, epoch):
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -188,6 +195,7 @@ def test_starts_that_do_not_fit_are_named(n_schedules, starts):
         Sequence((Constant((1, 0)),) * n_schedules, starts)
 
 
+@unhurried
 @given(horizons, pairs, pairs, pairs, st.integers(1, 600))
 def test_released_is_one_epoch_of_its_own_and_then_the_ramp(epochs, start, end, first, epoch):
     schedule = released(start, end, epochs, first)
