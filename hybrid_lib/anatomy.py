@@ -7,8 +7,10 @@ what they answer, and the optimizer moves the weights as always.
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 
 from hybrid_lib import data, plots
 from hybrid_lib.curvature import hessian_diagonal, rademacher
+from hybrid_lib.experiments import LABELS, Experiment
 from hybrid_lib.hybrid import Hybrid
-from hybrid_lib.models import resnet18
 
 
 @dataclass
@@ -44,19 +46,18 @@ class Recorded:
         return d, η
 
 
-def record(optimizer: Hybrid) -> list[Recorded]:
-    """Let the rules of an optimizer with one parameter group note their answers.
+def record(group: dict) -> list[Recorded]:
+    """Let the rules of a parameter group note their answers, from the next step on.
 
     >>> from hybrid_lib import atmo
     >>> w = torch.tensor([1.0])
     >>> optimizer = atmo([w], lr=0.1, weight_decay=0.0)
-    >>> adam, sgd = record(optimizer)
+    >>> adam, sgd = record(optimizer.param_groups[0])
     >>> w.grad = torch.tensor([4.0])
     >>> optimizer.step()
     >>> [(round(d.item(), 3), round(eta, 3)) for d, eta in adam.answers + sgd.answers]
     [(0.1, 1.0), (4.0, 0.1)]
     """
-    (group,) = optimizer.param_groups
     group["rules"] = tuple(Recorded(r) for r in group["rules"])
     return list(group["rules"])
 
@@ -73,10 +74,10 @@ def step_sizes(make_optimizer: Callable[[list[Tensor]], Hybrid], steps: int) -> 
     w = torch.zeros(1)
     w.grad = torch.ones(1)
     optimizer = make_optimizer([w])
-    recorded = record(optimizer)
+    (group,) = optimizer.param_groups
+    recorded = record(group)
     for _ in range(steps):
         optimizer.step(hess_diag=[torch.ones(1)])
-    (group,) = optimizer.param_groups
     answers = zip(*(r.answers for r in recorded))
     return [
         sum(λ * η for λ, (_, η) in zip(group["lambdas"], of_rules)) / group["lr"]
@@ -91,11 +92,11 @@ def logistic_regression() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
-def small_resnet() -> nn.Module:
-    """ResNet18 at width 4, for the digits: 44 thousand parameters."""
+def perceptron() -> nn.Module:
+    """One hidden layer of 64 units: 4,810 parameters, and no convexity any more."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return resnet18(num_classes=10, in_channels=1, width=4)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def digit_batch(step: int, size: int = 64) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,8 @@ def dissected(
     """
     params = list(model.parameters())
     optimizer = make_optimizer(params)
-    recorded, rows, probes = record(optimizer), [], torch.Generator().manual_seed(0)
+    (group,) = optimizer.param_groups
+    recorded, rows, probes = record(group), [], torch.Generator().manual_seed(0)
     for step in range(steps):
         x, y = digit_batch(step)
         loss = F.cross_entropy(model(x), y)
@@ -129,7 +131,7 @@ def dissected(
             p.grad = g
         optimizer.step(hess_diag=hess_diag)
 
-        λ = optimizer.param_groups[0]["lambdas"]
+        λ = group["lambdas"]
         d = [torch.cat([part.flatten() for part, _ in r.answers]) for r in recorded]
         η = [r.answers[0][1] for r in recorded]
         for r in recorded:
@@ -160,7 +162,7 @@ def probe_cosines(model: nn.Module, n_probes: int = 64) -> dict[int, float]:
         _, diag = hessian_diagonal(F.cross_entropy(model(x), y), params, 1, generator)
         diagonals.append(torch.cat([D.flatten() for D in diag]))
     estimates, cosines, size = torch.stack(diagonals), {}, 1
-    while len(estimates) >= 2:
+    while len(estimates) >= 8:  # fewer pairs than four are an anecdote
         cosine = F.cosine_similarity(estimates[0::2], estimates[1::2], dim=1)
         cosines[size] = cosine.mean().item()
         estimates, size = (estimates[0::2] + estimates[1::2]) / 2, 2 * size
@@ -199,24 +201,98 @@ def what_v_tracks(model: nn.Module, n_probes: int = 200) -> pd.DataFrame:
     )
 
 
-def lines(series: dict[str, pd.Series], title: str, x: str, y: str, names: dict | None = None):
+def lines(
+    series: dict[str, pd.Series], title: str, x: str, y: str, shape: str = "linear"
+) -> go.Figure:
     """A figure with one line per series over its index.
 
     Args:
-        series: by name; names of methods have their colour and dash.
-        title, x, y: of the figure and its axes. The title names the data set, if there is one.
-        names: what the legend calls the series, where it is not their name.
+        series: by name; methods of the report have their own colour, dash and label.
+        title, x, y: of the figure and its axes; the title names the data set, if there is one.
+        shape: "linear", or "hv" for values that hold until the next.
     """
-    figure, spare = go.Figure(), iter(zip(SPARE, ("solid", "dash", "dot", "dashdot", "longdash")))
+    figure, spare = go.Figure(), iter(SPARE)
     for name, values in series.items():
         colour, dash = plots.STYLES.get(name) or next(spare)
         figure.add_scatter(
-            x=values.index, y=values, mode="lines", name=(names or {}).get(name, name),
-            line={"color": colour, "dash": dash, "width": 2},
+            x=values.index, y=values, mode="lines", name=LABELS.get(name, name),
+            line={"color": colour, "dash": dash, "width": 2, "shape": shape},
         )  # fmt: skip
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(title_text=y)
-    return plots._finished(figure, title)
+    return plots.finished(figure, title).update_layout(legend_itemwidth=60)
 
 
-SPARE = (plots.GREEN, plots.BLUE, plots.VERMILLION, plots.PURPLE, "#808080")
+def weights_of_sgd(schedules: dict, epochs: int, title: str) -> go.Figure:
+    """A line per schedule: λ of SGD in every epoch, counted from 1."""
+    index = pd.RangeIndex(1, epochs + 1)
+    series = {
+        name: pd.Series([schedule(epoch - 1)[1] for epoch in index], index)
+        for name, schedule in schedules.items()
+    }
+    return lines(series, title, "epoch", "λ of SGD", shape="hv")
+
+
+def directions(experiment: Experiment) -> dict[str, Experiment]:
+    """A hybrid's experiment three times, with nothing but the weights changed.
+
+    Raises:
+        ValueError: for a method of one rule.
+
+    >>> from hybrid_lib import EXPERIMENTS
+    >>> released = directions(EXPERIMENTS["atmo"])["as released"]
+    >>> [round(released.lambdas()(epoch)[1], 2) for epoch in (0, 1, 349, 350)]
+    [0.0, 1.0, 0.0, 0.0]
+    """
+    dynamic = {"lambda_schedule": "linear", "lambda_start": (1, 0), "lambda_end": (0, 1)}
+    changes = {
+        "constant": {"lambda_schedule": "constant", "lambda_start": (0.5, 0.5)},
+        "as the report says": {**dynamic, "lambda_direction": "report"},
+        "as released": {**dynamic, "lambda_direction": "released"},
+    }
+    name = experiment.name
+    return {
+        label: replace(experiment, name=f"{name}-{label.split()[-1]}", **settings)
+        for label, settings in changes.items()
+    }
+
+
+def curvatures(table: pd.DataFrame, title: str) -> go.Figure:
+    """What AdaHessian's second moment tracks, against the diagonal and against the row's norm."""
+    figure = go.Figure()
+    for column, colour, symbol, label in (
+        ("diagonal", plots.VERMILLION, "x-thin", "diagonal of the Hessian, |Hᵢᵢ|"),
+        ("row", plots.BLUE, "circle-open", "norm of the Hessian's row"),
+    ):
+        figure.add_scatter(
+            x=table[column], y=table["tracked"], mode="markers", name=label,
+            marker={"color": colour, "symbol": symbol, "size": 6, "line_width": 1.2,
+                    "line_color": colour},
+        )  # fmt: skip
+    ends = [table["diagonal"].min(), table["tracked"].max()]
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", name="equal", line={"color": "#808080", "dash": "dash"}
+    )
+    figure.update_xaxes(title_text="exact curvature", type="log", dtick=1)
+    figure.update_yaxes(title_text="what v tracks: √E[D²]", type="log", dtick=1)
+    return plots.finished(figure, title)
+
+
+def source(*functions: Callable):
+    """The code of functions, for a notebook to show; without docstrings."""
+    from IPython.display import Markdown  # imported where used: only notebooks have it
+
+    code = []
+    for function in functions:
+        text = textwrap.dedent(inspect.getsource(function))
+        if function.__doc__:
+            head, _, body = text.partition('"""')
+            text = head.rstrip() + "\n" + body.partition('"""')[2].lstrip("\n")
+        code.append(f"# {function.__qualname__}\n{text.rstrip()}")
+    return Markdown("```python\n" + "\n\n".join(code) + "\n```")
+
+
+SPARE = (
+    (plots.GREEN, "solid"), (plots.BLUE, "dash"), (plots.VERMILLION, "dot"),
+    (plots.PURPLE, "dashdot"), ("#808080", "solid"), (plots.BLUE, "longdash"),
+)  # fmt: skip

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -111,48 +110,53 @@ def paths(
     >>> ravine = SURFACES["ravine"]
     >>> way = paths(ravine, {"adam": method("adam", lr=0.1)}, steps=100)["adam"]
     >>> way.points.shape, way.settled()
-    ((101, 2), 69)
+    ((101, 2), 63)
     """
     if steps < 1:
         raise ValueError(f"steps={steps!r}: must be at least 1")
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise={noise!r}: must be a finite number, at least 0")
-    here = torch.tensor([surface.start] * len(optimizers), dtype=torch.float64)  # a row each
-    weights = [here[i] for i in range(len(here))]
-    walkers = [make([w]) for make, w in zip(optimizers.values(), weights)]
-    recorded = [record(walker) for walker in walkers]
+    names = list(optimizers)
+    here = torch.tensor([surface.start] * len(names), dtype=torch.float64)  # a row each
+    gradients, draws = torch.zeros_like(here), torch.Generator().manual_seed(seed)
+    draws = noise * torch.randn(steps, 2, generator=draws, dtype=torch.float64)
+    groups = []
+    for make, w, g in zip(optimizers.values(), here, gradients):
+        w.grad = g
+        groups += make([w]).param_groups
+    # All in one optimizer, a parameter group each: one call moves them.
+    crowd = hybrid.Hybrid(groups, groups[0]["rules"], groups[0]["lr"])
+    recorded = [record(group) for group in crowd.param_groups]
+    if not isinstance(lambdas, Mapping):
+        lambdas = dict.fromkeys(names, lambdas)
     timetables = [
-        (lambdas.get(name) if isinstance(lambdas, Mapping) else lambdas)
-        if len(rules) == 2
-        else None
-        for name, rules in zip(optimizers, recorded)
+        lambdas.get(name) if len(rules) == 2 else None for name, rules in zip(names, recorded)
     ]
-    draws = torch.randn(steps, 2, generator=torch.Generator().manual_seed(seed)).double() * noise
 
-    points, in_force = [here.clone()], [[] for _ in walkers]
-    for step in range(steps):
-        with np.errstate(all="ignore"):  # a path that has left the map may overflow
-            gradients, hess_diags = map(torch.from_numpy, surface.slopes(here.numpy()))
-        gradients = gradients + draws[step]
-        for i, walker in enumerate(walkers):
-            (group,) = walker.param_groups
-            if timetables[i] is not None:
-                group["lambdas"] = timetables[i](step)
-            in_force[i].append(group["lambdas"])
-            weights[i].grad = gradients[i]
-            walker.step(hess_diag=[hess_diags[i]] if walker.needs_hessian else None)
-        points.append(here.clone())
+    points, in_force = [here.clone()], []
+    with np.errstate(all="ignore"):  # a path that has left the map may overflow
+        for step in range(steps):
+            slopes, hess_diag = map(torch.from_numpy, surface.slopes(here.numpy()))
+            torch.add(slopes, draws[step], out=gradients)
+            for group, timetable in zip(crowd.param_groups, timetables):
+                if timetable is not None:
+                    group["lambdas"] = timetable(step)
+            in_force.append([group["lambdas"] for group in crowd.param_groups])
+            crowd.step(hess_diag=hess_diag)
+            points.append(here.clone())
 
     points = torch.stack(points)
     losses = surface(points).numpy()
     return {
-        name: _path(surface, walkers[i], points[:, i].numpy(), losses[:, i], recorded[i],
-                    in_force[i])
-        for i, name in enumerate(optimizers)
+        name: _path(
+            surface, points[:, i].numpy(), losses[:, i], recorded[i],
+            [weights[i] for weights in in_force], crowd.param_groups[i]["lr"],
+        )
+        for i, name in enumerate(names)
     }  # fmt: skip
 
 
-def _path(surface, walker, points, losses, recorded, lambdas) -> Path:
+def _path(surface, points, losses, recorded, lambdas, lr) -> Path:
     answers = [r.answers for r in recorded]
     directions = torch.stack([torch.stack([d for d, _ in of_rule]) for of_rule in answers], 1)
     step_sizes = np.array([[η for _, η in of_rule] for of_rule in answers]).T
@@ -160,11 +164,7 @@ def _path(surface, walker, points, losses, recorded, lambdas) -> Path:
     away = np.abs(points - [(x0 + x1) / 2, (y0 + y1) / 2]) / [x1 - x0, y1 - y0]
     (outside,) = np.nonzero(~(away < FAR).all(axis=1))  # nan is outside
     left = int(outside[0]) if len(outside) else None
-    (group,) = walker.param_groups
-    return Path(
-        points, losses, directions.numpy(), step_sizes, np.array(lambdas), group["lr"], left
-    )
-
+    return Path(points, losses, directions.numpy(), step_sizes, np.array(lambdas), lr, left)
 
 
 @dataclass(frozen=True)
@@ -315,8 +315,9 @@ class Picture:
         self.traces = {}
         self._axes()
         self._add(
-            "map", go.Contour, colorscale=[[0, VEIL], [1, VEIL]], showscale=False, hoverinfo="skip", ncontours=20,
-            line={"color": "rgba(128,128,128,0.35)", "width": 0.7}, showlegend=False,
+            "map", go.Contour, colorscale=[[0, VEIL], [1, VEIL]], showscale=False, ncontours=20,
+            hoverinfo="skip", line={"color": "rgba(128,128,128,0.35)", "width": 0.7},
+            showlegend=False,
         )  # fmt: skip
         for name, symbol in (("start", "circle-open"), ("minimum", "star")):
             marker = {"symbol": symbol, "size": 12, "color": GREY, "line": {"width": 2}}
@@ -361,7 +362,7 @@ class Picture:
 
     def _axes(self) -> None:
         figure = self.figure
-        plots._finished(figure, "", height=540)
+        plots.finished(figure, "", height=540)
         figure.update_layout(
             margin={"l": 50, "r": 15, "t": 80, "b": 85}, title_y=0.98,
             legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom", "itemwidth": 40},
@@ -443,6 +444,31 @@ def _small(values) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)
 
 
+def describe(path: Path, name: str, step: int) -> str:
+    """The arrows of one step in words.
+
+    >>> way = Setup(methods="atmo").paths()["atmo"]
+    >>> describe(way, "atmo", 0)[:58]
+    "ATMO, step 0: Adam's direction is 0.141 long, SGD's 6.27 ("
+    """
+    label = LABELS[name]
+    if step >= (path.left or len(path.directions)):
+        return f"{label} has left the map before step {step}."
+    d, size = path.directions[step], path.merged_step_sizes[step] / path.lr
+    lengths = np.linalg.norm(d, axis=1)
+    ending = f"the step goes {size:.3g} η times as far."
+    if name not in ADAPTIVE:
+        return f"{label}, step {step}: the direction is {lengths[0]:.3g} long; {ending}"
+    cosine = float(np.clip(d[0] @ d[1] / max(lengths.prod(), 1e-300), -1, 1))
+    weights = " and ".join(f"{λ:.2g}" for λ in path.lambdas[step])
+    merged = np.linalg.norm(path.merged[step])
+    return (
+        f"{label}, step {step}: {ADAPTIVE[name]}'s direction is {lengths[0]:.3g} long, SGD's "
+        f"{lengths[1]:.3g} ({math.degrees(math.acos(cosine)):.0f}° apart). Weighted by {weights} "
+        f"and summed they are {merged:.3g} long; {ending}"
+    )
+
+
 def playground(setup: Setup | None = None):
     """The playground as a notebook shows it; without a front end, a picture and a table.
 
@@ -453,7 +479,7 @@ def playground(setup: Setup | None = None):
         The widget to show, or None where nobody could move it.
     """
     setup = setup or Setup()
-    if not _watched():
+    if not plots.watched():
         from IPython.display import display  # there is a notebook, so there is IPython
 
         plots.show(draw(setup, _first_hybrid(setup), step=10))
@@ -473,64 +499,159 @@ class Playground:
 
     Attributes:
         box: what a notebook shows.
-        controls: the widget of each field of :class:`Setup`; ``methods`` has one per method, by
-            name. Beyond the fields: ``arrows_of`` and ``step``.
-        messages: what is wrong, beside the control where it is wrong.
-        figure: the plotly widget.
-        status: the table.
+        controls: the widget of each field of :class:`Setup` (``methods``: one per method, by
+            name), and of ``arrows_of`` and ``step``.
+        messages: what is wrong, beside the control where it is wrong; by field.
+        picture: the figure.
+        status: the words below it.
     """
 
     def __init__(self, setup: Setup):
-        import ipywidgets as widgets  # imported where used: training needs no widgets
+        import ipywidgets  # imported where used: training needs no widgets
 
-        self._widgets, self._known, self._held = widgets, {}, False
-        self.picture = Picture(go.FigureWidget)
-        self.figure = self.picture.figure
-        self.status = widgets.HTML()
-        self.controls = self._make_controls(setup)
-        self.messages = {name: widgets.HTML() for name in ("methods", "lr", "sgd_weight", "seed")}
+        self.widgets, self.known, self.held = ipywidgets, {}, False
         self.setup, self.walked = setup, {}
+        self.picture = Picture(go.FigureWidget)
+        self.status = ipywidgets.HTML()
+        self.messages = {name: ipywidgets.HTML() for name in ("methods", "lr", "sgd_weight")}
+        self.controls = self._make_controls()
         self.box = self._arranged()
         self.picture.show_map(SURFACES[setup.surface])
         self._walk()
-
         for name, control in self.controls.items():
-            respond = {"surface": self._on_surface, "step": self._on_step, "arrows_of": self._on_step}
+            answer = self._on_arrows if name in ("arrows_of", "step") else self._on_change
             for widget in control.values() if name == "methods" else [control]:
-                widget.observe(respond.get(name, self._on_change), "value")
+                widget.observe(answer, "value")
 
-    def _make_controls(self, setup: Setup) -> dict:
-        w, layout = self._widgets, {"width": "280px"}
-        style = {"description_width": "110px"}
-        shared = {"style": style, "layout": layout}
-        shapes = ["constant", *SCHEDULES]
+    def _make_controls(self) -> dict:
+        w, setup = self.widgets, self.setup
+        look = {"style": {"description_width": "105px"}, "layout": {"width": "250px"}}
+        surfaces = [(surface.title, key) for key, surface in SURFACES.items()]
+        share = {"min": 0, "max": 1, "step": 0.05, **look}
         return {
             "surface": w.Dropdown(
-                options=[(s.title, key) for key, s in SURFACES.items()], value=setup.surface,
-                description="Surface", **shared,
+                options=surfaces, value=setup.surface, description="Surface", **look
             ),
             "methods": {
-                name: w.Checkbox(name in setup.methods, description=LABELS[name], indent=False)
+                name: w.Checkbox(
+                    name in setup.methods, description=LABELS[name], indent=False,
+                    layout={"width": "120px"},
+                )
                 for name in METHODS
             },
-            "lr": w.FloatText(setup.lr, step=0.001, description="Learning rate η", **shared),
+            "lr": w.FloatText(setup.lr, step=0.001, description="Learning rate η", **look),
             "noise": w.BoundedFloatText(
-                setup.noise, min=0, max=100, step=0.1, description="Noise σ", **shared
+                setup.noise, min=0, max=100, step=0.1, description="Noise σ", **look
             ),
             "seed": w.BoundedIntText(
-                setup.seed, min=0, max=10**6, description="Noise seed", **shared
+                setup.seed, min=0, max=999_999, description="Noise seed", **look
             ),
             "schedule": w.Dropdown(
-                options=shapes, value=setup.schedule, description="Schedule of λ", **shared
+                options=["constant", *SCHEDULES], value=setup.schedule,
+                description="Schedule of λ", **look,
             ),
-            "sgd_weight": w.BoundedFloatText(
-                setup.sgd_weight, min=0, max=1, step=0.05, description="λ of SGD", **shared
-            ),
+            "sgd_weight": w.BoundedFloatText(setup.sgd_weight, description="λ of SGD", **share),
             "sgd_weight_end": w.BoundedFloatText(
-                setup.sgd_weight_end, min=0, max=1, step=0.05, description="… at the end", **shared
+                setup.sgd_weight_end, description="λ at the end", **share
             ),
-            "arrows_of": w.Dropdown(options=[("none", "")], description="Arrows of", **shared),
-            "step": w.BoundedIntText(
-                10, min=0, max=STEPS - 1, description="at step", style=style, layout=layout
-            ),
+            "arrows_of": w.Dropdown(description="Arrows of", **look),
+            "step": w.BoundedIntText(10, min=0, max=STEPS - 1, description="Step", **look),
         }  # fmt: skip
+
+    def _arranged(self):
+        w, c = self.widgets, self.controls
+        slide = {"min": 0, "max": 1, "step": 0.01}
+        lr = _with_slider(c["lr"], w.FloatLogSlider(min=-4, max=0, step=0.05, readout=False))
+        start = _with_slider(c["sgd_weight"], w.FloatSlider(**slide, readout=False))
+        end = _with_slider(c["sgd_weight_end"], w.FloatSlider(**slide, readout=False))
+        step = _with_slider(c["step"], w.IntSlider(min=0, max=STEPS - 1, readout=False))
+        methods = w.Box(list(c["methods"].values()), layout={"flex_flow": "row wrap"})
+
+        def column(title, *children):
+            head = w.HTML(f"<b>{title}</b>")
+            return w.VBox([head, *children], layout={"width": "285px", "margin": "0 20px 8px 0"})
+
+        says = self.messages
+        top = w.Box(
+            [
+                column("Landscape", c["surface"], *lr, says["lr"], c["noise"], c["seed"]),
+                column("Methods", methods, says["methods"]),
+                column("Weights", c["schedule"], *start, *end, says["sgd_weight"]),
+            ],
+            layout={"flex_flow": "row wrap"},
+        )
+        below = w.Box([c["arrows_of"], *step], layout={"flex_flow": "row wrap"})
+        return w.VBox([top, self.picture.figure, below, self.status])
+
+    def _on_change(self, change) -> None:
+        if self.held:
+            return
+        c = self.controls
+        if change["owner"] is c["surface"]:
+            self.held = True  # one answer to the two changes
+            c["lr"].value = SURFACES[c["surface"].value].lr
+            self.held = False
+        values = {f.name: c[f.name].value for f in fields(Setup) if f.name != "methods"}
+        values["methods"] = tuple(name for name in METHODS if c["methods"][name].value)
+        faults = Setup.faults(**values)
+        if not set(values["methods"]) & set(ADAPTIVE):
+            faults.setdefault("sgd_weight", "no hybrid is chosen: λ has nothing to weigh")
+        for field, message in self.messages.items():
+            message.value = _ALERT.format(faults[field]) if field in faults else ""
+        if not faults.keys() & {"methods", "lr"}:
+            before, self.setup = self.setup, Setup(**values)
+            with self.picture.figure.batch_update():
+                if self.setup.surface != before.surface:
+                    self.picture.show_map(SURFACES[self.setup.surface])
+                self._walk()
+
+    def _on_arrows(self, change) -> None:
+        if not self.held:
+            with self.picture.figure.batch_update():
+                self._point()
+
+    def _walk(self) -> None:
+        self.walked = self.setup.paths(self.known)
+        self.picture.show_paths(self.setup, self.walked)
+        c = self.controls
+        c["sgd_weight_end"].disabled = self.setup.schedule == "constant"
+        wished = c["arrows_of"].value
+        self.held = True  # new options change the value on their way
+        c["arrows_of"].options = [(LABELS[name], name) for name in self.walked]
+        c["arrows_of"].value = wished if wished in self.walked else _first_hybrid(self.setup)
+        self.held = False
+        self._point()
+
+    def _point(self) -> None:
+        name, step = self.controls["arrows_of"].value, self.controls["step"].value
+        self.picture.show_arrows(self.setup, self.walked[name], name, step)
+        table = summary(self.walked).reset_index().to_html(index=False, border=0)
+        words = describe(self.walked[name], name, step)
+        self.status.value = f'<div role="status"><p>{words}</p>{table}</div>'
+
+
+_ALERT = '<span role="alert" style="color:#D55E00">{}</span>'
+
+
+def _with_slider(text, slider) -> tuple:
+    """A number with a label to type into, and a slider that moves it and moves with it."""
+
+    def to_text(change):
+        text.value = float(f"{change['new']:.3g}")
+
+    def to_slider(change):
+        slider.value = min(max(change["new"], slider_low), slider_high)
+
+    slider_low, slider_high = slider.min, slider.max
+    if hasattr(slider, "base"):  # of a logarithmic slider: its ends are exponents
+        slider_low, slider_high = slider.base**slider_low, slider.base**slider_high
+    slider.value = text.value
+    slider.observe(to_text, "value")
+    text.observe(to_slider, "value")
+    return text, slider
+
+
+def _first_hybrid(setup: Setup) -> str:
+    """The first hybrid that is shown, else the first method."""
+    shown = [name for name in METHODS if name in setup.methods]
+    return next((name for name in shown if name in ADAPTIVE), shown[0])

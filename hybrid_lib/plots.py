@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -71,7 +71,7 @@ def curves(histories: Sequence[History], column: str = "test_accuracy", title: s
         _add_lines(figure, name, group, column)
     _epoch_axis(figure, histories)
     figure.update_yaxes(title_text=AXES.get(column, column))
-    return _finished(figure, f"{title or AXES.get(column, column)}, {subject(histories)}")
+    return finished(figure, f"{title or AXES.get(column, column)}, {subject(histories)}")
 
 
 def panels(histories: Sequence[History]):
@@ -86,7 +86,7 @@ def panels(histories: Sequence[History]):
         if column.endswith("loss"):
             figure.update_yaxes(type="log", nticks=6, row=row, col=col)
     _epoch_axis(figure, histories, row=2)
-    return _finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)
+    return finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)
 
 
 def epoch_seconds(histories: Sequence[History]):
@@ -120,7 +120,30 @@ def epoch_seconds(histories: Sequence[History]):
     longest = (table["train seconds"] + table["test seconds"]).max()
     figure.update_xaxes(title_text="seconds per epoch (median)", range=[0, longest * 1.45])
     device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
-    return _finished(figure, f"Time per epoch on {device}, {subject(histories)}")
+    return finished(figure, f"Time per epoch on {device}, {subject(histories)}")
+
+
+def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
+    """Stacked bars of what :func:`hybrid_lib.train.step_seconds` measured, one per method.
+
+    Args:
+        seconds: by experiment name, then by part.
+        subject: data set and machine, for the title.
+    """
+    figure = go.Figure()
+    labels = [LABELS.get(name, name) for name in seconds]
+    looks = {"gradient": (BLUE, ""), "Hessian": (VERMILLION, "/"), "step": (GREEN, "x"),
+             "evaluation": (PURPLE, ".")}  # fmt: skip
+    for part, (colour, pattern) in looks.items():
+        figure.add_bar(
+            x=[1000 * parts[part] for parts in seconds.values()], y=labels, name=part,
+            orientation="h", marker_color=colour, marker_pattern_shape=pattern,
+            hovertemplate="%{y}: %{x:.3g} ms<extra>" + part + "</extra>",
+        )  # fmt: skip
+    figure.update_layout(barmode="stack", legend_traceorder="normal")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(title_text="milliseconds per step (median)")
+    return finished(figure, f"Where a step's time goes, {subject}")
 
 
 def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
@@ -152,7 +175,7 @@ def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
     figure.update_xaxes(nticks=4)
     figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
-    return _finished(figure, title, height=430).update_layout(margin_t=90)
+    return finished(figure, title, height=430).update_layout(margin_t=90)
 
 
 def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
@@ -200,13 +223,10 @@ def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
 
 def show(figure) -> None:
     """Show a figure in a notebook; without a front end, also as an image for static readers."""
-    from IPython import get_ipython  # imported where used: figures exist outside notebooks too
-    from IPython.display import display
+    from IPython.display import display  # imported where used: figures exist outside notebooks
     from PIL import Image
 
-    shell = get_ipython()
-    watched = shell is not None and getattr(shell.kernel, "_allow_stdin", True)
-    if watched:
+    if watched():
         figure.show()
         return
     still = go.Figure(figure).update_layout(width=900)
@@ -220,6 +240,14 @@ def show(figure) -> None:
         image.save(small, "png", optimize=True)
         bundle["image/png"] = base64.b64encode(small.getvalue()).decode("ascii")
     display(bundle, raw=True)
+
+
+def watched() -> bool:
+    """Whether a person may be looking: false under papermill and nbconvert, and without IPython."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    return shell is not None and getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
 
 
 def subject(histories: Sequence[History]) -> str:
@@ -280,7 +308,8 @@ def _epoch_axis(figure, histories: Sequence[History], **where) -> None:
     figure.update_xaxes(dtick=1 if longest <= 12 else None)  # no ticks at fractions of an epoch
 
 
-def _finished(figure, title: str, height: int = 460):
+def finished(figure, title: str, height: int = 460):
+    """The house style: a title, margins, colours that work on light and on dark pages."""
     figure.update_layout(
         title={"text": title, "x": 0, "xref": "paper", "font": {"size": 16}},
         height=height,

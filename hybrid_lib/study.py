@@ -214,7 +214,7 @@ def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
     ]
     values = {name: namespace[name] for name in declared}
     try:
-        values = SimpleNamespace(**dict(pydantic.create_model("Parameters", **declared)(**values)))
+        values = SimpleNamespace(**dict(_model(declared)(**values)))
         check(values)
     except pydantic.ValidationError as error:
         messages += faults(error)
@@ -430,6 +430,12 @@ def _assignments(source: str) -> list[ast.stmt]:
     )
     injected = source.startswith("# Parameters")  # papermill's mark
     return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
+
+
+def _model(declared: dict) -> type[pydantic.BaseModel]:
+    # Papermill turns the text 0 into a number, also where text was declared.
+    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    return pydantic.create_model("Parameters", __config__=config, **declared)
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

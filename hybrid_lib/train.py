@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 import zipfile
@@ -202,6 +203,42 @@ def _test(model: nn.Module, dataset: Data, experiment: Experiment) -> tuple[floa
     if not math.isfinite(loss):
         raise Diverged(f"test loss {loss}")
     return loss, correct.item() / len(images)
+
+
+def step_seconds(experiment: Experiment, device=None, repeats: int = 5) -> dict[str, float]:
+    """Where the time of a training step goes: medians in seconds.
+
+    Returns:
+        "gradient" (forward and backward), "Hessian" (what its diagonal costs beyond the gradient;
+        0 for first-order methods), "step" (the optimizer's own) and "evaluation" (a forward pass
+        on one batch, without gradient).
+    """
+    dataset = loaded(experiment, device)
+    device = dataset.train_images.device
+    model = experiment.build_model(len(dataset.classes), dataset.train_images.shape[1]).to(device)
+    optimizer, params = experiment.build_optimizer(model.parameters()), list(model.parameters())
+    x = _inputs(dataset.train_images[: experiment.batch_size], dataset, experiment)
+    y = dataset.train_labels[: experiment.batch_size]
+    parts: dict[str, list[float]] = {"gradient": [], "Hessian": [], "step": [], "evaluation": []}
+    for _ in range(repeats + 1):
+        t0 = _now(device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        t1 = _now(device)
+        hess_diag = None
+        if optimizer.needs_hessian:
+            loss = F.cross_entropy(model(x), y)
+            hess_diag = hessian_diagonal(loss, params, experiment.hessian_samples)[1]
+        t2 = _now(device)
+        optimizer.step(hess_diag=hess_diag)
+        t3 = _now(device)
+        with torch.no_grad():
+            model(x)
+        t4 = _now(device)
+        both = t2 - t1 if optimizer.needs_hessian else 0.0  # that pass has the gradient in it
+        for name, seconds in zip(parts, (t1 - t0, both - (t1 - t0) * bool(both), t3 - t2, t4 - t3)):
+            parts[name].append(seconds)
+    return {name: statistics.median(s[1:]) for name, s in parts.items()}  # the first warms up
 
 
 def _inputs(images: Tensor, dataset: Data, experiment: Experiment) -> Tensor:
