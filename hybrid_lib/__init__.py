@@ -10,6 +10,11 @@ Experiments: :data:`EXPERIMENTS`, :func:`run`, :class:`History`. Figures are in
 :mod:`hybrid_lib.plots`, whole studies in :mod:`hybrid_lib.study`.
 """
 
+import torch
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    raise ImportError(f"hybrid_lib needs torch 2.6 or newer, here is {torch.__version__}")
+
 from hybrid_lib import rules, schedules
 from hybrid_lib.curvature import hessian_diagonal
 from hybrid_lib.experiments import EXPERIMENTS, Experiment

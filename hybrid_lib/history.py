@@ -116,8 +116,10 @@ def load_all(folder: str | Path) -> list[History]:
     return [History.load(file) for file in sorted(Path(folder).rglob(FILE))]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Replace ``path`` by ``content``: whoever reads it sees the old or the new file, never a part.
+
+    The old file becomes ``keep``, if given, once the new one is safely on disk.
 
     Raises:
         OSError: if the folder cannot be written or the disk is full; the old file is then intact.
@@ -128,6 +130,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -12,7 +12,9 @@ import difflib
 import html
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -239,6 +241,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="default: runs/SCALE, or runs/SCALE-DATASET")
     chosen = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # "±" under an ASCII locale
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in an orderly way
 
     try:
         changes = {} if chosen.epochs is None else {"epochs": chosen.epochs}
@@ -260,6 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
     for experiment in experiments:
         try:
             found.append(run(experiment, run_folder(out, experiment), chosen.device))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 130
         except Exception as error:  # one run that fails leaves the others untouched
             traceback.print_exc()
             failures.append(f"{experiment.name}, seed {experiment.seed}: {_one_line(error)}")

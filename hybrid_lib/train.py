@@ -6,6 +6,7 @@ rows, for those who want to watch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -30,9 +31,9 @@ from hybrid_lib import data
 from hybrid_lib.curvature import hessian_diagonal
 from hybrid_lib.data import Data
 from hybrid_lib.experiments import Experiment
-from hybrid_lib.history import FILE, History, write_atomically
+from hybrid_lib.history import FILE, FORMAT, History, write_atomically
 
-CHECK_EVERY = 32  # steps between two looks at the loss: a look makes the host wait for a GPU
+CHECK_EVERY = 32  # steps between two looks at the loss on a GPU, which each look waits for
 TEST_BATCH = 1000  # in evaluation mode the batch size does not matter, but for memory
 
 
@@ -86,12 +87,8 @@ def run(
     device = dataset.train_images.device
     if folder is None:
         return _run(experiment, dataset, device, None, progress, should_stop, on_epoch)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            return _run(experiment, dataset, device, folder, progress, should_stop, on_epoch)
-    except filelock.Timeout:
-        raise RuntimeError(f"{folder}: another process is training there; wait for it") from None
+    with _only_writer(folder):
+        return _run(experiment, dataset, device, folder, progress, should_stop, on_epoch)
 
 
 def epochs(
@@ -167,7 +164,7 @@ def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[f
             logits = model(_inputs(x, dataset, experiment))
             loss = F.cross_entropy(logits.float(), y)
         losses[step], sizes[step] = loss.detach(), len(y)
-        if step % CHECK_EVERY == 0:
+        if step % (1 if device.type == "cpu" else CHECK_EVERY) == 0:
             _check_finite(losses, optimizer, epoch)
 
         if optimizer.needs_hessian and (epoch * n_steps + step) % experiment.hessian_every == 0:
@@ -293,6 +290,30 @@ def loaded(experiment: Experiment, device: str | torch.device | None = None) -> 
     return dataset.to(device)
 
 
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which a killed process gives back, and explain what the disk says."""
+    owner = folder / ".owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0).acquire()
+    except filelock.Timeout:
+        who = owner.read_text("utf-8") if owner.exists() else "another process"
+        raise RuntimeError(f"{folder}: {who} is training there; wait for it, or stop it") from None
+    except OSError as error:
+        raise RuntimeError(f"{folder}: cannot write there ({error.strerror})") from error
+    with lock:
+        try:
+            who = f"process {os.getpid()} on {platform.node()}"
+            write_atomically(owner, who.encode("utf-8"))
+            yield
+        except OSError as error:
+            raise RuntimeError(
+                f"{folder}: {error.strerror or error}; the epochs that {FILE} lists are safe, "
+                "mend it and run again to go on"
+            ) from error
+
+
 def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch) -> History:
     history = History(experiment, environment=_environment(dataset, device))
     show = _Progress(experiment, progress)
@@ -319,7 +340,8 @@ def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch) -
     finally:
         show.close(history)
         if folder is not None and (history.rows or history.status == "diverged"):
-            history.save(folder)
+            with contextlib.suppress(OSError):  # a full disk has been reported already
+                history.save(folder)
     return history
 
 
@@ -407,17 +429,14 @@ def _keep(folder: Path | None, experiment, model, optimizer, rows) -> None:
         return
     content = io.BytesIO()
     state = {
-        "format": 1,
+        "format": FORMAT,
         "experiment": dataclasses.asdict(experiment),
         "rows": rows,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
     torch.save(state, content)
-    last, prev = folder / "last.pt", folder / "prev.pt"
-    if last.exists():
-        os.replace(last, prev)
-    write_atomically(last, content.getvalue())
+    write_atomically(folder / "last.pt", content.getvalue(), keep=folder / "prev.pt")
 
 
 def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> list[dict]:
@@ -438,6 +457,8 @@ def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> l
             print(f"{file} is damaged ({error}); looking for the one before")
             continue
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["format"] > FORMAT:
+            raise RuntimeError(f"{file} was written by a newer version; update hybrid_lib")
         if state["experiment"] != dataclasses.asdict(experiment):
             raise RuntimeError(f"{file} belongs to another experiment; choose another folder")
         model.load_state_dict(state["model"])
