@@ -2,6 +2,8 @@
 #              runs/demo/report.html; more options: make study STUDY="--only sgd,atmo"
 # make test    lint, and the default tests
 # make lab     opens the notebooks in JupyterLab
+# make colab   writes git's origin, or REPO=https://github.com/..., into the notebooks and puts "Open
+#              in Colab" badges there and in the README; make colab REPO= takes them out
 # Each builds .venv on first use, with uv where it is installed, else with python3 -m venv and pip.
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ STUDY ?=
 TESTS ?=
 BIN := .venv/bin
 
-.PHONY: study test lab clean
+.PHONY: study test lab colab clean
 
 study: .venv/.lab
 	$(BIN)/hybrid-study --scale demo --seeds 0-2 $(STUDY)
@@ -21,6 +23,9 @@ test: .venv/.test
 
 lab: .venv/.lab
 	$(BIN)/jupyter lab notebooks
+
+colab:
+	@$(PYTHON) notebooks/stamp_colab.py $(if $(filter command,$(firstword $(origin REPO))),$(or $(REPO),--clear),$(REPO))
 
 clean:
 	rm -rf .venv

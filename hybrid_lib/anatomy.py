@@ -7,9 +7,11 @@ what they answer, and the optimizer moves the weights as always.
 
 from __future__ import annotations
 
+import ast
 import inspect
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -62,27 +64,27 @@ def record(group: dict) -> list[Recorded]:
     return list(group["rules"])
 
 
-def step_sizes(make_optimizer: Callable[[list[Tensor]], Hybrid], steps: int) -> list[float]:
-    """The merged step size in units of the learning rate, at steps 1 to ``steps``.
+def step_sizes(make_optimizer: Callable[[list[Tensor]], Hybrid], at: Iterable[int]) -> pd.Series:
+    """The merged step size in units of the learning rate, at the steps ``at``, counted from 1.
 
     It depends on the step alone, not on gradients: the rules are asked on a single weight.
 
     >>> from hybrid_lib import atmo
-    >>> [round(ratio, 2) for ratio in step_sizes(atmo, 10)[::9]]
-    [5.5, 1.27]
+    >>> step_sizes(atmo, [1, 10]).round(2).to_dict()
+    {1: 5.5, 10: 1.27}
     """
-    w = torch.zeros(1)
+    w, at = torch.zeros(1), sorted(at)
     w.grad = torch.ones(1)
     optimizer = make_optimizer([w])
     (group,) = optimizer.param_groups
     recorded = record(group)
-    for _ in range(steps):
+    for _ in range(at[-1]):
         optimizer.step(hess_diag=[torch.ones(1)])
-    answers = zip(*(r.answers for r in recorded))
-    return [
-        sum(λ * η for λ, (_, η) in zip(group["lambdas"], of_rules)) / group["lr"]
-        for of_rules in answers
-    ]
+    merged = {
+        step: sum(λ * r.answers[step - 1][1] for λ, r in zip(group["lambdas"], recorded))
+        for step in at
+    }
+    return pd.Series(merged, name="step") / group["lr"]
 
 
 def logistic_regression() -> nn.Module:
@@ -97,6 +99,20 @@ def perceptron() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def check(chosen) -> None:
+    """Refuse what the notebook on the optimizers cannot work with.
+
+    Raises:
+        ValueError: for a number outside its range.
+    """
+    if chosen.steps < 1:
+        raise ValueError(f"steps={chosen.steps}: must be at least 1")
+    if chosen.probes < 8:
+        raise ValueError(f"probes={chosen.probes}: must be at least 8, or there is nothing to pair")
+    if not (math.isfinite(chosen.lr) and chosen.lr > 0):
+        raise ValueError(f"lr={chosen.lr}: must be a finite number above 0")
 
 
 def digit_batch(step: int, size: int = 64) -> tuple[Tensor, Tensor]:
@@ -202,7 +218,12 @@ def what_v_tracks(model: nn.Module, n_probes: int = 200) -> pd.DataFrame:
 
 
 def lines(
-    series: dict[str, pd.Series], title: str, x: str, y: str, shape: str = "linear"
+    series: Mapping[str, pd.Series],
+    title: str,
+    x: str,
+    y: str,
+    shape: str = "linear",
+    level: float | None = None,
 ) -> go.Figure:
     """A figure with one line per series over its index.
 
@@ -210,6 +231,7 @@ def lines(
         series: by name; methods of the report have their own colour, dash and label.
         title, x, y: of the figure and its axes; the title names the data set, if there is one.
         shape: "linear", or "hv" for values that hold until the next.
+        level: a height to compare with, a dotted line.
     """
     figure, spare = go.Figure(), iter(SPARE)
     for name, values in series.items():
@@ -218,6 +240,8 @@ def lines(
             x=values.index, y=values, mode="lines", name=LABELS.get(name, name),
             line={"color": colour, "dash": dash, "width": 2, "shape": shape},
         )  # fmt: skip
+    if level is not None:
+        figure.add_hline(level, line={"color": "#808080", "dash": "dot"})
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(title_text=y)
     return plots.finished(figure, title).update_layout(legend_itemwidth=60)
@@ -240,20 +264,19 @@ def directions(experiment: Experiment) -> dict[str, Experiment]:
         ValueError: for a method of one rule.
 
     >>> from hybrid_lib import EXPERIMENTS
-    >>> released = directions(EXPERIMENTS["atmo"])["as released"]
+    >>> released = directions(EXPERIMENTS["atmo"])["released"]
     >>> [round(released.lambdas()(epoch)[1], 2) for epoch in (0, 1, 349, 350)]
     [0.0, 1.0, 0.0, 0.0]
     """
     dynamic = {"lambda_schedule": "linear", "lambda_start": (1, 0), "lambda_end": (0, 1)}
     changes = {
         "constant": {"lambda_schedule": "constant", "lambda_start": (0.5, 0.5)},
-        "as the report says": {**dynamic, "lambda_direction": "report"},
-        "as released": {**dynamic, "lambda_direction": "released"},
+        "report": {**dynamic, "lambda_direction": "report"},
+        "released": {**dynamic, "lambda_direction": "released"},
     }
-    name = experiment.name
     return {
-        label: replace(experiment, name=f"{name}-{label.split()[-1]}", **settings)
-        for label, settings in changes.items()
+        key: replace(experiment, name=f"{experiment.name}_{key}", **settings)
+        for key, settings in changes.items()
     }
 
 
@@ -284,12 +307,14 @@ def source(*functions: Callable):
 
     code = []
     for function in functions:
-        text = textwrap.dedent(inspect.getsource(function))
+        lines = textwrap.dedent(inspect.getsource(function)).splitlines()
         if function.__doc__:
-            head, _, body = text.partition('"""')
-            text = head.rstrip() + "\n" + body.partition('"""')[2].lstrip("\n")
-        code.append(f"# {function.__qualname__}\n{text.rstrip()}")
-    return Markdown("```python\n" + "\n\n".join(code) + "\n```")
+            docstring = ast.parse("\n".join(lines)).body[0].body[0]
+            del lines[docstring.lineno - 1 : docstring.end_lineno]
+        code.append("\n".join([f"# {function.__qualname__}", *lines]))
+    block = "```python\n" + "\n\n".join(code) + "\n```"
+    # nbconvert's pages have no typewriter face for code in an output
+    return Markdown(f'<div style="font-family: monospace">\n\n{block}\n\n</div>')
 
 
 SPARE = (

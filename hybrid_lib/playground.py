@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from hybrid_lib import hybrid, plots, schedules
-from hybrid_lib.anatomy import record
+from hybrid_lib.anatomy import lines, record
 from hybrid_lib.experiments import LABELS, SCHEDULES
 from hybrid_lib.surfaces import SURFACES, Surface
 
@@ -28,7 +28,8 @@ STEPS = 250
 TOLERANCE = 0.01  # of the loss; the lowest point of every surface has the value 0
 FAR = 2.0  # a path has left the map once it is that many widths away from its centre
 GREY = "#808080"
-ARROWS = {"adaptive": plots.VERMILLION, "sgd": plots.BLUE, "merged": plots.GREEN}
+# The adaptive direction is often the shortest: it comes last, on top.
+ARROWS = {"sgd": plots.BLUE, "merged": plots.GREEN, "adaptive": plots.VERMILLION}
 # A veil per level: they add up, and at the bottom the page shows through, light or dark.
 VEIL = "rgba(100,125,165,0.035)"
 
@@ -105,13 +106,15 @@ def paths(
         seed: of the noise.
 
     Raises:
-        ValueError: for no step, or for noise that is negative or not finite.
+        ValueError: for no optimizer, no step, or noise that is negative or not finite.
 
     >>> ravine = SURFACES["ravine"]
     >>> way = paths(ravine, {"adam": method("adam", lr=0.1)}, steps=100)["adam"]
     >>> way.points.shape, way.settled()
     ((101, 2), 63)
     """
+    if not optimizers:
+        raise ValueError("no optimizer to walk with")
     if steps < 1:
         raise ValueError(f"steps={steps!r}: must be at least 1")
     if not (math.isfinite(noise) and noise >= 0):
@@ -256,13 +259,21 @@ def scan(setup: Setup, weights: int = 21) -> pd.DataFrame:
     """Steps until each hybrid has settled, for evenly spaced constant λ of SGD; nan: not at all."""
     surface, values = SURFACES[setup.surface], np.linspace(0, 1, weights).round(4).tolist()
     table = {}
-    for name in (name for name in setup.methods if name in ADAPTIVE):
+    for name in ADAPTIVE:
         walked = paths(
             surface, {λ: method(name, setup.lr) for λ in values},
             {λ: schedules.Constant((1 - λ, λ)) for λ in values}, STEPS, setup.noise, setup.seed,
         )  # fmt: skip
         table[name] = {λ: path.settled() for λ, path in walked.items()}
     return pd.DataFrame(table, dtype=float)
+
+
+def draw_scan(setup: Setup) -> go.Figure:
+    """What :func:`scan` finds: a line per hybrid, a gap where it does not settle."""
+    title = f"Steps until settled: {SURFACES[setup.surface].title} surface, η = {setup.lr:g}"
+    figure = lines(scan(setup), title, "λ of SGD", f"steps until the loss stays below {TOLERANCE}")
+    figure.update_traces(mode="lines+markers").update_xaxes(range=[-0.02, 1.02])
+    return figure.update_yaxes(range=[0, STEPS + 5])
 
 
 def summary(walked: Mapping[str, Path]) -> pd.DataFrame:
@@ -320,7 +331,12 @@ class Picture:
             showlegend=False,
         )  # fmt: skip
         for name, symbol in (("start", "circle-open"), ("minimum", "star")):
-            marker = {"symbol": symbol, "size": 12, "color": GREY, "line": {"width": 2}}
+            marker = {
+                "symbol": symbol,
+                "size": 12,
+                "color": GREY,
+                "line": {"width": 2, "color": GREY},
+            }
             self._add(name, name=name, mode="markers", marker=marker,
                       hovertemplate=name + " (%{x:.2f}, %{y:.2f})<extra></extra>")  # fmt: skip
         for name in METHODS:
@@ -352,8 +368,8 @@ class Picture:
         line = {"color": colour, "dash": dash, "width": 2}
         shared = {"name": label, "mode": "lines", "line": line, "legendgroup": name}
         self._add(
-            f"{name} path", **shared, customdata=np.arange(STEPS + 1),
-            hovertemplate="step %{customdata}: (%{x:.3f}, %{y:.3f})<extra>" + label + "</extra>",
+            f"{name} path", **shared,
+            hovertemplate="step %{pointNumber}: (%{x:.3f}, %{y:.3f})<extra>" + label + "</extra>",
         )  # fmt: skip
         self._add(
             f"{name} loss", panel=1, **shared, showlegend=False,
@@ -362,8 +378,9 @@ class Picture:
 
     def _axes(self) -> None:
         figure = self.figure
-        plots.finished(figure, "", height=540)
+        plots.finished(figure, "", height=600)
         figure.update_layout(
+            width=920,  # a live figure does not fit itself to the page
             margin={"l": 50, "r": 15, "t": 80, "b": 85}, title_y=0.98,
             legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom", "itemwidth": 40},
             legend2={"orientation": "h", "x": 0, "y": -0.13, "yanchor": "top", "itemwidth": 40},
@@ -380,7 +397,7 @@ class Picture:
         figure.add_hline(TOLERANCE, line={"color": GREY, "width": 1, "dash": "dot"}, row=1, col=2)
 
     def show_map(self, surface: Surface) -> None:
-        x, y, heights = surface.grid(81)
+        x, y, heights = surface.grid(61)
         # Logarithmic levels: else the walls of a valley are all there is to see.
         z = torch.log10(heights + heights.median() / 60)
         self.traces["map"].update(x=_small(x), y=_small(y), z=_small(z))
@@ -401,11 +418,9 @@ class Picture:
             self.traces[f"{name} path"].update(
                 x=_small(points[:, 0]), y=_small(points[:, 1]), visible=shown
             )
-            self.traces[f"{name} loss"].update(
-                x=np.arange(len(losses)), y=_small(losses), visible=shown
-            )
+            self.traces[f"{name} loss"].update(y=_small(losses), visible=shown)
         weights = next((walked[name].lambdas[:, 1] for name in ADAPTIVE if name in walked), [])
-        self.traces["weight"].update(x=np.arange(len(weights)), y=_small(weights))
+        self.traces["weight"].update(y=_small(weights))
         noise = f", noise σ = {setup.noise:g}" if setup.noise else ""
         title = f"{SURFACES[setup.surface].title} surface, η = {setup.lr:g}{noise}"
         self.figure.update_layout(title_text=title)
@@ -415,28 +430,29 @@ class Picture:
 
         The arrows point downhill, where the step goes; their lengths are in proportion.
         """
-        for role in ("between", "here 0", "here 1", "here 2"):
-            self.traces[role].update(x=[], y=[])
-        for role in ARROWS:
-            self.traces[role].update(x=[], y=[], visible=False)
-        if path is None or step >= (path.left or STEPS):
-            return
-        here, directions = path.points[step], path.directions[step]
-        (x0, x1), _ = SURFACES[setup.surface].bounds
-        scale = 0.25 * (x1 - x0) / max(np.linalg.norm(directions, axis=1).max(), 1e-300)
-        arrows = {"merged": ("merged", path.merged[step])}
-        if name in ADAPTIVE:
-            arrows["adaptive"], arrows["sgd"] = zip((ADAPTIVE[name], "SGD"), directions)
-            tips = here - scale * directions
-            self.traces["between"].update(x=tips[:, 0], y=tips[:, 1])
-            self.traces["here 2"].update(x=[step], y=path.lambdas[step, 1:])
-        for role, (label, direction) in arrows.items():
-            x, y = zip(here, here - scale * direction)
-            self.traces[role].update(x=x, y=y, name=f"{label} direction", visible=True)
-        colour, _ = plots.STYLES[name]
+        arrows, tips, spots = {}, [], {}
+        if path is not None and step < (path.left or STEPS):
+            here, directions = path.points[step], path.directions[step]
+            (x0, x1), _ = SURFACES[setup.surface].bounds
+            scale = 0.25 * (x1 - x0) / max(np.linalg.norm(directions, axis=1).max(), 1e-300)
+            arrows["merged"] = "merged", here - scale * path.merged[step]
+            spots = {0: here, 1: (step, path.losses[step])}
+            if name in ADAPTIVE:
+                tips = here - scale * directions
+                arrows["adaptive"], arrows["sgd"] = zip((ADAPTIVE[name], "SGD"), tips)
+                spots[2] = (step, path.lambdas[step, 1])
+        # Every trace is set once: in a batch, a second value is compared with what it replaces.
+        for role, trace in ((role, self.traces[role]) for role in ARROWS):
+            label, tip = arrows.get(role, ("", None))
+            x, y = zip(here, tip) if role in arrows else ([], [])
+            trace.update(x=x, y=y, name=f"{label} direction", visible=role in arrows)
+        self.traces["between"].update(x=[tip[0] for tip in tips], y=[tip[1] for tip in tips])
+        for panel in range(3):
+            spot = spots.get(panel)
+            x, y = ([], []) if spot is None else ([spot[0]], [spot[1]])
+            self.traces[f"here {panel}"].update(x=x, y=y)
+        colour, _ = plots.STYLES.get(name, (GREY, ""))
         self.traces["merged"].update(line_color=colour, marker_color=colour)
-        self.traces["here 0"].update(x=here[:1], y=here[1:])
-        self.traces["here 1"].update(x=[step], y=path.losses[step : step + 1])
 
 
 def _small(values) -> np.ndarray:
@@ -456,7 +472,7 @@ def describe(path: Path, name: str, step: int) -> str:
         return f"{label} has left the map before step {step}."
     d, size = path.directions[step], path.merged_step_sizes[step] / path.lr
     lengths = np.linalg.norm(d, axis=1)
-    ending = f"the step goes {size:.3g} η times as far."
+    ending = f"the step size is {size:.3g} η."
     if name not in ADAPTIVE:
         return f"{label}, step {step}: the direction is {lengths[0]:.3g} long; {ending}"
     cosine = float(np.clip(d[0] @ d[1] / max(lengths.prod(), 1e-300), -1, 1))
@@ -482,7 +498,7 @@ def playground(setup: Setup | None = None):
     if not plots.watched():
         from IPython.display import display  # there is a notebook, so there is IPython
 
-        plots.show(draw(setup, _first_hybrid(setup), step=10))
+        plots.show(draw(setup, _first_hybrid(setup)))
         display(summary(setup.paths()))
         return None
     try:
@@ -518,6 +534,7 @@ class Playground:
         self.box = self._arranged()
         self.picture.show_map(SURFACES[setup.surface])
         self._walk()
+        self._complain({}, setup.methods)
         for name, control in self.controls.items():
             answer = self._on_arrows if name in ("arrows_of", "step") else self._on_change
             for widget in control.values() if name == "methods" else [control]:
@@ -525,9 +542,11 @@ class Playground:
 
     def _make_controls(self) -> dict:
         w, setup = self.widgets, self.setup
-        look = {"style": {"description_width": "105px"}, "layout": {"width": "250px"}}
+        style = {"description_width": "105px"}
+        look = {"style": style, "layout": {"width": "250px"}}
+        brief = {"style": style, "layout": {"width": "180px"}}  # a slider stands beside it
         surfaces = [(surface.title, key) for key, surface in SURFACES.items()]
-        share = {"min": 0, "max": 1, "step": 0.05, **look}
+        share = {"min": 0, "max": 1, "step": 0.05, **brief}
         return {
             "surface": w.Dropdown(
                 options=surfaces, value=setup.surface, description="Surface", **look
@@ -539,12 +558,12 @@ class Playground:
                 )
                 for name in METHODS
             },
-            "lr": w.FloatText(setup.lr, step=0.001, description="Learning rate η", **look),
+            "lr": w.FloatText(setup.lr, step=0.001, description="Learning rate η", **brief),
             "noise": w.BoundedFloatText(
-                setup.noise, min=0, max=100, step=0.1, description="Noise σ", **look
+                setup.noise, min=0, max=1e6, step=0.1, description="Noise σ", **look
             ),
             "seed": w.BoundedIntText(
-                setup.seed, min=0, max=999_999, description="Noise seed", **look
+                setup.seed, min=0, max=2**31 - 1, description="Noise seed", **look
             ),
             "schedule": w.Dropdown(
                 options=["constant", *SCHEDULES], value=setup.schedule,
@@ -555,32 +574,42 @@ class Playground:
                 setup.sgd_weight_end, description="λ at the end", **share
             ),
             "arrows_of": w.Dropdown(description="Arrows of", **look),
-            "step": w.BoundedIntText(10, min=0, max=STEPS - 1, description="Step", **look),
+            "step": w.BoundedIntText(0, min=0, max=STEPS - 1, description="Step", **brief),
         }  # fmt: skip
 
     def _arranged(self):
-        w, c = self.widgets, self.controls
-        slide = {"min": 0, "max": 1, "step": 0.01}
-        lr = _with_slider(c["lr"], w.FloatLogSlider(min=-4, max=0, step=0.05, readout=False))
-        start = _with_slider(c["sgd_weight"], w.FloatSlider(**slide, readout=False))
-        end = _with_slider(c["sgd_weight_end"], w.FloatSlider(**slide, readout=False))
-        step = _with_slider(c["step"], w.IntSlider(min=0, max=STEPS - 1, readout=False))
-        methods = w.Box(list(c["methods"].values()), layout={"flex_flow": "row wrap"})
+        w, c, says = self.widgets, self.controls, self.messages
+
+        def row(text, kind, **ends):
+            looks = {"readout": False, "layout": {"width": "120px"}}
+            slider = kind(tooltip=text.description, **looks, **ends)
+            _tie(text, slider)
+            return w.HBox([text, slider])
 
         def column(title, *children):
             head = w.HTML(f"<b>{title}</b>")
-            return w.VBox([head, *children], layout={"width": "285px", "margin": "0 20px 8px 0"})
+            return w.VBox([head, *children], layout={"width": "310px", "margin": "0 10px 8px 0"})
 
-        says = self.messages
+        wrapped = {"flex_flow": "row wrap"}
+        methods = w.Box(list(c["methods"].values()), layout=wrapped)
+        share = {"min": 0, "max": 1, "step": 0.01}
         top = w.Box(
             [
-                column("Landscape", c["surface"], *lr, says["lr"], c["noise"], c["seed"]),
+                column(
+                    "Landscape", c["surface"], row(c["lr"], w.FloatLogSlider, min=-4, max=0),
+                    says["lr"], c["noise"], c["seed"],
+                ),
                 column("Methods", methods, says["methods"]),
-                column("Weights", c["schedule"], *start, *end, says["sgd_weight"]),
+                column(
+                    "Weights", c["schedule"], row(c["sgd_weight"], w.FloatSlider, **share),
+                    row(c["sgd_weight_end"], w.FloatSlider, **share), says["sgd_weight"],
+                ),
             ],
-            layout={"flex_flow": "row wrap"},
-        )
-        below = w.Box([c["arrows_of"], *step], layout={"flex_flow": "row wrap"})
+            layout=wrapped,
+        )  # fmt: skip
+        steps = row(c["step"], w.IntSlider, min=0, max=STEPS - 1)
+        steps.children[1].layout.width = "400px"
+        below = w.Box([c["arrows_of"], steps], layout=wrapped)
         return w.VBox([top, self.picture.figure, below, self.status])
 
     def _on_change(self, change) -> None:
@@ -594,16 +623,21 @@ class Playground:
         values = {f.name: c[f.name].value for f in fields(Setup) if f.name != "methods"}
         values["methods"] = tuple(name for name in METHODS if c["methods"][name].value)
         faults = Setup.faults(**values)
-        if not set(values["methods"]) & set(ADAPTIVE):
-            faults.setdefault("sgd_weight", "no hybrid is chosen: λ has nothing to weigh")
-        for field, message in self.messages.items():
-            message.value = _ALERT.format(faults[field]) if field in faults else ""
-        if not faults.keys() & {"methods", "lr"}:
+        self._complain(faults, values["methods"])
+        if not faults:
             before, self.setup = self.setup, Setup(**values)
             with self.picture.figure.batch_update():
                 if self.setup.surface != before.surface:
                     self.picture.show_map(SURFACES[self.setup.surface])
                 self._walk()
+
+    def _complain(self, faults: dict, methods: tuple) -> None:
+        hints = {}
+        if not set(methods) & set(ADAPTIVE):
+            hints["sgd_weight"] = "no hybrid is chosen: λ has nothing to weigh"
+        for field, message in self.messages.items():
+            text = faults.get(field) or hints.get(field)
+            message.value = _ALERT.format(text) if text else ""
 
     def _on_arrows(self, change) -> None:
         if not self.held:
@@ -611,6 +645,8 @@ class Playground:
                 self._point()
 
     def _walk(self) -> None:
+        if len(self.known) > 300:  # some 20 KB each
+            self.known.clear()
         self.walked = self.setup.paths(self.known)
         self.picture.show_paths(self.setup, self.walked)
         c = self.controls
@@ -625,30 +661,35 @@ class Playground:
     def _point(self) -> None:
         name, step = self.controls["arrows_of"].value, self.controls["step"].value
         self.picture.show_arrows(self.setup, self.walked[name], name, step)
-        table = summary(self.walked).reset_index().to_html(index=False, border=0)
+        table = summary(self.walked).reset_index()
+        rows = [(_HEAD, table.columns), *((_CELL, row) for row in table.to_numpy())]
+        body = "".join(f"<tr>{' '.join(map(cell.format, row))}</tr>" for cell, row in rows)
         words = describe(self.walked[name], name, step)
-        self.status.value = f'<div role="status"><p>{words}</p>{table}</div>'
+        self.status.value = f'<div role="status"><p>{words}</p><table>{body}</table></div>'
 
 
+_HEAD = '<th style="text-align: left; padding: 2px 20px 2px 0">{}</th>'
+_CELL = '<td style="padding: 2px 20px 2px 0">{}</td>'
 _ALERT = '<span role="alert" style="color:#D55E00">{}</span>'
 
 
-def _with_slider(text, slider) -> tuple:
-    """A number with a label to type into, and a slider that moves it and moves with it."""
+def _tie(text, slider) -> None:
+    """Let a slider move a number and move with it; only the number has a label and every value."""
+    low, high = slider.min, slider.max
+    if hasattr(slider, "base"):  # a logarithmic one: its ends are exponents
+        low, high = slider.base**low, slider.base**high
 
     def to_text(change):
-        text.value = float(f"{change['new']:.3g}")
+        if change["new"] != text.value:  # else the text moved the slider
+            text.value = float(f"{change['new']:.3g}")
 
     def to_slider(change):
-        slider.value = min(max(change["new"], slider_low), slider_high)
+        if low <= change["new"] <= high:  # what it cannot show it leaves to the text
+            slider.value = change["new"]
 
-    slider_low, slider_high = slider.min, slider.max
-    if hasattr(slider, "base"):  # of a logarithmic slider: its ends are exponents
-        slider_low, slider_high = slider.base**slider_low, slider.base**slider_high
-    slider.value = text.value
+    to_slider({"new": text.value})
     slider.observe(to_text, "value")
     text.observe(to_slider, "value")
-    return text, slider
 
 
 def _first_hybrid(setup: Setup) -> str:

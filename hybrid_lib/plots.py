@@ -8,8 +8,10 @@ lowest to the highest seed.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -232,7 +234,10 @@ def show(figure) -> None:
     still = go.Figure(figure).update_layout(width=900)
     bundle = {"application/vnd.plotly.v1+json": json.loads(still.to_json())}
     try:
-        image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
+        _start_browser()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
+            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
     except Exception:  # kaleido draws with an installed Chrome or Chromium; there may be none
         bundle["text/html"] = still.to_html(full_html=False, include_plotlyjs="cdn")
     else:
@@ -240,6 +245,14 @@ def show(figure) -> None:
         image.save(small, "png", optimize=True)
         bundle["image/png"] = base64.b64encode(small.getvalue()).decode("ascii")
     display(bundle, raw=True)
+
+
+@functools.cache
+def _start_browser() -> None:
+    """One browser for all images of a process: starting one takes ten times as long as drawing."""
+    import kaleido
+
+    kaleido.start_sync_server(silence_warnings=True)
 
 
 def watched() -> bool:

@@ -47,7 +47,6 @@ class Surface:
         start: a point from which the paths of the methods differ.
         bounds: ((x from, to), (y from, to)) of the part to draw, a square.
         lr: a learning rate at which the methods differ.
-        formula: f in LaTeX.
     """
 
     title: str
@@ -56,7 +55,6 @@ class Surface:
     start: Point
     bounds: tuple[Point, Point]
     lr: float
-    formula: str
 
     def __call__(self, xy: Tensor) -> Tensor:
         """The heights at ``xy``, of shape (..., 2); the result has shape (...).
@@ -143,27 +141,22 @@ def _cos(u):
 SURFACES: dict[str, Surface] = {
     "rosenbrock": Surface(
         "Rosenbrock", rosenbrock, ((1.0, 1.0),), (-1.2, 1.0), ((-2.0, 2.0), (-1.0, 3.0)), 0.001,
-        r"(1-x)^2 + 100\,(y-x^2)^2",
     ),
     "rastrigin": Surface(
         "Rastrigin", rastrigin, ((0.0, 0.0),), (2.3, -3.4), ((-4.0, 4.0), (-4.0, 4.0)), 0.005,
-        r"20 + x^2 + y^2 - 10\,(\cos 2\pi x + \cos 2\pi y)",
     ),
     "saddle": Surface(
         "Saddle", saddle, ((0.0, 1.0), (0.0, -1.0)), (2.0, 0.01), ((-2.2, 2.2), (-2.2, 2.2)), 0.01,
-        r"\tfrac12 x^2 + \tfrac14 (y^2-1)^2",
     ),
     "ravine": Surface(
         "Ravine", ravine, ((0.0, 0.0),), (-2.5, 1.0), ((-3.0, 3.0), (-3.0, 3.0)), 0.01,
-        r"\tfrac12 (x^2 + 50\,y^2)",
     ),
     "beale": Surface(
         "Beale", beale, ((3.0, 0.5),), (1.0, -1.0), ((-1.0, 4.5), (-2.75, 2.75)), 0.01,
-        r"(1.5-x+xy)^2 + (2.25-x+xy^2)^2 + (2.625-x+xy^3)^2",
     ),
     "himmelblau": Surface(
         "Himmelblau", himmelblau,
         ((3.0, 2.0), (-2.805118, 3.131313), (-3.779310, -3.283186), (3.584428, -1.848127)),
-        (-1.0, -1.0), ((-5.5, 5.5), (-5.5, 5.5)), 0.005, r"(x^2+y-11)^2 + (x+y^2-7)^2",
+        (-1.0, -1.0), ((-5.5, 5.5), (-5.5, 5.5)), 0.005,
     ),
 }  # fmt: skip

@@ -1,0 +1,261 @@
+"""The project keeps its own rules: who imports whom, what is declared, promised and committed."""
+
+import ast
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hybrid_lib as hl
+from hybrid_lib import study
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings its twin
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = {file.stem: file for file in (ROOT / "hybrid_lib").glob("*.py")}
+README = ROOT / "README.md"
+needs_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+# Each module may import those of the floors below its own.
+FLOORS = [
+    {"rules", "curvature", "schedules", "models", "data", "surfaces"},
+    {"hybrid"},
+    {"experiments"},
+    {"history"},
+    {"plots", "train"},
+    {"anatomy", "study"},
+    {"playground", "explorer"},
+]
+FEWER = {  # and these even fewer
+    "hybrid": {"rules"},
+    "experiments": {"hybrid", "rules", "schedules", "models", "data"},
+    "history": {"experiments"},
+    "plots": {"history", "experiments", "data"},
+    "train": {"experiments", "data", "curvature", "history"},
+}
+
+
+# --- Who imports whom. ---
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of everything that a file imports, at its top or inside of functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def of_ours(file: Path) -> set[str]:
+    """Which modules of the library a file imports."""
+    parts = [name.split(".") for name in imports(file) if name.split(".")[0] == "hybrid_lib"]
+    assert all(len(part) > 1 for part in parts), f"{file} imports the whole library"
+    return {part[1] for part in parts}
+
+
+def test_every_module_has_its_floor():
+    assert set.union(*FLOORS) == LIBRARY.keys() - {"__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(set.union(*FLOORS)))
+def test_a_module_imports_from_lower_floors_only(name):
+    floor = next(i for i, floor in enumerate(FLOORS) if name in floor)
+    lower = set().union(*FLOORS[:floor])
+    assert of_ours(LIBRARY[name]) <= FEWER.get(name, lower)
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+# Brought by one that is declared.
+BROUGHT = {
+    "sympy": "torch", "IPython": "ipykernel", "jupyter_client": "ipykernel", "comm": "ipywidgets"
+}  # fmt: skip
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared = {re.match(r"[\w-]+", line).group() for line in PROJECT["dependencies"]}
+    used = {name.split(".")[0] for file in LIBRARY.values() for name in imports(file)}
+    used -= {*sys.stdlib_module_names, "hybrid_lib", "google"}  # google.colab is its runtime's
+    assert {DISTRIBUTIONS.get(name, BROUGHT.get(name, name)) for name in used} <= declared
+
+
+LIGHT = """
+import sys, warnings
+warnings.simplefilter("error")
+from hybrid_lib import padam_sgd
+heavy = {"plotly", "sklearn", "torchvision", "papermill", "IPython", "ipywidgets"}
+print(sorted(heavy & {*sys.modules}))
+import importlib, torch, hybrid_lib
+torch.__version__ = "2.5.1"
+try:
+    importlib.reload(hybrid_lib)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_importing_the_library_is_light_and_an_old_torch_is_named():
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    loaded, refusal = done.stdout.splitlines()
+    assert loaded == "[]"
+    assert "2.6" in refusal
+    assert "2.5.1" in refusal
+
+
+# --- Names that others rely on. ---
+
+SIGNATURES = {
+    hl.rules.SGD: "momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0",
+    hl.rules.Adam: "betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=False",
+    hl.rules.Padam: "betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, amsgrad=True, partial=0.125",
+    hl.rules.AdaHessian: "betas=(0.9, 0.999), eps=1e-08, hessian_power=1.0, spatial_average=None",
+    hl.Hybrid: "params, rules, lr, lambdas=(1.0,), decoupled_weight_decay=0.0",
+    hl.hessian_diagonal: "loss, params, n_samples=1, generator=None",
+    hl.schedules.Constant: "lambdas",
+    hl.schedules.Linear: "start=(1.0, 0.0), end=(0.0, 1.0), epochs=100",
+    hl.resnet18: "num_classes=10, in_channels=3, width=64, stem='cifar'",
+    hl.run: "experiment, out=None, device=None",
+    hl.History.load: "path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_signatures_begin_as_promised(function):
+    parameters = [
+        p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()
+    ]
+    text = ", ".join(str(p) for p in parameters)
+    assert f"{text}, ".startswith(f"{SIGNATURES[function]}, ")
+
+
+def test_methods_have_the_promised_names():
+    names = "sgd adam atmo dyn_atmo padam_sgd dyn_padam_sgd adahessian adasgd padam"
+    assert list(hl.EXPERIMENTS) == names.split()
+    for name in ("atmo", "padam", "padam_sgd", "adahessian", "adasgd"):
+        assert list(inspect.signature(getattr(hl, name)).parameters)[:2] == ["params", "lr"]
+    assert set(hl.__all__) <= set(dir(hl))
+
+
+def test_experiments_have_the_promised_fields():
+    promised = "name dataset width stem epochs batch_size lr seed train_limit test_limit"
+    fields = set(inspect.signature(hl.Experiment).parameters)
+    assert {*promised.split(), "protocol", "precision"} <= fields
+
+
+# --- How one gets in. ---
+
+
+def test_conda_and_pip_ask_for_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    *plain, nested = environment["dependencies"]
+    assert f"python{PROJECT['requires-python']}" in plain
+    (install,) = nested["pip"]
+    extras = re.fullmatch(r"-e \.\[([\w,-]+)\]", install).group(1).split(",")
+    assert set(extras) == set(PROJECT["optional-dependencies"])
+    assert PROJECT["requires-python"] == ">=3.10"
+
+
+def targets() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    return set(re.findall(r"^([a-z]+):", makefile, re.M))
+
+
+def test_make_knows_study_and_test():
+    assert {"study", "test"} <= targets()
+    assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+@needs_readme
+def test_every_make_command_of_the_readme_exists():
+    used = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks("sh"))))
+    assert {"study", "test"} <= used <= targets()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)
+
+
+@needs_readme
+def test_the_readme_s_python_runs():
+    codes, known = blocks("python"), {}
+    assert codes
+    for code in codes:  # from top to bottom, as one reads
+        exec(compile(code, "README.md", "exec"), known)
+
+
+@needs_readme
+def test_every_option_of_the_readme_s_commands_exists(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    lines = [
+        line for block in blocks("sh") for line in block.splitlines() if "hybrid-study" in line
+    ]
+    assert lines
+    assert set(re.findall(r"--[a-z-]+", "\n".join(lines))) <= known
+
+
+@needs_readme
+def test_the_readme_names_every_notebook_and_every_module():
+    text = README.read_text("utf-8")
+    notebooks = {file.stem for file in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert {name for name in notebooks if f"`{name}`" not in text} == set()
+    assert {name for name in LIBRARY if f"`{name}.py`" not in text} - {"__init__"} == set()
+
+
+# --- What is committed. ---
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[Path, str]:
+    """The text of every file that is, or would be, committed."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+    assert all(file.stat().st_size < 2 * 2**20 for file in files), "files over 2 MiB"
+    return {file: file.read_bytes().decode("utf-8", "replace") for file in files}
+
+
+FORBIDDEN = {  # spelt so that this file does not contain them
+    "a package registry's host": r"py[p]i\.org|pythonho[s]ted\.org|npm[j]s\.org|deb\.deb[i]an\.org"
+    r"|conda\.anaco[n]da\.org|download\.pyto[r]ch\.org|cra[t]es\.io",
+    "a path of one machine": r"(?<![\w.~$}])/(?:ho[m]e|ro[o]t|Us[e]rs|wo[r]k|mn[t])/\w"
+    r"|[A-Z]:\\Us[e]rs",
+    "an unfinished mark": r"\b(?:TO[D]O|FIX[M]E|X[X]X)\b",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_committed_file_contains(what, committed):
+    found = [
+        f"{file.relative_to(ROOT)}: {match.group()}"
+        for file, text in committed.items()
+        for match in [re.search(FORBIDDEN[what], text)]
+        if match
+    ]
+    assert found == []
+
+
+def test_neither_results_nor_downloads_are_committed(committed):
+    folders = {file.relative_to(ROOT).parts[0] for file in committed}
+    assert not folders & {"runs", ".venv", "build"}
+    parts = [file.relative_to(ROOT).parts for file in committed]
+    below_data = {part[1] for part in parts if part[0] == "data"}
+    assert below_data <= {"README.md", "paper", "results"}

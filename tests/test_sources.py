@@ -1,0 +1,90 @@
+"""Notebook sources are committed without outputs, and the pre-commit hooks see to it."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / ".pre-commit-config.yaml"
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def hooks():
+    (repository,) = yaml.safe_load(CONFIG.read_text("utf-8"))["repos"]
+    assert repository["repo"] == "local"  # nothing is fetched
+    return {hook["id"]: hook for hook in repository["hooks"]}
+
+
+def strip(*arguments):
+    """The command of the hook."""
+    command = [*shlex.split(hooks()["nbstripout"]["entry"]), *map(str, arguments)]
+    command[0] = shutil.which(command[0], path=PATH)
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def dirty(notebook):
+    """A notebook as Colab, JupyterLab and papermill leave it behind, with a name in it."""
+    who = {"user": {"displayName": "Ada L.", "userId": "1815"}, "timestamp": 1, "elapsed": 2}
+    for number, cell in enumerate(notebook["cells"]):
+        cell["metadata"] |= {"id": f"x{number}", "executionInfo": who}
+        if cell["cell_type"] == "code":
+            cell["metadata"] |= {"colab": {"base_uri": "https://localhost"}, "outputId": "y"}
+            cell["metadata"] |= {"papermill": {"status": "completed"}, "cellView": "form"}
+            cell["execution_count"] = number
+            cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "Ada L.\n"}]
+    widgets = {"application/vnd.jupyter.widget-state+json": {}}  # without "state": invalid
+    notebook["metadata"] |= {"colab": {"provenance": [], "authorship_tag": "Ada L."}}
+    notebook["metadata"] |= {"widgets": widgets, "accelerator": "GPU", "gpuClass": "standard"}
+    notebook["metadata"] |= {"papermill": {"output_path": "/home/ada/out.ipynb"}}
+    notebook["metadata"]["language_info"] |= {"version": "3.12.1", "mimetype": "text/x-python"}
+    return notebook
+
+
+def test_sources_are_as_the_hook_leaves_them():
+    done = strip("--verify", *SOURCES)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_an_editor_leaves_behind_is_taken_out_again(tmp_path):
+    for path in SOURCES:
+        left = json.dumps(dirty(json.loads(path.read_text("utf-8"))))
+        assert "Ada L." in left
+        (tmp_path / path.name).write_text(left, encoding="utf-8")
+    assert strip("--verify", *tmp_path.iterdir()).returncode == 1
+    assert strip(*tmp_path.iterdir()).returncode == 0
+    for path in SOURCES:  # to the byte: a notebook that was only looked at makes no difference
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
+def test_a_commit_of_an_executed_notebook_is_stopped(tmp_path):
+    source = SOURCES[0]
+    copy = tmp_path / source.name
+    copy.write_text(json.dumps(dirty(json.loads(source.read_text("utf-8")))), encoding="utf-8")
+    shutil.copy(CONFIG, tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= {"PATH": PATH, "PRE_COMMIT_HOME": str(tmp_path / ".cache")}
+
+    def call(*words):
+        return subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )  # fmt: skip
+
+    call("git", "init", "-q")
+    call("git", "add", source.name, "pyproject.toml", CONFIG.name)
+    first = call(sys.executable, "-m", "pre_commit", "run")
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert "files were modified by this hook" in first.stdout
+    assert copy.read_text("utf-8") == source.read_text("utf-8")
+    call("git", "add", source.name)
+    second = call(sys.executable, "-m", "pre_commit", "run")
+    assert second.returncode == 0, second.stdout + second.stderr

@@ -1,0 +1,548 @@
+"""A study trains what is missing, reports what failed, and refuses what it can't do in one line.
+
+Also the parameters of notebooks: whatever papermill injects is checked before anything is computed.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import socket
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import product
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hybrid_lib as hl
+from hybrid_lib import data, study, train
+from hybrid_lib.experiments import EXPERIMENTS, Experiment
+from hybrid_lib.history import History
+from hybrid_lib.study import default_out, main, parameters, plan, run_folder, seed_list
+
+# --- What a study consists of. ---
+
+
+def test_a_plan_is_one_run_per_method_and_seed():
+    planned = plan("toy", only=["sgd", "adasgd"], seeds=[0, 7])
+    folders = [run_folder("out", e).name for e in planned]
+    assert folders == ["sgd-seed0", "sgd-seed7", "adasgd-seed0", "adasgd-seed7"]
+    assert all((e.dataset, e.epochs, e.width) == ("digits", 2, 4) for e in planned)
+
+
+def test_the_eight_rows_of_table_three_are_the_default():
+    assert [e.name for e in plan()] == [name for name in EXPERIMENTS if name != "padam"]
+
+
+def test_at_paper_scale_nothing_but_data_and_seed_is_changed():
+    for e in plan("paper", "cifar10"):
+        assert e == EXPERIMENTS[e.name]
+
+
+@pytest.mark.parametrize("scale", study.SCALES)
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "folder:somewhere"])
+def test_every_scale_keeps_the_shape_of_the_schedules(scale, dataset):
+    for e in plan(scale, dataset):
+        table = EXPERIMENTS[e.name]
+        assert (e.lr, e.lr_schedule, e.lambda_schedule) == (
+            table.lr, table.lr_schedule, table.lambda_schedule)  # fmt: skip
+        if e.epochs >= 10:
+            for ours, theirs in zip(e.lr_milestones, table.lr_milestones, strict=True):
+                assert ours / e.epochs == pytest.approx(theirs / table.epochs, abs=0.06)
+
+
+def test_changes_go_over_the_scale_and_epochs_rescale():
+    (e,) = plan("demo", only=["dyn_padam_sgd"], epochs=40, width=3, protocol="released")
+    assert (e.epochs, e.lr_milestones, e.lambda_epochs) == (40, (20, 30), 20)
+    assert (e.width, e.protocol, e.batch_size) == (3, "released", 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
+        ({"only": ["adma"]}, r"'adma'.*did you mean adam\?"),
+        ({"only": ["dyn_padam"]}, r"'dyn_padam'.*sgd, adam"),
+        ({"dataset": "cifar"}, r"dataset='cifar'"),
+        ({"epochs": 0}, r"epochs"),
+        ({"epochs": "many"}, r"epochs"),
+        ({"seeds": [-1]}, r"seed"),
+        ({"lr": -1}, r"lr"),
+    ],
+)
+def test_an_impossible_plan_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**{"scale": "toy", **arguments})
+
+
+def test_no_two_runs_of_a_plan_share_a_folder():
+    with contextlib.suppress(ValueError):  # to refuse repeated names is as good
+        planned = plan("toy", only=["sgd", "adam", "sgd"], seeds=[0, 1, 0])
+        assert len({run_folder("x", e) for e in planned}) == len(planned)
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("0", [0]), ("0,3", [0, 3]), ("0-4", [0, 1, 2, 3, 4]), ("7, 1-2", [7, 1, 2]), ("5-5", [5])],
+)
+def test_seeds_from_text(text, seeds):
+    assert seed_list(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "-1", "1.5", "0-"])
+def test_what_is_no_list_of_seeds_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"0,3 or 0-4") as caught:
+        seed_list(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_where_a_study_is_kept():
+    runs = data.PROJECT / "runs"
+    assert default_out("demo", "digits") == runs / "demo"
+    assert default_out("toy", "cifar10") == runs / "toy-cifar10"
+    assert default_out("demo", "folder:data/cifar10-jpeg") == runs / "demo-cifar10-jpeg"
+    inside = [default_out("demo", f"folder:{p}") for p in ("..", "/", "a/..", "../../etc", "~")]
+    assert all(p.resolve().is_relative_to(runs) for p in inside)
+
+
+# --- The command line. ---
+
+
+@pytest.fixture
+def no_notebooks(monkeypatch):
+    """The study without its notebooks, which test_notebooks.py executes."""
+    monkeypatch.setattr(study, "execute_notebooks", lambda *args: ([], []))
+
+
+@pytest.fixture
+def told(capsys):
+    """Call main; returns exit code, stdout and stderr."""
+
+    def told(*arguments):
+        code = main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return told
+
+
+class Loaded(HTMLParser):
+    """Everything that a browser would fetch for a page."""
+
+    FETCHED = ("src", "srcset", "poster", "data", "background")
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.fetched, self.links, self.scripts = [], [], 0
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.scripts += tag == "script"
+        for name, value in attributes:
+            if name in self.FETCHED or (name == "href" and tag != "a"):
+                self.fetched.append(value)
+            elif name == "href":
+                self.links.append(value)
+            elif name == "style":
+                self.fetched += re.findall(r"url\(([^)]*)\)", value)
+
+
+def test_a_toy_study_from_nothing_to_the_report(tmp_path, no_notebooks, told):
+    out = tmp_path / "a study, größer"
+    command = ("--scale", "toy", "--only", "sgd,adasgd", "--seeds", "0-1", "--out", out)
+    code, shown, errors = told(*command)
+    assert (code, errors) == (0, "")
+    folders = sorted(f.name for f in (out / "runs").iterdir())
+    assert folders == ["adasgd-seed0", "adasgd-seed1", "sgd-seed0", "sgd-seed1"]
+    for folder in folders:
+        h = History.load(out / "runs" / folder)
+        assert (h.status, len(h.rows)) == ("complete", 2)
+
+    assert "SGD 2/2 train loss" in shown
+    assert shown.rstrip().endswith(f"report: {out / 'report.html'}")
+    table = shown[shown.index("report (CIFAR-10)") :]
+    assert "handwritten digits" in table
+    assert re.search(r"^AdaSGD +0\.8771 +0\.\d+", table, re.M)
+    assert re.search(r"^SGD +0\.8539 +0\.\d+", table, re.M)
+
+    page = (out / "report.html").read_text("utf-8")
+    assert "<title>Hybrid optimizers: handwritten digits</title>" in page
+    assert page.count("Plotly.newPlot(") == 3
+    assert "AdaSGD" in page
+    loaded = Loaded(page)
+    assert [f for f in loaded.fetched if not f.startswith("data:")] == []
+    assert loaded.links == []
+    assert loaded.scripts > 3
+    assert "What failed" not in page
+
+
+def test_run_again_it_trains_only_what_is_missing(tmp_path, no_notebooks, told, monkeypatch):
+    command = ("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
+    assert told(*command)[0] == 0
+    trained, real = [], train.epochs
+    monkeypatch.setattr(train, "epochs", lambda e, *args: trained.append(e.name) or real(e, *args))
+    before = {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*.json")}
+    assert told(*command)[0] == 0
+    assert trained == []
+    assert {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*.json")} == before
+    assert told("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)[0] == 0
+    assert trained == ["atmo"]
+
+
+def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks, told, monkeypatch):
+    real = study.run
+
+    def failing(e, *args):
+        if e.name == "adam":
+            raise RuntimeError("the <disk> is\nfull & slow")
+        return real(e, *args)
+
+    monkeypatch.setattr(study, "run", failing)
+    command = ("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)
+    code, shown, _ = told(*command)
+    assert code == 1
+    assert "failed: adam, seed 0: RuntimeError: full & slow" in shown
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "What failed" in page
+    assert "adam, seed 0: RuntimeError: full &amp; slow" in page
+    assert {f.name for f in (tmp_path / "runs").iterdir()} == {"sgd-seed0", "atmo-seed0"}
+
+    monkeypatch.setattr(study, "run", real)
+    assert told(*command)[0] == 0
+    assert "What failed" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_run_that_diverges_is_named_and_shown_in_the_table(
+    tmp_path, no_notebooks, told, monkeypatch
+):
+    rates = Experiment.learning_rates
+    monkeypatch.setattr(
+        Experiment, "learning_rates",
+        lambda self: [self.lr, 1e30] if self.name == "adam" else rates(self),
+    )  # fmt: skip
+    code, shown, _ = told("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
+    assert code == 1
+    assert re.search(r"failed: Adam, seed 0: diverged, .*epoch 2", shown)
+    assert re.search(r"^Adam .* 1 +1 +diverged$", shown, re.M)
+    assert "diverged" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_where_everything_fails_the_exit_code_says_so(tmp_path, told, monkeypatch):
+    def failing(*args):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(study, "run", failing)
+    code, _, errors = told("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
+    assert code != 0
+    assert errors.splitlines()[-1].count("no luck") == 2
+
+
+def notebook(*cells: str):
+    made = [nbformat.v4.new_code_cell(source) for source in cells]
+    made[0].metadata["tags"] = ["parameters"]
+    meta = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return nbformat.v4.new_notebook(cells=made, metadata=meta)
+
+
+@pytest.mark.filterwarnings("default")  # of papermill, nbconvert and jupyter_client
+def test_a_notebook_that_fails_is_named_and_leaves_the_others(tmp_path, told, monkeypatch):
+    sources, out = tmp_path / "sources", tmp_path / "out"
+    sources.mkdir()
+    head = "train: bool = True  # x\nseeds: str = ''  # x"
+    for name, made in {
+        "01_good.ipynb": notebook(head, "print('seeds', seeds, 'train', train)"),
+        "02_bad.ipynb": notebook(head, "raise RuntimeError('a <bad> cell')"),
+        "03_trains_itself.ipynb": notebook("epochs: int = 1  # x", "raise AssertionError"),
+    }.items():
+        nbformat.write(made, sources / name)
+    monkeypatch.setattr(study, "NOTEBOOKS", sources)
+    code, shown, _ = told("--scale", "toy", "--only", "sgd", "--seeds", "0", "--out", out)
+    assert code == 1
+    assert re.search(r"failed: notebook 02_bad: .*RuntimeError: a <bad> cell", shown)
+    assert not (out / "notebooks" / "03_trains_itself.ipynb").exists()
+    executed = nbformat.read(out / "notebooks" / "01_good.ipynb", 4)
+    assert executed.cells[-1].outputs[0].text == "seeds 0 train False\n"
+    assert "seeds 0 train False" in (out / "notebooks" / "01_good.html").read_text("utf-8")
+    page = (out / "report.html").read_text("utf-8")
+    assert "a &lt;bad&gt; cell" in page
+    assert Loaded(page).links == ["notebooks/01_good.html"]
+
+
+def test_an_ascii_terminal_is_no_reason_to_fail(tmp_path, no_notebooks, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["--scale", "toy", "--only", "sgd", "--out", str(tmp_path)]) == 0
+
+
+def folder_of_images(root, n_train=100, n_test=40):
+    rng = np.random.default_rng(0)
+    for (part, n), name in product({"train": n_train, "test": n_test}.items(), ("a", "b")):
+        (root / part / name).mkdir(parents=True)
+        for i in range(n // 2):
+            image = Image.fromarray(rng.integers(0, 256, (9, 9, 3), "u1"))
+            image.save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("scale", ["toy", "demo"])
+def test_a_folder_smaller_than_the_scale_s_limits_is_used_as_it_is(tmp_path, scale):
+    root = folder_of_images(tmp_path)
+    (e,) = plan(scale, f"folder:{root}", ["sgd"])
+    assert len(train.loaded(e, "cpu").train_images) == 100
+
+
+def test_a_relative_folder_is_found_wherever_the_study_is_started(tmp_path, told, monkeypatch):
+    """Also by the notebooks, which run elsewhere."""
+    folder_of_images(tmp_path / "pictures", 200, 100)
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(study, "execute_notebooks", lambda *args: seen.append(args[2]) or ([], []))
+    command = ("--scale", "toy", "--only", "sgd", "--dataset", "folder:pictures", "--out", "out")
+    assert told(*command)[0] == 0
+    assert (tmp_path / "out" / "report.html").exists()
+    monkeypatch.chdir(study.NOTEBOOKS)
+    data.load.cache_clear()
+    assert data.load(seen[0]).title == "folder pictures"
+
+
+REFUSED = [
+    (["--only", "adma"], r"'adma'.*did you mean adam\?"),
+    (["--only", ""], r"''.*sgd, adam"),
+    (["--only", "sgd;adam"], r"'sgd;adam'"),
+    (["--only", "../sgd"], r"'\.\./sgd'"),
+    (["--dataset", "cifar"], r"dataset='cifar'.*cifar10"),
+    (["--dataset", "folder:"], r"folder"),
+    (["--dataset", "folder:nowhere"], r"folder:nowhere: no such folder"),
+    (["--dataset", "folder:{empty}"], r"expected images as .*train: none"),
+    (["--dataset", "folder:{small}"], r"(batch_size|train_limit)=.* 20 "),
+    (["--dataset", "cifar10"], r"CIFAR-10 is not complete.*network"),
+    (["--dataset", "mnist"], r"MNIST is not complete.*network"),
+    (["--epochs", "0"], r"epochs=0"),
+    (["--epochs", "-3"], r"epochs=-3"),
+    (["--epochs", "many"], r"--epochs.*many"),
+    (["--seeds", "one"], r"seeds='one'"),
+    (["--seeds", "3-1"], r"seeds='3-1'"),
+    (["--protocol", "dirty"], r"protocol='dirty'"),
+    (["--scale", "huge"], r"--scale.*huge"),
+    (["--device", "quantum"], r"device='quantum'"),
+    (["--device", "cuda"], r"no NVIDIA GPU"),
+    (["--lambda", "1"], r"--lambda"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_bad_input_is_one_line_an_exit_code_and_nothing_written(
+    bad, message, tmp_path, monkeypatch, capsys
+):
+    if bad[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+
+    def offline(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    monkeypatch.setenv("HYBRID_DATA", str(tmp_path / "downloads"))
+    (tmp_path / "empty").mkdir()
+    folder_of_images(tmp_path / "small", 20, 20)
+    bad = [a.format(empty=tmp_path / "empty", small=tmp_path / "small") for a in bad]
+    try:
+        code = main(["--scale", "toy", "--out", str(tmp_path / "new" / "study"), *bad])
+    except SystemExit as usage:  # argparse shows how it is called before its line
+        code = usage.code
+    shown, errors = capsys.readouterr()
+    assert code not in (0, None)
+    lines = [line for line in errors.splitlines() if not re.match(r"usage:| {3}", line)]
+    assert len(lines) == 1, errors
+    assert re.search(message, lines[0])
+    assert shown == ""
+    assert not (tmp_path / "new").exists()
+    assert not [f for f in (tmp_path / "downloads").rglob("*") if f.is_file()]
+
+
+# --- Parameters of notebooks: a namespace as IPython has it after papermill's cell. ---
+
+DECLARED = """
+scale: str = "demo"  # toy, demo or paper
+dataset: str = "digits"  # a name
+seeds: str = "0"  # text
+epochs: int = None  # or a number
+lr: float = 0.1  # a rate
+train: bool = True  # or not
+"""
+DEFAULTS = dict(scale="demo", dataset="digits", seeds="0", epochs=None, lr=0.1, train=True)
+
+
+def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
+    """The globals of a notebook whose cells so far were these, the injected one second."""
+    injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
+    known: dict = {"In": ["", declared, *([injected] if given else []), *cells]}
+    exec(declared + injected, known)
+    return known
+
+
+def test_without_anything_injected_the_defaults_are_the_values():
+    assert vars(parameters(namespace())) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("train", "false", False), ("train", "False", False), ("train", 0, False),
+        ("train", "true", True), ("lr", "1e-3", 0.001), ("lr", 1, 1.0), ("lr", "0.5", 0.5),
+        ("epochs", "7", 7), ("epochs", 7, 7), ("epochs", 7.0, 7), ("epochs", None, None),
+        ("seeds", 3, "3"), ("seeds", "0-2", "0-2"), ("dataset", "cifar10", "cifar10"),
+    ],
+)  # fmt: skip
+def test_injected_values_are_converted_to_the_declared_types(name, given, value):
+    chosen = vars(parameters(namespace(**{name: given})))
+    assert chosen == {**DEFAULTS, name: value}
+    assert type(chosen[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epoch": 3}, r"epoch is not a parameter of this notebook \(did you mean epochs\?\)"),
+        ({"Seeds": "1"}, r"Seeds is not a parameter.*did you mean seeds\?"),
+        ({"zzz": 1}, r"zzz is not a parameter of this notebook \("),
+        ({"study": 1}, r"study is not a parameter"),
+        ({"epochs": 2.5}, r"epochs=2\.5: .*integer"),
+        ({"epochs": "many"}, r"epochs='many': .*integer"),
+        ({"lr": "fast"}, r"lr='fast': .*number"),
+        ({"lr": None}, r"lr=None: .*number"),
+        ({"train": "maybe"}, r"train='maybe': .*boolean"),
+        ({"seeds": [1, 2]}, r"seeds=\[1, 2\]: .*string"),
+        ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
+        ({"dataset": "cifar"}, r"dataset='cifar'"),
+        ({"seeds": "x"}, r"seeds='x'"),
+        ({"epochs": 0}, r"epochs=0: .*greater than or equal to 1"),
+    ],
+)
+def test_a_faulty_parameter_is_named_with_its_value(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parameters(namespace(**given))
+    assert "\n" not in str(caught.value)
+    assert "(parameters: scale, dataset, seeds, epochs, lr, train)" in str(caught.value)
+
+
+def test_all_faults_come_in_one_line():
+    with pytest.raises(ValueError, match="epoch is not") as caught:
+        parameters(namespace(epoch=3, trian=False, lr="fast", train="maybe"))
+    message = str(caught.value)
+    for part in ("did you mean epochs", "did you mean train", "lr='fast'", "train='maybe'"):
+        assert part in message
+    with pytest.raises(ValueError, match=r"epoch is not.*scale='huge'"):
+        parameters(namespace(epoch=3, scale="huge"))
+
+
+def test_the_check_sees_converted_values_and_its_objection_is_shown():
+    def check(chosen):
+        raise ValueError(f"no luck with {chosen.lr!r}")
+
+    with pytest.raises(ValueError, match=r"no luck with 0\.001 \(parameters"):
+        parameters(namespace(lr="1e-3"), check)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "%matplotlib inline\n!ls", "note = 3", "x = y = 1\nprint(x)", "import os", "", "for i in",
+        "paths: list[str] = []", "count: int", "note: 'text' = 1", "chosen.lr: float = 3",
+        "numbers: dict = {}\ndef f(): pass",
+    ],
+)  # fmt: skip
+def test_the_reader_s_own_cells_are_no_parameters(cell):
+    assert vars(parameters(namespace(cell))) == DEFAULTS
+
+
+def test_parameters_changed_by_hand_and_run_again():
+    known = namespace()
+    changed = DECLARED.replace("epochs: int = None", "epochs: int = 4")
+    exec(changed, known)
+    known["In"] += ["chosen = study.parameters(globals())", changed]
+    assert parameters(known).epochs == 4
+
+
+ONE = """
+optimizer: str = "atmo"  # a method
+dataset: str = "digits"  # a name
+scale: str = "toy"  # toy
+epochs: int = None  # a number
+lr: float = None  # a rate
+batch_size: int = None  # a number
+lambda_schedule: str = None  # a shape
+lambda_start: str = None  # two weights
+protocol: str = "clean"  # or released
+seed: int = 0  # a seed
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
+        ({"dataset": "imagenet"}, r"dataset='imagenet'"),
+        ({"lambda_schedule": "ramp"}, r"lambda_schedule='ramp'"),
+        ({"lambda_start": "-1,2"}, r"lambda_start=.*-1.*greater"),
+        ({"lambda_start": "nan,1"}, r"lambda_start=.*nan.*finite"),
+        ({"lambda_start": "1"}, r"lambda_start=\['1'\]|lambda_start=\('1',\)"),
+        ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
+        ({"lr": 0}, r"lr=0"),
+        ({"lr": -0.1}, r"lr=-0\.1"),
+        ({"lr": "nan"}, r"lr=nan"),
+        ({"epochs": 0}, r"epochs=0"),
+        ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
+        ({"protocol": "dirty"}, r"protocol='dirty'"),
+        ({"seed": -1}, r"seed=-1"),
+        ({"learning_rate": 0.1}, r"learning_rate is not a parameter"),
+    ],
+)
+def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parameters(namespace(declared=ONE, **given), study.asked_one)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_experiment_is_its_row_with_what_was_given_changed():
+    known = namespace(declared=ONE, lr="0.5", lambda_start="0.9 0.1", optimizer="adasgd", seed=4)
+    e = study.asked_one(parameters(known, study.asked_one))
+    (row,) = plan("toy", only=["adasgd"], seeds=[4])
+    assert e == replace(row, lr=0.5, lambda_start=(0.9, 0.1))
+
+
+# --- Runs as text, to repeat them. ---
+
+REPEATED = [
+    *(replace(e, dataset="digits", seed=3) for e in EXPERIMENTS.values()),
+    EXPERIMENTS["dyn_padam_sgd"].scaled(20),
+    replace(EXPERIMENTS["adasgd"].scaled(10), lambda_start=(0.75, 0.25), train_limit=500),
+    replace(EXPERIMENTS["padam"], partial=0.25, lr=0.05, dataset="folder:my 'own' images"),
+    replace(EXPERIMENTS["sgd"], augment=True, nesterov=True),
+    replace(EXPERIMENTS["adahessian"], hessian_every=10, spatial_average="kernel"),
+    Experiment(name="adam-sgd", optimizer="adam+sgd", lr=0.01, epochs=200, momentum=0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("e", REPEATED, ids=[f"{i}-{e.name}" for i, e in enumerate(REPEATED)])
+def test_the_python_code_of_a_run_is_the_run(e, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hl, "run", lambda *args: seen.append(args))
+    exec(study.as_python(e, "a 'folder'"), {})
+    assert seen == [(e, "a 'folder'")]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("e", REPEATED, ids=[f"{i}-{e.name}" for i, e in enumerate(REPEATED)])
+def test_the_papermill_command_of_a_run_is_the_run(e):
+    from papermill.cli import _resolve_type
+
+    words = shlex.split(study.as_papermill(e, "a 'folder'"))
+    source = nbformat.read(data.PROJECT / words[1], 4)
+    given = [(words[i + 1], _resolve_type(words[i + 2])) for i in range(3, len(words), 3)]
+    (declared,) = [c.source for c in source.cells if "parameters" in c.metadata.get("tags", [])]
+    chosen = parameters(namespace(declared=declared, **dict(given)), study.asked_one)
+    assert chosen.out == "a 'folder'"
+    assert replace(study.asked_one(chosen), name=e.name) == e
