@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist")
+TITLES = {
+    "digits": "handwritten digits",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "mnist": "MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+}
+NAMES = tuple(TITLES)
 _CHECKOUT = Path(__file__).resolve().parent.parent
 # Where data/, notebooks/ and runs/ are: the checkout; for an installed package the working folder.
 PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
@@ -62,8 +69,8 @@ def check_name(dataset: str) -> None:
     Raises:
         ValueError: with the names that exist.
     """
-    if dataset not in NAMES and not dataset.removeprefix("folder:").strip():
-        raise ValueError("dataset='folder:': name the folder, as in folder:data/cifar10-jpeg")
+    if dataset.startswith("folder:") and not dataset.removeprefix("folder:").strip():
+        raise ValueError(f"dataset={dataset!r}: name the folder, as in folder:data/cifar10-jpeg")
     if dataset not in NAMES and not dataset.startswith("folder:"):
         raise ValueError(
             f"dataset={dataset!r}: must be one of {', '.join(NAMES)} or folder:PATH "
@@ -71,7 +78,18 @@ def check_name(dataset: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=2)  # a study runs many experiments on one data set
+def title(dataset: str) -> str:
+    """The name of a data set that figures and tables show.
+
+    >>> title("folder:data/cifar10-jpeg"), title("folder:my/birds")
+    ('CIFAR-10 (JPEG copy)', 'folder birds')
+    """
+    if dataset in TITLES:
+        return TITLES[dataset]
+    name = Path(dataset.removeprefix("folder:")).expanduser().resolve().name
+    return FOLDER_TITLES.get(name, f"folder {name}")
+
+
 def load(dataset: str, train_limit: int | None = None, test_limit: int | None = None) -> Data:
     """Load a data set, or a class-balanced part of it, into memory.
 
@@ -87,14 +105,16 @@ def load(dataset: str, train_limit: int | None = None, test_limit: int | None = 
         FileNotFoundError: for files that are neither there nor to be downloaded.
     """
     check_name(dataset)
-    if dataset == "digits":
-        title, classes, train, test = _digits()
-    elif dataset.startswith("folder:"):
-        return _folder(dataset.removeprefix("folder:"), train_limit, test_limit)
-    else:
-        title, classes, train, test = _torchvision(dataset)
+    return _load(dataset, train_limit, test_limit, _changed(dataset))
+
+
+@functools.lru_cache(maxsize=2)  # a study runs many experiments on one data set
+def _load(dataset: str, train_limit: int | None, test_limit: int | None, changed: tuple) -> Data:
+    if dataset.startswith("folder:"):
+        return _folder(dataset, train_limit, test_limit)
+    classes, train, test = _digits() if dataset == "digits" else _torchvision(dataset)
     return _data(
-        title,
+        title(dataset),
         classes,
         _limited(train, train_limit, "train_limit"),
         _limited(test, test_limit, "test_limit"),
@@ -153,7 +173,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     ]
 
 
-def _data(title: str, classes: list[str], train: tuple, test: tuple) -> Data:
+def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
     (train_images, train_labels), (test_images, test_labels) = train, test
     digest = hashlib.sha256()
     for tensor in (train_images, train_labels, test_images, test_labels):
@@ -164,7 +184,7 @@ def _data(title: str, classes: list[str], train: tuple, test: tuple) -> Data:
     std, mean = torch.stack(std).float(), torch.stack(mean).float()
     std = torch.where(std > 0, std, 1.0)  # a channel without contrast stays at zero
     return Data(
-        title, tuple(classes), train_images, train_labels, test_images, test_labels,
+        name, tuple(classes), train_images, train_labels, test_images, test_labels,
         mean, std, digest.hexdigest()[:16],
     )  # fmt: skip
 
@@ -177,24 +197,24 @@ def _digits():
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     n = 1200  # two thirds to train on, 597 to test on, in the file's order: no lucky split
     classes = [str(name) for name in bunch.target_names]
-    return "handwritten digits", classes, (images[:n], labels[:n]), (images[n:], labels[n:])
+    return classes, (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
 def _torchvision(dataset: str):
     from torchvision import datasets  # imported where used: the digits do not need it
 
-    title, cls, folder = {
-        "cifar10": ("CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py"),
-        "cifar100": ("CIFAR-100", datasets.CIFAR100, "cifar-100-python"),
-        "mnist": ("MNIST", datasets.MNIST, "MNIST"),
-        "fashion-mnist": ("Fashion-MNIST", datasets.FashionMNIST, "FashionMNIST"),
+    cls, folder = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+        "mnist": (datasets.MNIST, "MNIST"),
+        "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST"),
     }[dataset]
     root = Path(os.environ.get("HYBRID_DATA", PROJECT / "data"))
     try:
         train, test = (cls(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{title} is not complete in {root / folder} and could not be downloaded "
+            f"{title(dataset)} is not complete in {root / folder} and could not be downloaded "
             f"({_first_line(error)}). Run again with network access, or unpack the original files "
             "there (HYBRID_DATA names another folder), or use dataset=folder:PATH or digits"
         ) from error
@@ -203,15 +223,26 @@ def _torchvision(dataset: str):
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
         tensors.append((images.contiguous(), torch.as_tensor(part.targets)))
-    return title, train.classes, *tensors
+    return train.classes, *tensors
 
 
-def _folder(path: str, train_limit: int | None, test_limit: int | None) -> Data:
+def _root(dataset: str) -> Path:
+    root = Path(dataset.removeprefix("folder:")).expanduser()
+    # A notebook's working folder is not the project's.
+    return root if root.is_absolute() or root.exists() else PROJECT / root
+
+
+def _changed(dataset: str) -> tuple:
+    """When the folders of a data set were last changed: a stale copy must not be served."""
+    if not dataset.startswith("folder:"):
+        return ()
+    return tuple((str(f), f.stat().st_mtime_ns) for f in sorted(_root(dataset).glob("*/*/")))
+
+
+def _folder(dataset: str, train_limit: int | None, test_limit: int | None) -> Data:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    root = Path(path).expanduser()
-    if not root.is_absolute() and not root.exists():
-        root = PROJECT / root  # a notebook's working folder is not the project's
+    path, root = dataset.removeprefix("folder:"), _root(dataset)
     layout = f"{path}/train/CLASS/* and {path}/test/CLASS/*"
     if not root.is_dir():
         raise FileNotFoundError(f"dataset=folder:{path}: no such folder; expected {layout}")
@@ -237,18 +268,20 @@ def _folder(path: str, train_limit: int | None, test_limit: int | None) -> Data:
         chosen = _balanced(torch.tensor(labels), limit, f"{part}_limit")
         images = _decoded([files[i] for i in chosen.tolist()])
         parts.append((images, torch.tensor(labels)[chosen]))
-    title = FOLDER_TITLES.get(root.resolve().name, f"folder {root.resolve().name}")
-    return _data(title, classes, *parts)
+    return _data(title(dataset), classes, *parts)
 
 
 def _decoded(files: list[Path]) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     def decode(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
+                if image.mode.startswith("I"):  # 16 bits, which PIL's own conversion cuts off
+                    grey = (np.asarray(image) >> 8).astype(np.uint8)
+                    return np.stack([grey] * 3, axis=-1)
                 return np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # decoders raise of every kind, SyntaxError included
             raise ValueError(f"{file}: not a readable image ({_first_line(error)})") from error
 
     images = np.empty((len(files), *decode(files[0]).shape), np.uint8)

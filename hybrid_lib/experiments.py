@@ -120,9 +120,7 @@ class Experiment:
     partial: Positive | None = None
     bias_correction: Literal["released", "none", "consistent"] | None = None
     hessian_power: Positive | None = None
-    spatial_average: Annotated[
-        Literal["kernel", "auto"] | Count | None, BeforeValidator(_block)
-    ] = None
+    spatial_average: Annotated[str | int | None, BeforeValidator(_block)] = None
     lambda_schedule: Literal["constant", "linear", "cosine", "step", "exponential", "sigmoid"] = (
         "constant"
     )
@@ -161,13 +159,24 @@ class Experiment:
                 f"lambda_schedule={self.lambda_schedule!r}: {self.optimizer} has one rule, "
                 "nothing to weigh; use atmo, padam_sgd or adasgd"
             )
+        if not self.is_hybrid and self.lambda_start != (0.5, 0.5):
+            raise ValueError(
+                f"lambda_start={self.lambda_start}: {self.optimizer} has one rule, nothing to weigh"
+            )
+        if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
+            raise ValueError(
+                f"lambda_schedule={self.lambda_schedule!r}: the released scheduler is linear; "
+                "choose 'linear', or lambda_direction='report'"
+            )
         self.build_optimizer([torch.zeros(1, requires_grad=True)])
         return self
 
     @property
     def label(self) -> str:
         """The report's name of the method, or ``name`` for experiments of one's own."""
-        return LABELS.get(self.name, self.name.replace("-", " + "))
+        if self._rules and self.name == self.optimizer.replace("+", "-"):
+            return self.optimizer.replace("+", " + ")
+        return LABELS.get(self.name, self.name)
 
     @property
     def is_hybrid(self) -> bool:
@@ -208,6 +217,14 @@ class Experiment:
             torch.manual_seed(self.seed)
             return resnet18(num_classes, in_channels, self.width, self.stem)
 
+    @property
+    def _direction(self) -> str:
+        if self.lambda_direction != "protocol":
+            return self.lambda_direction
+        # Only these two have the reversed scheduler; AdaSGD's own goes as the report says.
+        reversed_ = self.protocol == "released" and self.optimizer in ("atmo", "padam_sgd")
+        return "released" if reversed_ else "report"
+
     def lambdas(self):
         """The schedule of the weights: a function of the 0-based epoch."""
         if not self.is_hybrid:
@@ -215,12 +232,7 @@ class Experiment:
         if self.lambda_schedule == "constant":
             return schedules.Constant(self.lambda_start)
         horizon = self.lambda_epochs or self.epochs
-        direction = self.lambda_direction
-        if direction == "protocol":
-            # Only these two have the reversed scheduler; AdaSGD's own goes as the report says.
-            reversed_ = self.protocol == "released" and self.optimizer in ("atmo", "padam_sgd")
-            direction = "released" if reversed_ else "report"
-        if direction == "released":
+        if self._direction == "released":
             return schedules.released(
                 start=self.lambda_end, end=self.lambda_start, epochs=horizon,
                 first=self.lambda_start,

@@ -63,7 +63,7 @@ MEANT = {  # where the general message would speak of tuples
     "lr_milestones": "increasing epochs, as in 6, 9",
 }
 STATUS_EVERY = 0.2  # seconds between two updates of the line below the buttons
-LEFT, RIGHT = 440, 660  # widths in pixels
+LEFT, RIGHT = 410, 545  # widths in pixels
 LOSS_TICKS = [digit * 10.0**power for power in range(-7, 3) for digit in (1, 2, 5)]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 
@@ -284,22 +284,19 @@ class Explorer:
     def _draw_preview(self, experiment: Experiment) -> None:
         epochs, weights = list(range(1, experiment.epochs + 1)), experiment.lambdas()
         rules = _rule_names(experiment)
-        with self._drawing, self.preview.batch_update():
-            # A batch resets in every trace what it sets in any: all of them set the same.
-            rates = experiment.learning_rates()
-            self.preview.data[0].update(x=epochs, y=rates, name="η", showlegend=False)
-            for i, trace in enumerate(self.preview.data[1:]):
-                known = len(rules) > 1
-                trace.update(
-                    x=epochs if known else [],
-                    y=[weights(epoch - 1)[i] for epoch in epochs] if known else [],
-                    name=f"λ of {rules[i]}" if known else "",
-                    showlegend=known,
-                )
-            alone = "" if len(rules) > 1 else f"{rules[0]} alone: nothing to weigh"
-            self.preview.layout.annotations[0].text = alone
-            self.preview.update_xaxes(range=_epoch_range(experiment.epochs))
-            self.preview.update_xaxes(dtick=1 if experiment.epochs <= 12 else None)
+        lines = [(1, _schedule_line("η", epochs, experiment.learning_rates(), plots.GREEN))]
+        if len(rules) > 1:
+            pairs = list(zip(*(weights(epoch - 1) for epoch in epochs)))
+            looks = ((plots.VERMILLION, "solid"), (plots.BLUE, "dash"))
+            for rule, values, look in zip(rules, pairs, looks):
+                lines.append((2, _schedule_line(f"λ of {rule}", epochs, list(values), *look)))
+        alone = "" if len(rules) > 1 else f"{rules[0]} alone: nothing to weigh"
+        with self._drawing:
+            _put(self.preview, lines)
+            with self.preview.batch_update():
+                self.preview.layout.annotations[0].text = alone
+                self.preview.update_xaxes(range=_epoch_range(experiment.epochs))
+                self.preview.update_xaxes(dtick=1 if experiment.epochs <= 12 else None)
 
     def _draw(self) -> None:
         """The current run, the chosen earlier ones and, if wished, the report's points."""
@@ -319,24 +316,11 @@ class Explorer:
                 points = _report_points(self.controls["method"].value)
                 lines.append(points)
                 longest = longest if histories else max([1, *points[1]["x"]])
-            self._put(lines)
+            _put(self.curves, lines)
             with self.curves.batch_update():
                 self.curves.update_xaxes(range=_epoch_range(longest))
                 self.curves.update_xaxes(dtick=1 if longest <= 12 else None)
                 self.curves.layout.title.text = _title(self.history)
-
-    def _put(self, lines: list[tuple[int, dict]]) -> None:
-        """Lines into the figure of the curves; those that are there grow in place."""
-        figure = self.curves
-        there = [(trace.name, trace.line.color) for trace in figure.data]
-        if there != [(line["name"], line["line"]["color"]) for _, line in lines]:
-            figure.data = []
-            traces = [go.Scatter(**line) for _, line in lines]
-            figure.add_traces(traces, rows=[row for row, _ in lines], cols=[1] * len(lines))
-            return
-        with figure.batch_update():
-            for trace, (_, line) in zip(figure.data, lines):
-                trace.update(x=line["x"], y=line["y"], mode=line["mode"])
 
     def _fill(self, experiment: Experiment, fields) -> None:
         self._filling = True
@@ -398,8 +382,8 @@ class Explorer:
         look = {"style": {"description_width": "110px"}, "layout": {"width": f"{RIGHT - 30}px"}}
         self.earlier = widgets.SelectMultiple(description="Earlier runs", rows=4, **look)
         self.report = widgets.Checkbox(
-            description="Add the report's test accuracies of this method (CIFAR-10)",
-            indent=False, layout={"width": f"{RIGHT - 160}px", "margin": "0 0 0 118px"},
+            description="the report's accuracies of this method (CIFAR-10)",
+            indent=False, layout={"width": f"{RIGHT - 120}px", "margin": "0 0 0 118px"},
         )  # fmt: skip
         look = {"style": {"description_width": "110px"}}
         self.papermill = widgets.Textarea(
@@ -418,7 +402,7 @@ class Explorer:
             for field, control in self.controls.items()
         }
         buttons = widgets.HBox([self.start_button, self.stop_button, self.reset_button])
-        gap = {"margin": "0 0 0 20px"}
+        gap = {"margin": "0 0 0 10px"}
         top = widgets.Box(
             [
                 widgets.VBox([cells["method"], cells["run_name"]]),
@@ -434,14 +418,17 @@ class Explorer:
             if title == "The weights λ":
                 left.append(self.preview)
         right = [self.curves, self.earlier, self.report]
-        columns = [
-            widgets.VBox(left, layout={"width": f"{LEFT}px"}),
-            widgets.VBox(right, layout={"width": f"{RIGHT}px", **gap}),
-        ]
+        # The curves come first, and to the right: where both do not fit, they stay below Start.
+        columns = widgets.Box(
+            [
+                widgets.VBox(right, layout={"width": f"{RIGHT}px", **gap}),
+                widgets.VBox(left, layout={"width": f"{LEFT}px"}),
+            ],
+            layout={"flex_flow": "row-reverse wrap", "justify_content": "flex-end"},
+        )
         again = widgets.HTML("<b>The same again</b> (click into a box, Ctrl+A, Ctrl+C)")
         return widgets.VBox(
-            [top, widgets.Box(columns, layout={"flex_flow": "row wrap"}), again, self.papermill,
-             self.python, self.output],
+            [top, columns, again, self.papermill, self.python, self.output],
         )  # fmt: skip
 
 
@@ -465,6 +452,32 @@ def _control(label: str, kind, choices, empty: str) -> widgets.Widget:
     return kind(description=label, style=style, layout=layout, **options)
 
 
+def _put(figure: go.FigureWidget, lines: list[tuple[int, dict]]) -> None:
+    """(row, trace) pairs into a figure; lines that are there already grow in place."""
+    looks = [(trace.name, trace.line.color) for trace in figure.data]
+    if looks != [(line["name"], line["line"]["color"]) for _, line in lines]:
+        figure.data = []
+        traces = [go.Scatter(**line) for _, line in lines]
+        figure.add_traces(traces, rows=[row for row, _ in lines], cols=[1] * len(lines))
+        return
+    changed = {
+        i: line
+        for i, (_, line) in enumerate(lines)
+        if (list(figure.data[i].x), list(figure.data[i].y)) != (line["x"], line["y"])
+    }
+    if changed:
+        # Not batch_update(): it would also empty what stays as it is, in views opened later.
+        for key in ("mode", "x", "y"):
+            figure.plotly_restyle({key: [line[key] for line in changed.values()]}, list(changed))
+
+
+def _schedule_line(name: str, epochs: list, values: list, colour: str, dash: str = "solid") -> dict:
+    line = {"shape": "hvh", "width": 2, "color": colour, "dash": dash}
+    shown = name != "η"  # the axis says so
+    return {"x": epochs, "y": values, "name": name, "mode": "lines", "line": line,
+            "showlegend": shown}  # fmt: skip
+
+
 def _holds_another(folder: Path, experiment: Experiment) -> bool:
     """Whether a run of another experiment is kept there."""
     if not (folder / FILE).exists():
@@ -481,8 +494,8 @@ def _rule_names(experiment: Experiment) -> list[str]:
 
 
 def _summary(name: str, history: History) -> str:
-    what = f"{name}: {history.label}, {history.dataset}, {len(history.rows)} epochs"
-    return f"{what}, test {history.final['test_accuracy']:.4f}" if history.rows else what
+    accuracy = f", test {history.final['test_accuracy']:.4f}" if history.rows else ""
+    return f"{name}: {len(history.rows)} epochs{accuracy}, {history.label}, {history.dataset}"
 
 
 def _outcome(history: History) -> str:
@@ -504,12 +517,7 @@ def _warning(text: str) -> str:
 
 def _preview_figure() -> go.FigureWidget:
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.1)
-    for colour, dash, row in (
-        (plots.GREEN, "solid", 1), (plots.VERMILLION, "solid", 2), (plots.BLUE, "dash", 2),
-    ):  # fmt: skip
-        line = {"shape": "hvh", "width": 2, "color": colour, "dash": dash}
-        figure.add_scatter(line=line, mode="lines", name="η", showlegend=False, row=row, col=1)
-    figure.update_xaxes(title_text="epoch", row=2)
+    figure.update_xaxes(title_text="epoch", title_standoff=8, row=2)
     figure.update_yaxes(title_text="η", row=1, rangemode="tozero")
     figure.update_yaxes(title_text="λ", range=[-0.08, 1.08], dtick=0.5, row=2)
     plots.finished(figure, "", height=270)
@@ -523,10 +531,10 @@ def _curves_figure() -> go.FigureWidget:
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
     figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
     figure.update_yaxes(title_text="accuracy", row=2)
-    figure.update_xaxes(title_text="epoch", row=2)
+    figure.update_xaxes(title_text="epoch", title_standoff=8, row=2)
     plots.finished(figure, "", height=560)
-    legend = {"orientation": "h", "x": 0, "y": -0.11, "yanchor": "top", "traceorder": "reversed"}
-    margin = {"l": 70, "r": 10, "t": 76, "b": 90}
+    legend = {"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top", "traceorder": "reversed"}
+    margin = {"l": 70, "r": 10, "t": 76, "b": 110}
     return go.FigureWidget(figure.update_layout(width=RIGHT - 10, legend=legend, margin=margin))
 
 

@@ -63,7 +63,8 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """The rows as a table, indexed by epoch."""
-        return pd.DataFrame(self.rows).set_index("epoch")
+        columns = None if self.rows else ["epoch", "test_accuracy"]  # a table, if an empty one
+        return pd.DataFrame(self.rows, columns=columns).set_index("epoch")
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` (or ``path/history.json`` for a folder) as a whole or not at all."""
@@ -102,13 +103,12 @@ class History:
                 )
             rows = [{**row, "lambdas": tuple(row["lambdas"])} for row in content["rows"]]
             experiment = Experiment(**content["experiment"])
+            environment, status = content["environment"], content["status"]
         except ValidationError as error:
             raise ValueError(f"{file}: {'; '.join(faults(error))}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: not a readable history ({error})") from error
-        return cls(
-            experiment, rows, content["environment"], content["status"], content.get("note", "")
-        )
+        return cls(experiment, rows, environment, status, content.get("note", ""))
 
 
 def load_all(folder: str | Path) -> list[History]:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import itertools
 import json
+import os
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -148,7 +152,7 @@ def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
     return finished(figure, f"Where a step's time goes, {subject}")
 
 
-def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
+def schedules(experiments: Iterable[Experiment], title: str = ""):
     """Learning rate and weight of SGD in every epoch: a column of two panels per experiment.
 
     Of experiments that differ in their seed alone, the first is shown.
@@ -166,7 +170,8 @@ def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
         sgd = [weights(epoch - 1)[1] if e.is_hybrid else alone for epoch in epochs]
         for row, values, label in ((1, e.learning_rates(), "η"), (2, sgd, "λ of SGD")):
             figure.add_scatter(
-                x=epochs, y=values, mode="lines", name=e.label, showlegend=False,
+                x=np.asarray(epochs), y=np.asarray(values), mode="lines", name=e.label,
+                showlegend=False,
                 line={"color": colour, "dash": dash, "shape": "hvh"}, row=row, col=col,
                 hovertemplate="epoch %{x}: " + label + " = %{y:.3g}<extra></extra>",
             )  # fmt: skip
@@ -177,6 +182,7 @@ def schedules(experiments: Iterable[Experiment], title: str = "Schedules"):
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
     figure.update_xaxes(nticks=4)
     figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
+    title = title or f"Schedules, {data.title(shown[0].dataset)}"
     return finished(figure, title, height=430).update_layout(margin_t=90)
 
 
@@ -208,8 +214,7 @@ def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
 
 def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
     """Seconds per epoch of every method, and its ratio to SGD beside the report's."""
-    report = paper("runs")["seconds_per_epoch"]
-    rows = {}
+    named, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
     for name, group in _by_name(histories).items():
         rows_ = [row for h in group for row in (h.rows[1:] or h.rows)]
         rows[name] = {
@@ -220,7 +225,7 @@ def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index")
     total = table["train seconds"] + table["test seconds"]
     table.insert(2, "ratio to SGD", total / total.get("sgd", float("nan")))
-    return table.rename(index=lambda name: LABELS.get(name, name)).rename_axis(subject(histories))
+    return table.rename(index=lambda name: LABELS.get(name, name)).rename_axis(named)
 
 
 def show(figure) -> None:
@@ -234,10 +239,10 @@ def show(figure) -> None:
     still = go.Figure(figure).update_layout(width=900)
     bundle = {"application/vnd.plotly.v1+json": json.loads(still.to_json())}
     try:
-        _start_browser()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
             image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
+        _start_browser()  # after one has drawn: without any, starting one would wait for ever
     except Exception:  # kaleido draws with an installed Chrome or Chromium; there may be none
         bundle["text/html"] = still.to_html(full_html=False, include_plotlyjs="cdn")
     else:
@@ -249,7 +254,7 @@ def show(figure) -> None:
 
 @functools.cache
 def _start_browser() -> None:
-    """One browser for all images of a process: starting one takes ten times as long as drawing."""
+    """One browser for all further images: starting one takes ten times as long as drawing."""
     import kaleido
 
     kaleido.start_sync_server(silence_warnings=True)
@@ -260,7 +265,9 @@ def watched() -> bool:
     from IPython import get_ipython
 
     shell = get_ipython()
-    return shell is not None and getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+    asks = getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+    # Voilà asks nothing either, but has somebody looking; it says so in the environment.
+    return shell is not None and (asks or "voila" in os.environ.get("SERVER_SOFTWARE", "").lower())
 
 
 def subject(histories: Sequence[History]) -> str:
@@ -290,7 +297,12 @@ def _by_name(histories: Sequence[History]) -> dict[str, list[History]]:
 
 
 def _style(name: str) -> tuple[str, str]:
-    return STYLES.get(name, ("#808080", "solid"))
+    """The look of a method; others get one of eight that no method of the report has."""
+    if name in STYLES:
+        return STYLES[name]
+    looks = list(itertools.product(("longdash", "longdashdot"), (BLUE, VERMILLION, GREEN, PURPLE)))
+    dash, colour = looks[zlib.crc32(name.encode("utf-8")) % len(looks)]  # the same in every figure
+    return colour, dash
 
 
 def _add_lines(figure, name, group, column, row=None, col=None, legend=True) -> None:
@@ -325,6 +337,7 @@ def finished(figure, title: str, height: int = 460):
     """The house style: a title, margins, colours that work on light and on dark pages."""
     figure.update_layout(
         title={"text": title, "x": 0, "xref": "paper", "font": {"size": 16}},
+        template="none",  # plotly's own would add 7 KB to each figure of a notebook
         height=height,
         margin={"l": 70, "r": 20, "t": 60, "b": 50},
         paper_bgcolor="rgba(0,0,0,0)",

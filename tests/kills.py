@@ -24,9 +24,10 @@ from hybrid_lib.experiments import EXPERIMENTS
 from hybrid_lib.train import run
 
 EPOCHS = 3
-# Two files are written per epoch, each flushed and renamed; from the second epoch on, the last
-# checkpoint is renamed as well. These calls are all the moments of the first two epochs.
-MOMENTS = [("fsync", n) for n in (1, 2, 3, 4)] + [("replace", n) for n in (1, 2, 3, 4, 5)]
+# Checkpoint and history are written in every epoch, the owner's name before the first, each flushed
+# and renamed; from the second epoch on, the last checkpoint is renamed as well. These are all the
+# moments of the first two epochs.
+MOMENTS = [("fsync", n) for n in range(1, 6)] + [("replace", n) for n in range(1, 7)]
 
 
 def child(work) -> int:

@@ -26,7 +26,7 @@ quick = settings(max_examples=50, deadline=None)
 
 @pytest.fixture(autouse=True)
 def nothing_remembered():
-    load.cache_clear()
+    data._load.cache_clear()
 
 
 # --- The embedded digits. ---
@@ -238,7 +238,7 @@ def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path, monkeyp
     first = load(f"folder:{root}").checksum
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
-    load.cache_clear()
+    data._load.cache_clear()
     assert load(f"folder:{root}").checksum == first
 
 

@@ -213,8 +213,6 @@ def test_settings_of_another_optimizer_are_refused(name, field, value):
 
 WITHOUT_EFFECT = [
     ("adam", {"lambda_start": (0.2, 0.8)}),
-    ("atmo", {"lambda_end": (0.2, 0.8)}),
-    ("atmo", {"lambda_epochs": 7}),
 ]
 
 

@@ -228,7 +228,7 @@ from hybrid_lib.history import History
 folder, seen = sys.argv[1], set()
 row = {"epoch": 1, "lambdas": (1.0,)}
 History(EXPERIMENTS["sgd"], [row]).save(folder)
-for kill in range(25):
+for kill in range(12):
     child = os.fork()
     if child == 0:
         while True:

@@ -236,8 +236,8 @@ def committed() -> dict[Path, str]:
 FORBIDDEN = {  # spelt so that this file does not contain them
     "a package registry's host": r"py[p]i\.org|pythonho[s]ted\.org|npm[j]s\.org|deb\.deb[i]an\.org"
     r"|conda\.anaco[n]da\.org|download\.pyto[r]ch\.org|cra[t]es\.io",
-    "a path of one machine": r"(?<![\w.~$}])/(?:ho[m]e|ro[o]t|Us[e]rs|wo[r]k|mn[t])/\w"
-    r"|[A-Z]:\\Us[e]rs",
+    "a path of one machine": rf"{re.escape(str(ROOT))}\b|{re.escape(str(Path.home()))}/"
+    r"|(?<![\w.~$}])/(?:ho[m]e|Us[e]rs|wo[r]k|mn[t])/(?!ada/|you/)\w+/|[A-Z]:\\Us[e]rs",
     "an unfinished mark": r"\b(?:TO[D]O|FIX[M]E|X[X]X)\b",
 }
 

@@ -193,7 +193,9 @@ def executed_by_papermill(source: Path, target: Path, toy_study: Path):
     if "seeds" in known:  # it reads a study
         given |= {"out": str(toy_study), "epochs": None}
     given = {k: v for k, v in given.items() if k in known}
-    papermill.execute_notebook(source, target, given, progress_bar=False, cwd=source.parent)
+    papermill.execute_notebook(
+        source, target, given, progress_bar=False, cwd=source.parent, execution_timeout=90
+    )
     return nbformat.read(target, 4)
 
 

@@ -1,7 +1,10 @@
 """Figures say what they show and tables compute what they say, whatever state the runs are in."""
 
 import math
+import os
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -271,7 +274,9 @@ def test_without_sgd_there_is_no_ratio():
 
 @pytest.fixture
 def displayed(monkeypatch):
+    """What show() hands to IPython; no browser is started."""
     bundles = []
+    monkeypatch.setattr(plots, "_start_browser", lambda: None, raising=False)
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: bundles.append(bundle))
     return bundles
 
@@ -297,6 +302,24 @@ def test_without_a_chromium_there_is_a_page_instead_of_an_image(displayed, monke
     plots.show(plots.curves([history()]))
     (bundle,) = displayed
     assert set(bundle) == {"application/vnd.plotly.v1+json", "text/html"}
+
+
+NO_BROWSER = """
+import plotly.graph_objects as go
+import IPython.display
+from hybrid_lib import plots
+IPython.display.display = lambda bundle, raw: print(*sorted(bundle))
+plots.show(go.Figure())
+"""
+
+
+def test_where_no_browser_starts_nothing_waits_for_one():
+    done = subprocess.run(
+        [sys.executable, "-c", NO_BROWSER], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "BROWSER_PATH": os.devnull},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["application/vnd.plotly.v1+json", "text/html"]
 
 
 def test_a_reader_gets_the_figure_itself(displayed, monkeypatch):

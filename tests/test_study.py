@@ -304,7 +304,7 @@ def test_a_relative_folder_is_found_wherever_the_study_is_started(tmp_path, told
     assert told(*command)[0] == 0
     assert (tmp_path / "out" / "report.html").exists()
     monkeypatch.chdir(study.NOTEBOOKS)
-    data.load.cache_clear()
+    data._load.cache_clear()
     assert data.load(seen[0]).title == "folder pictures"
 
 
