@@ -31,6 +31,13 @@ from hybrid_lib.train import loaded, run
 NOTEBOOKS = data.PROJECT / "notebooks"
 TABLE = tuple(name for name in EXPERIMENTS if name != "padam")  # the eight rows of Table III
 
+PARAMETERS = (  # of the notebook 10_train_one, among the fields of Experiment
+    "epochs", "batch_size", "width", "train_limit", "test_limit", "lr", "lr_schedule",
+    "lr_milestones", "momentum", "weight_decay", "partial", "hessian_power", "lambda_schedule",
+    "lambda_start", "lambda_end", "lambda_epochs", "protocol", "precision",
+)  # fmt: skip
+NOTHING_THERE = "none of these runs is there"
+
 # What a scale changes in Tables I and II; milestones and horizons keep their share of the epochs.
 SCALES: dict[str, dict] = {
     # Seconds: does everything run? The numbers mean nothing.
@@ -69,15 +76,20 @@ def plan(
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: must be {_listed(SCALES)}")
     small_images = scale != "demo" or dataset == "digits"
-    changes = {**(SCALES[scale] if small_images else DEMO_IMAGES), **changes}
+    sizes = dict(SCALES[scale] if small_images else DEMO_IMAGES)
+    if dataset.startswith("folder:"):  # a scale asks for that many images at most
+        for part, n in data.folder_sizes(dataset).items():
+            if 0 < n < sizes.get(f"{part}_limit", 0):
+                del sizes[f"{part}_limit"]
+    changes = {**sizes, **changes}
     epochs = changes.pop("epochs", None)
     planned = []
-    for name in only:
+    for name in dict.fromkeys(only):
         experiment = row(name)
         if epochs is not None:
             # replace() first: it refuses an impossible number that scaled() cannot work with.
             experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
-        for seed in seeds:
+        for seed in dict.fromkeys(seeds):
             planned.append(dataclasses.replace(experiment, dataset=dataset, seed=seed, **changes))
     return planned
 
@@ -103,7 +115,7 @@ def histories(
         elif (folder / FILE).exists():
             found.append(History.load(folder))
     if not found:
-        raise FileNotFoundError(f"{out}: no finished run there; set train = True to train them")
+        raise FileNotFoundError(f"{out}: {NOTHING_THERE}; set train = True to train them")
     return found
 
 
@@ -127,10 +139,16 @@ def asked_one(chosen: SimpleNamespace) -> Experiment:
     """The one experiment that a notebook's parameters ask for.
 
     ``chosen`` has optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; of its other
-    values those that are not None and name a field of Experiment change that field.
+    values those that are not None and name a field of Experiment change that field. ``settings``
+    has further fields as text, if it is there: "nesterov=True hessian_every=10".
     """
     fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
     changes = {k: v for k, v in vars(chosen).items() if k in fields and v is not None}
+    for word in getattr(chosen, "settings", "").split():
+        field, _, value = word.partition("=")
+        if field not in fields:
+            raise ValueError(f"settings: {field} is no setting{_did_you_mean(field, fields)}")
+        changes[field] = value
     return plan(chosen.scale, chosen.dataset, [chosen.optimizer], [chosen.seed], **changes)[0]
 
 
@@ -165,10 +183,16 @@ def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     words = ["papermill", "notebooks/10_train_one.ipynb", f"{experiment.name}.ipynb"]
     words += ["-p", "scale", "paper", "-p", "optimizer", name, "-p", "dataset", experiment.dataset]
     words += ["-p", "epochs", str(experiment.epochs), "-p", "seed", str(experiment.seed)]
+    others = []
     for field, value in dataclasses.asdict(experiment).items():
         if value != start[field] and field not in ("name", "optimizer", "dataset", "seed"):
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += ["-p", field, text]
+            if field in PARAMETERS:
+                words += ["-p", field, text]
+            else:
+                others.append(f"{field}={text}")
+    if others:
+        words += ["-p", "settings", " ".join(others)]
     return shlex.join([*words, "-p", "out", str(folder)])
 
 
@@ -202,6 +226,9 @@ def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
     """
     declared, given = {}, []
     for source in namespace["In"]:
+        injected = source.startswith("# Parameters")  # papermill's mark
+        if declared and not injected:
+            continue  # the reader's own cells
         for node in _assignments(source):
             if isinstance(node, ast.AnnAssign):
                 kind = _TYPES[ast.unparse(node.annotation)]
@@ -280,7 +307,10 @@ def main(arguments: list[str] | None = None) -> int:
     found = [h for h in found if h.rows]
     if not found:
         return _refused("; ".join(failures))
-    pages, faults_ = execute_notebooks(out, chosen.scale, chosen.dataset, chosen.seeds)
+    located = chosen.dataset
+    if located.startswith("folder:"):  # the notebooks run elsewhere
+        located = f"folder:{Path(located.removeprefix('folder:')).resolve()}"
+    pages, faults_ = execute_notebooks(out, chosen.scale, located, chosen.seeds)
     failures += faults_
     report = write_report(out, found, pages, failures)
 
@@ -321,7 +351,11 @@ def execute_notebooks(
                 progress_bar=False, cwd=NOTEBOOKS, kernel_manager_class=_PrivateKernelManager,
             )  # fmt: skip
         except Exception as error:
-            failures.append(f"notebook {source.stem}: {_one_line(error)}")
+            if NOTHING_THERE in str(error):
+                print(f"notebook {source.stem}: none of its methods is in this study")
+            else:
+                failures.append(f"notebook {source.stem}: {_one_line(error)}")
+            executed.unlink(missing_ok=True)  # half a result is none
             continue
         page, _ = nbconvert.HTMLExporter(exclude_input=False).from_filename(str(executed))
         executed.with_suffix(".html").write_text(page, encoding="utf-8")
@@ -437,7 +471,7 @@ def _assignments(source: str) -> list[ast.stmt]:
         or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
         for node in body
     )
-    injected = source.startswith("# Parameters")  # papermill's mark
+    injected = source.startswith("# Parameters")
     return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
 
 

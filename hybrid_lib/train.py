@@ -85,6 +85,13 @@ def run(
 
     dataset = loaded(experiment, device)
     device = dataset.train_images.device
+    if folder is not None and (folder / FILE).exists():
+        before = history.environment.get("dataset_checksum")
+        if before != dataset.checksum:
+            raise RuntimeError(
+                f"{folder} was trained on other images of {dataset.title} (checksum {before}, here "
+                f"{dataset.checksum}); restore them, or choose another folder"
+            )
     if folder is None:
         return _run(experiment, dataset, device, None, progress, should_stop, on_epoch)
     with _only_writer(folder):
@@ -121,7 +128,7 @@ def epochs(
             model, optimizer, dataset, experiment, epoch, should_stop
         )
         trained = _now(device)
-        test_loss, test_accuracy = _test(model, dataset, experiment)
+        test_loss, test_accuracy = _test(model, dataset, experiment, epoch)
         tested = _now(device)
 
         rows.append(
@@ -183,7 +190,9 @@ def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[f
 
 
 @torch.no_grad()
-def _test(model: nn.Module, dataset: Data, experiment: Experiment) -> tuple[float, float]:
+def _test(
+    model: nn.Module, dataset: Data, experiment: Experiment, epoch: int
+) -> tuple[float, float]:
     """Mean loss and accuracy over the test images."""
     released = experiment.protocol == "released"
     model.train(released)  # as released: test batches use, and move, the batch statistics
@@ -198,7 +207,7 @@ def _test(model: nn.Module, dataset: Data, experiment: Experiment) -> tuple[floa
         correct += (logits.argmax(dim=1) == y).sum()
     loss = loss_sum.item() / len(images)
     if not math.isfinite(loss):
-        raise Diverged(f"test loss {loss}")
+        raise Diverged(f"test loss {loss} in epoch {epoch + 1}")
     return loss, correct.item() / len(images)
 
 
@@ -244,9 +253,21 @@ def _inputs(images: Tensor, dataset: Data, experiment: Experiment) -> Tensor:
 
 
 def _precision(experiment: Experiment, device: torch.device):
-    torch.backends.cuda.matmul.allow_tf32 = experiment.precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = experiment.precision == "tf32"  # torch's default is True
     return torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bfloat16")
+
+
+@contextlib.contextmanager
+def _tf32(experiment: Experiment) -> Iterator[None]:
+    """Whether NVIDIA GPUs may round to TF32 (torch lets convolutions by default); then as before."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = experiment.precision == "tf32"
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
 
 
 def _check_finite(losses: Tensor, optimizer, epoch: int) -> None:
@@ -282,7 +303,9 @@ def loaded(experiment: Experiment, device: str | torch.device | None = None) -> 
     # Eight times halved (cifar stem) or 32 times (imagenet), a small image is a single pixel.
     shrink = 8 if experiment.stem == "cifar" else 32
     parts = [n] + [len(dataset.test_images)] * (experiment.protocol == "released")
-    if max(dataset.train_images.shape[2:]) <= shrink and any(m % size == 1 for m in parts):
+    if max(dataset.train_images.shape[2:]) <= shrink and any(
+        size == 1 or m % size == 1 for m in parts
+    ):
         raise ValueError(
             f"batch_size={size} leaves a last batch of one image (of {parts}), whose one-pixel "
             "feature maps have no batch statistics; change batch_size or a limit by one"
@@ -318,12 +341,13 @@ def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch) -
     history = History(experiment, environment=_environment(dataset, device))
     show = _Progress(experiment, progress)
     try:
-        for rows in epochs(experiment, dataset, device, folder, should_stop):
-            history.rows = list(rows)
-            if rows and folder is not None:
-                history.save(folder)
-            show(rows)
-            on_epoch(history)
+        with _tf32(experiment):
+            for rows in epochs(experiment, dataset, device, folder, should_stop):
+                history.rows = list(rows)
+                if rows and folder is not None:
+                    history.save(folder)
+                show(rows)
+                on_epoch(history)
         history.status = "complete"
     except Diverged as reason:
         history.status, history.note = "diverged", str(reason)
@@ -453,10 +477,14 @@ def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> l
                 damaged = archive.testzip()
             if damaged:
                 raise zipfile.BadZipFile(f"checksum of {damaged}")
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            print(f"{file} is damaged ({error}); looking for the one before")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a flipped bit can end in any error of zipfile's and torch's
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{file} is damaged ({reason}); looking for the one before")
+            os.replace(
+                file, file.with_suffix(".damaged")
+            )  # or it would be kept instead of a good one
             continue
-        state = torch.load(file, map_location="cpu", weights_only=True)
         if state["format"] > FORMAT:
             raise RuntimeError(f"{file} was written by a newer version; update hybrid_lib")
         if state["experiment"] != dataclasses.asdict(experiment):

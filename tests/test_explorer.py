@@ -14,6 +14,9 @@ from pathlib import Path
 
 import papermill
 import pytest
+from papermill.cli import _resolve_type
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 import hybrid_lib as hl
 from hybrid_lib import explorer as module
@@ -215,6 +218,14 @@ def test_an_impossible_choice_is_explained_beside_its_control(open_explorer, fie
     assert not explorer.start_button.disabled
 
 
+def test_what_does_not_go_together_is_explained_too(open_explorer):
+    explorer = open_explorer("dyn_padam_sgd", **TINY)
+    set_to(explorer, protocol="released", lambda_schedule="sigmoid")
+    spoken = [name for name, message in explorer.messages.items() if message.value]
+    assert spoken == ["lambda_schedule"]
+    assert "linear" in explorer.messages["lambda_schedule"].value
+
+
 def test_several_faults_are_told_at_once(open_explorer):
     explorer = open_explorer()
     set_to(explorer, lr=0, dataset="cifar", run_name="a b")
@@ -310,7 +321,7 @@ def unusual(open_explorer):
     explorer = open_explorer("dyn_padam_sgd", **TINY)
     set_to(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
            lambda_start="0.9, 0.1", lambda_end="0.25, 0.75", lambda_epochs="2", momentum="0.8",
-           weight_decay="0", partial="0.25", protocol="released")  # fmt: skip
+           weight_decay="0", partial="0.25")  # fmt: skip
     explorer.start()
     explorer.wait()
     assert explorer.history.status == "complete", explorer.status.value
@@ -325,15 +336,21 @@ def test_copied_python_repeats_the_run(unusual):
     assert numbers(namespace["history"]) == numbers(unusual.history)
 
 
+def told(command):
+    """The experiment that the batch notebook makes of a papermill command."""
+    program, source, _, *words = shlex.split(command)
+    assert program == "papermill"
+    given = {name: _resolve_type(value) for name, value in zip(words[1::3], words[2::3])}
+    notebook = parameterize_notebook(load_notebook_node(str(ROOT / source)), given)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    namespace = {"In": cells}
+    for cell in cells:
+        exec(cell, namespace)
+    return study.asked_one(study.parameters(namespace, study.asked_one))
+
+
 def test_copied_papermill_command_says_the_same(unusual):
-    words = shlex.split(unusual.papermill.value)
-    assert words[:2] == ["papermill", "notebooks/10_train_one.ipynb"]
-    given = {name: value for flag, name, value in zip(words[3::3], words[4::3], words[5::3])}
-    types_ = {"epochs": int, "seed": int, "width": int, "batch_size": int, "lr": float}
-    given = {name: types_.get(name, str)(value) for name, value in given.items()}
-    given["epochs"] = int(given["epochs"])
-    chosen = types.SimpleNamespace(**given)
-    assert study.asked_one(chosen) == unusual.history.experiment
+    assert told(unusual.papermill.value) == unusual.history.experiment
 
 
 @pytest.mark.slow
@@ -350,13 +367,14 @@ def test_copied_papermill_command_repeats_the_run(unusual, tmp_path):
 
 
 def test_every_method_is_copied_exactly(open_explorer):
-    """Through the words of the command, for every method and for values that tables do not have."""
     explorer = open_explorer()
     for _, method in METHODS:
-        set_to(explorer, method=method, lr=0.003)
+        set_to(explorer, method=method, lr=0.003, momentum="0.7", lr_schedule="multistep",
+               lr_milestones="2")  # fmt: skip
         namespace = {}
         exec(explorer.python.value.partition("history =")[0], namespace)
         assert namespace["experiment"] == explorer.experiment()
+        assert told(explorer.papermill.value) == explorer.experiment()
 
 
 # Other places to run.
