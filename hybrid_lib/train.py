@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
@@ -16,7 +17,6 @@ import platform
 import statistics
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -258,7 +258,7 @@ def _precision(experiment: Experiment, device: torch.device):
 
 @contextlib.contextmanager
 def _tf32(experiment: Experiment) -> Iterator[None]:
-    """Whether NVIDIA GPUs may round to TF32 (torch lets convolutions by default); then as before."""
+    """Whether NVIDIA GPUs may round to TF32 (torch lets convolutions); afterwards as before."""
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -460,7 +460,23 @@ def _keep(folder: Path | None, experiment, model, optimizer, rows) -> None:
         "optimizer": optimizer.state_dict(),
     }
     torch.save(state, content)
-    write_atomically(folder / "last.pt", content.getvalue(), keep=folder / "prev.pt")
+    write_atomically(folder / "last.pt", _sealed(content.getvalue()), keep=folder / "prev.pt")
+
+
+def _sealed(archive: bytes) -> bytes:
+    """A zip archive, as torch.save writes it, with its SHA-256 as the archive's comment.
+
+    torch.load reads it as any other; the two last bytes before a comment are its length.
+    """
+    digest = hashlib.sha256(archive).hexdigest().encode("ascii")
+    return archive[:-2] + len(digest).to_bytes(2, "little") + digest
+
+
+def _checked(sealed: bytes) -> bytes:
+    digest = hashlib.sha256(sealed[:-66] + b"\0\0").hexdigest().encode("ascii")
+    if sealed[-64:] != digest:
+        raise ValueError("its checksum does not fit")
+    return sealed
 
 
 def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> list[dict]:
@@ -473,17 +489,12 @@ def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> l
         if not file.exists():
             continue
         try:
-            with zipfile.ZipFile(file) as archive:  # torch writes checksums but does not read them
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"checksum of {damaged}")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a flipped bit can end in any error of zipfile's and torch's
+            content = _checked(file.read_bytes())
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's errors of what it cannot read are of every kind
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"{file} is damaged ({reason}); looking for the one before")
-            os.replace(
-                file, file.with_suffix(".damaged")
-            )  # or it would be kept instead of a good one
+            os.replace(file, file.with_suffix(".damaged"))  # it must not become the one before
             continue
         if state["format"] > FORMAT:
             raise RuntimeError(f"{file} was written by a newer version; update hybrid_lib")
