@@ -11,7 +11,7 @@ STUDY ?=
 TESTS ?=
 BIN := .venv/bin
 
-.PHONY: study test lab colab clean
+.PHONY: study test browser lab colab clean
 
 study: .venv/.lab
 	$(BIN)/hybrid-study --scale demo --seeds 0-2 $(STUDY)
@@ -20,6 +20,10 @@ test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest $(TESTS)
+
+# The notebooks in a real JupyterLab and Chromium; one at a time, and skipped where there is none.
+browser: .venv/.test
+	$(BIN)/pytest -n 0 -m browser
 
 lab: .venv/.lab
 	$(BIN)/jupyter lab notebooks
