@@ -29,20 +29,20 @@ lab: .venv/.lab
 	$(BIN)/jupyter lab notebooks
 
 colab:
-	@$(PYTHON) notebooks/stamp_colab.py $(if $(filter command,$(firstword $(origin REPO))),$(or $(REPO),--clear),$(REPO))
+	@"$(PYTHON)" notebooks/stamp_colab.py $(if $(filter command,$(firstword $(origin REPO))),$(or $(REPO),--clear),$(REPO))
 
 clean:
 	rm -rf .venv
 
 # Rebuilt when pyproject.toml changes; a half-built environment has no stamp and is tried again.
 .venv/.lab .venv/.test: .venv/.%: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@if command -v uv >/dev/null; then \
-	  { test -x $(BIN)/python || uv venv --quiet --python $(PYTHON) .venv; } && \
+	  { test -x $(BIN)/python || uv venv --quiet --python "$(PYTHON)" .venv; } && \
 	  uv pip install --quiet --python $(BIN)/python --editable '.[$*]'; \
-	elif $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
-	  { test -x $(BIN)/python || $(PYTHON) -m venv .venv; } && \
+	elif "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then \
+	  { test -x $(BIN)/python || "$(PYTHON)" -m venv .venv; } && \
 	  $(BIN)/python -m pip install --quiet --editable '.[$*]'; \
 	else \
 	  echo "This Python has no venv. On Debian or Ubuntu: apt install python3-venv. Or install uv."; exit 1; \

@@ -54,7 +54,7 @@ PAPER = _INSTALLED if _INSTALLED.is_dir() else data.PROJECT / "data" / "paper"
 def paper(name: str) -> pd.DataFrame:
     """The report's own numbers: "table3", "runs" or "milestones" (``data/paper``).
 
-    >>> paper("table3")["test_accuracy"].max()
+    >>> float(paper("table3")["test_accuracy"].max())
     0.8997
     """
     table = pd.read_csv(PAPER / f"{name}.csv")

@@ -566,7 +566,9 @@ def test_a_checkpoint_of_a_newer_version_is_refused(stopped):
     e, folder, _ = stopped
     for name in ("last.pt", "prev.pt"):
         state = torch.load(folder / name, weights_only=True)
-        torch.save({**state, "format": 99}, folder / name)
+        archive = io.BytesIO()
+        torch.save({**state, "format": 99}, archive)
+        (folder / name).write_bytes(train._sealed(archive.getvalue()))
     with pytest.raises((RuntimeError, ValueError), match=r"99|newer"):
         trained(e, folder)
 
