@@ -77,6 +77,9 @@ class Experiment:
         lr, lr_schedule, lr_milestones, lr_gamma: initial rate and its schedule: "constant",
             "cosine" (equation 1, to 0 over all epochs) or "multistep" (times ``lr_gamma`` after
             each of the ``lr_milestones``, in epochs).
+        restart_epoch: before this epoch the optimizer and its rate start anew and only the weights
+            stay, as when a run is resumed from its weights alone: the report's AdaHessian, at
+            epoch 146. None: never; an interrupted run always goes on with everything it had.
         lambda_schedule, lambda_start, lambda_end, lambda_epochs: the weights (adaptive, SGD):
             "constant" (``lambda_start`` throughout), or a ramp from start to end over
             ``lambda_epochs`` epochs; None: over all.
@@ -109,6 +112,7 @@ class Experiment:
     lr_schedule: Literal["constant", "cosine", "multistep"] = "constant"
     lr_milestones: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = ()
     lr_gamma: Positive = 0.1
+    restart_epoch: Count | None = None
     momentum: NotNegative | None = None
     dampening: NotNegative | None = None
     nesterov: bool | None = None
@@ -153,6 +157,10 @@ class Experiment:
             raise ValueError(
                 f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}: "
                 "give milestones to 'multistep', and only to it"
+            )
+        if self.restart_epoch is not None and not 2 <= self.restart_epoch <= self.epochs:
+            raise ValueError(
+                f"restart_epoch={self.restart_epoch}: must lie between 2 and epochs={self.epochs}"
             )
         if self.lambda_schedule != "constant" and not self.is_hybrid:
             raise ValueError(
@@ -259,7 +267,8 @@ class Experiment:
             rates.append(scheduler.get_last_lr()[0])
             clock.step()
             scheduler.step()
-        return rates
+        kept = (self.restart_epoch or self.epochs + 1) - 1
+        return rates[:kept] + rates[: self.epochs - kept]
 
     def scaled(self, epochs: int) -> Experiment:
         """The same experiment in fewer or more epochs: milestones and horizon keep their share.
@@ -271,9 +280,11 @@ class Experiment:
         # On very short runs milestones would collide: keep those that still increase.
         milestones = sorted({max(1, round(m * share)) for m in self.lr_milestones})
         horizon = self.lambda_epochs and max(1, round(self.lambda_epochs * share))
+        restart = self.restart_epoch and max(2, round(self.restart_epoch * share))
         return dataclasses.replace(
-            self, epochs=epochs, lr_milestones=tuple(milestones), lambda_epochs=horizon
-        )
+            self, epochs=epochs, lr_milestones=tuple(milestones), lambda_epochs=horizon,
+            restart_epoch=restart,
+        )  # fmt: skip
 
 
 OPTIMIZER_SETTINGS = (

@@ -120,6 +120,8 @@ def epochs(
     rows = _restore(folder, experiment, model, optimizer)
     yield rows
     for epoch in range(len(rows), experiment.epochs):
+        if epoch + 1 == experiment.restart_epoch:
+            optimizer = experiment.build_optimizer(model.parameters())
         for group in optimizer.param_groups:
             group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
 
@@ -174,7 +176,8 @@ def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[f
         if step % (1 if device.type == "cpu" else CHECK_EVERY) == 0:
             _check_finite(losses, optimizer, epoch)
 
-        if optimizer.needs_hessian and (epoch * n_steps + step) % experiment.hessian_every == 0:
+        due = (epoch * n_steps + step) % experiment.hessian_every == 0 or not optimizer.state
+        if optimizer.needs_hessian and due:
             grads, hess_diag = hessian_diagonal(loss, params, experiment.hessian_samples, probes)
             for p, g in zip(params, grads):
                 p.grad = g
@@ -447,6 +450,14 @@ def _check_same(experiment: Experiment, history: History, folder: Path) -> None:
         )
 
 
+def _is(experiment: Experiment, settings: dict) -> bool:
+    """Whether these are its settings; an older file lacks newer ones."""
+    try:
+        return Experiment(**settings) == experiment
+    except ValueError:
+        return False
+
+
 def _keep(folder: Path | None, experiment, model, optimizer, rows) -> None:
     """Write ``last.pt``; what was there becomes ``prev.pt``."""
     if folder is None:
@@ -498,7 +509,7 @@ def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> l
             continue
         if state["format"] > FORMAT:
             raise RuntimeError(f"{file} was written by a newer version; update hybrid_lib")
-        if state["experiment"] != dataclasses.asdict(experiment):
+        if not _is(experiment, state["experiment"]):
             raise RuntimeError(f"{file} belongs to another experiment; choose another folder")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -163,6 +163,7 @@ BAD = [
     *[(f, bad) for f in ("momentum", "dampening", "weight_decay", "eps") for bad in (-1, nan, inf)],
     ("dampening", 2), ("weight_decay_in", "adam"), ("lr_milestones", (5, 3)),
     ("spatial_average", 0), ("spatial_average", "rows"),
+    *[("restart_epoch", bad) for bad in (1, 351)],
 ]  # fmt: skip
 
 

@@ -225,6 +225,7 @@ RESUMED = [
     ("dyn_atmo", {"augment": True}),
     ("dyn_padam_sgd", {"protocol": "released"}),
     ("adasgd", {"augment": True, "hessian_every": 2, "hessian_samples": 2}),
+    ("adahessian", {"restart_epoch": 3, "hessian_every": 4}),
 ]
 
 
@@ -268,6 +269,28 @@ def test_stopped_again_and_again_is_a_straight_run(tmp_path, straight):
         statuses.append(trained(e, tmp_path, should_stop=after(4)).status)
     assert len(statuses) == 3
     assert outcome(tmp_path) == straight(e)
+
+
+def test_a_restart_keeps_the_weights_and_nothing_else(tmp_path):
+    e = toy("adahessian", epochs=4)
+    whole, restarted = trained(e), trained(replace(e, restart_epoch=3), tmp_path)
+    assert numbers(restarted.rows)[:2] == numbers(whole.rows)[:2]
+    assert restarted.rows[2]["test_loss"] != whole.rows[2]["test_loss"]
+    assert [row["lr"] for row in whole.rows] == pytest.approx([0.15, 0.15, 0.015, 0.0015])
+    assert [row["lr"] for row in restarted.rows] == [0.15] * 4
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert {buffers["step"] for buffers in state.values()} == {2 * 3}
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
+    trained(toy(), tmp_path, should_stop=after(4))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["experiment"]["restart_epoch"]
+    archive = io.BytesIO()
+    torch.save(state, archive)
+    (tmp_path / "last.pt").write_bytes(train._sealed(archive.getvalue()))
+    trained(toy(), tmp_path)
+    assert outcome(tmp_path) == straight(toy())
 
 
 def test_a_consumer_that_walks_away_loses_nothing(tmp_path, straight):
