@@ -23,7 +23,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hybrid_lib import data
+from hybrid_lib import compare, data
+from hybrid_lib.compare import by_name
 from hybrid_lib.experiments import LABELS, Experiment
 from hybrid_lib.history import History
 
@@ -73,7 +74,7 @@ def curves(histories: Sequence[History], column: str = "test_accuracy", title: s
         ValueError: for no history, or for histories of several data sets.
     """
     figure = go.Figure()
-    for name, group in _by_name(histories).items():
+    for name, group in by_name(histories).items():
         _add_lines(figure, name, group, column)
     _epoch_axis(figure, histories)
     figure.update_yaxes(title_text=AXES.get(column, column))
@@ -86,7 +87,7 @@ def panels(histories: Sequence[History]):
     figure = make_subplots(2, 2, shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.13)
     for i, column in enumerate(columns):
         row, col = i // 2 + 1, i % 2 + 1
-        for name, group in _by_name(histories).items():
+        for name, group in by_name(histories).items():
             _add_lines(figure, name, group, column, row=row, col=col, legend=i == 0)
         figure.update_yaxes(title_text=AXES[column], row=row, col=col)
         if column.endswith("loss"):
@@ -189,20 +190,24 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
 def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
     """Table III, redone: the report's accuracy beside final and best ones.
 
-    Columns are mean test accuracies over the seeds; ± is their standard deviation (with one seed
-    there is none). "best" is chosen by the test set, epoch by epoch: it flatters, so it never
-    stands alone.
+    Columns are mean test accuracies over the seeds; ± is their standard deviation, and
+    "95 % from" and "to" bound the bootstrap interval of "final" (with one seed there is neither).
+    "best" is chosen by the test set, epoch by epoch: it flatters, so it never stands alone. A run
+    that diverged is here with its last good epoch, and its status.
     """
     report, rows = paper("table3")["test_accuracy"], {}
-    for name, group in _by_name(histories).items():
+    for name, group in by_name(histories).items():
         done = [h for h in group if h.rows]
         final = pd.Series([h.final["test_accuracy"] for h in done])
         best = pd.Series([h.best["test_accuracy"] for h in done])
         last = pd.Series([h.frame()["test_accuracy"].tail(10).mean() for h in done])
+        low, high = compare.interval(final)
         rows[group[0].label] = {
             "report (CIFAR-10)": report.get(name),
             "final": final.mean(),
             "± final": final.std(),
+            "95 % from": low,
+            "to": high,
             "mean of last 10": last.mean(),
             "best": best.mean(),
             "epochs": max((h.final["epoch"] for h in done), default=0),
@@ -212,10 +217,49 @@ def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(subject(histories))
 
 
+def final_accuracies(histories: Sequence[History]):
+    """Every seed's test accuracy after the last epoch, and its mean with the interval at 95 %.
+
+    Beside each method stands the interval of its rank, if there are seeds enough to have one.
+    """
+    scores, table = compare.finals(histories), compare.ranks(histories)
+    figure = go.Figure()
+    for name, row in table.iterrows():
+        colour, label = _style(name)[0], LABELS.get(name, name)
+        of_seeds = scores[name][np.isfinite(scores[name])]
+        figure.add_scatter(
+            x=of_seeds, y=[label] * len(of_seeds), mode="markers", showlegend=False,
+            marker={"color": colour, "symbol": "circle-open", "size": 8}, text=of_seeds.index,
+            hovertemplate="seed %{text}: %{x:.4f}<extra>" + label + "</extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[row["mean"]], y=[label], mode="markers", showlegend=False,
+            marker={"color": colour, "symbol": "line-ns-open", "size": 18},
+            error_x={"symmetric": False, "array": [row["to"] - row["mean"]],
+                     "arrayminus": [row["mean"] - row["from"]], "thickness": 2},
+            hovertemplate="mean %{x:.4f}<extra>" + label + "</extra>",
+        )  # fmt: skip
+        figure.add_annotation(
+            x=1.01, xref="paper", xanchor="left", y=label, showarrow=False, text=_rank(row)
+        )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(title_text="test accuracy after the last epoch")
+    title = f"Final accuracy by seed, mean and 95 % interval, {subject(histories)}"
+    return finished(figure, title).update_layout(margin={"l": 120, "r": 120})
+
+
+def _rank(row: pd.Series) -> str:
+    failed = f"<br>{row['diverged']:.0f} diverged" if row["diverged"] else ""
+    if np.isnan(row["rank from"]):
+        return f"rank {row['rank']:.0f}{failed}"
+    low, high = int(row["rank from"]), int(row["rank to"])
+    return f"rank {low}{failed}" if low == high else f"rank {low} to {high}{failed}"
+
+
 def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
     """Seconds per epoch of every method, and its ratio to SGD beside the report's."""
     named, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
-    for name, group in _by_name(histories).items():
+    for name, group in by_name(histories).items():
         rows_ = [row for h in group for row in (h.rows[1:] or h.rows)]
         rows[name] = {
             "train seconds": pd.Series([row["train_seconds"] for row in rows_]).median(),
@@ -284,16 +328,6 @@ def subject(histories: Sequence[History]) -> str:
             f"histories of several data sets ({', '.join(titles)}): show one at a time"
         )
     return titles[0]
-
-
-def _by_name(histories: Sequence[History]) -> dict[str, list[History]]:
-    """Histories by experiment name, in the report's order."""
-    known = list(LABELS)
-    groups: dict[str, list[History]] = {}
-    for h in sorted(histories, key=lambda h: known.index(h.experiment.name)
-                    if h.experiment.name in known else len(known)):  # fmt: skip
-        groups.setdefault(h.experiment.name, []).append(h)
-    return groups
 
 
 def _style(name: str) -> tuple[str, str]:

@@ -31,7 +31,9 @@ FLOORS = [
     {"hybrid"},
     {"experiments"},
     {"history"},
-    {"plots", "train"},
+    {"compare", "train"},
+    {"plots"},
+    {"claims"},
     {"anatomy", "study"},
     {"playground", "explorer"},
 ]
@@ -39,7 +41,9 @@ FEWER = {  # and these even fewer
     "hybrid": {"rules"},
     "experiments": {"hybrid", "rules", "schedules", "models", "data"},
     "history": {"experiments"},
-    "plots": {"history", "experiments", "data"},
+    "compare": {"history", "experiments"},
+    "plots": {"compare", "history", "experiments", "data"},
+    "claims": {"plots", "compare", "history", "experiments"},
     "train": {"experiments", "data", "curvature", "history"},
 }
 

@@ -35,6 +35,7 @@ FIGURES = {
     "curves": plots.curves,
     "curves of the loss": lambda runs: plots.curves(runs, "train_loss", "Loss"),
     "panels": plots.panels,
+    "final_accuracies": plots.final_accuracies,
     "epoch_seconds": plots.epoch_seconds,
     "step_parts": lambda runs: plots.step_parts(
         {h.experiment.name: dict.fromkeys(("gradient", "Hessian", "step", "evaluation"), 0.1)
@@ -65,9 +66,10 @@ def test_the_title_names_the_data_set(make):
 def test_axes_have_titles_with_units(make):
     figure = make(ALL)
     titles = {a.title.text for a in [*figure.select_xaxes(), *figure.select_yaxes()]} - {None}
-    unitless = {"epoch", "train accuracy", "test accuracy", "learning rate η", "weight λ of SGD"}
+    unitless = {"epoch", "train accuracy", "test accuracy", "learning rate η", "weight λ of SGD",
+                "test accuracy after the last epoch"}  # fmt: skip
     assert all(t in unitless or "nats" in t or "seconds per" in t for t in titles), titles
-    bars = any(isinstance(trace, go.Bar) for trace in figure.data)  # their labels are the methods'
+    bars = any(isinstance(t.y[0], str) for t in figure.data if len(t.y))  # they name the methods
     assert any(a.title.text for a in figure.select_xaxes())
     assert bars or all(a.title.text or a.matches for a in figure.select_yaxes())
 
@@ -203,6 +205,19 @@ def test_schedules_are_the_experiment_s_own():
     assert list(weights.y) == [e.lambdas()(epoch)[1] for epoch in range(8)]
     of_one_rule = plots.schedules([EXPERIMENTS["sgd"], EXPERIMENTS["adam"]]).data
     assert {trace.y[0] for trace in of_one_rule if trace.yaxis in ("y3", "y4")} == {1.0, 0.0}
+
+
+def test_every_seed_is_a_point_beside_the_mean_and_a_failed_one_is_named():
+    runs = [history("adam", i, test_accuracy=[0, 0, a]) for i, a in enumerate((0.5, 0.7, 0.9))]
+    runs += [history("sgd", i, test_accuracy=[0, 0, 0.3]) for i in range(2)]
+    runs += [history("sgd", 2, epochs=1, status="diverged")]
+    figure = plots.final_accuracies(runs)
+    seeds, mean, of_sgd, _ = figure.data
+    assert (list(seeds.x), seeds.y[0]) == ([0.5, 0.7, 0.9], "Adam")
+    assert mean.x[0] == pytest.approx(0.7)
+    assert mean.error_x.array[0] > 0 < mean.error_x.arrayminus[0]
+    assert list(of_sgd.x) == [0.3, 0.3]
+    assert [a.text for a in figure.layout.annotations] == ["rank 1", "rank 2<br>1 diverged"]
 
 
 # --- Tables, against sums done by hand. ---

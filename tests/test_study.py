@@ -170,8 +170,8 @@ def test_a_toy_study_from_nothing_to_the_report(tmp_path, no_notebooks, told):
     assert re.search(r"^SGD +0\.8539 +0\.\d+", table, re.M)
 
     page = (out / "report.html").read_text("utf-8")
-    assert "<title>Hybrid optimizers: handwritten digits</title>" in page
-    assert page.count("Plotly.newPlot(") == 3
+    assert "<title>Hybrid optimizers on handwritten digits</title>" in page
+    assert page.count("Plotly.newPlot(") == 4
     assert "AdaSGD" in page
     loaded = Loaded(page)
     assert [f for f in loaded.fetched if not f.startswith("data:")] == []
