@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import html
+import json
 import os
 import shlex
 import signal
@@ -23,9 +24,9 @@ from types import SimpleNamespace
 import pydantic
 from jupyter_client.manager import AsyncKernelManager
 
-from hybrid_lib import compare, data, plots
+from hybrid_lib import claims, compare, data, plots
 from hybrid_lib.experiments import EXPERIMENTS, Experiment, faults
-from hybrid_lib.history import FILE, History, write_atomically
+from hybrid_lib.history import FILE, History, load_all, write_atomically
 from hybrid_lib.train import loaded, run
 
 NOTEBOOKS = data.PROJECT / "notebooks"
@@ -36,6 +37,8 @@ PARAMETERS = (  # of the notebook 10_train_one, among the fields of Experiment
     "lr_milestones", "momentum", "weight_decay", "partial", "hessian_power", "lambda_schedule",
     "lambda_start", "lambda_end", "lambda_epochs", "protocol", "precision",
 )  # fmt: skip
+INJECTED = "# Parameters\n"  # the first line of papermill's cell
+RESULTS = data.PROJECT / "data" / "results"  # published histories
 NOTHING_THERE = "none of these runs is there"
 
 # What a scale changes in Tables I and II; milestones and horizons keep their share of the epochs.
@@ -104,19 +107,43 @@ def histories(
 ) -> list[History]:
     """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
 
+    A folder with the runs directly inside, as in ``data/results``, is read and never trained in.
+
     Raises:
         FileNotFoundError: if there is none and nothing was to be trained.
     """
+    folders = {run_folder(out, e): e for e in experiments}
+    if any((Path(out) / folder.name / FILE).exists() for folder in folders):
+        folders, train = {Path(out) / folder.name: e for folder, e in folders.items()}, False
     found = []
-    for experiment in experiments:
-        folder = run_folder(out, experiment)
+    for folder, experiment in folders.items():
         if train:
             found.append(run(experiment, folder))
         elif (folder / FILE).exists():
-            found.append(History.load(folder))
+            found.append(_marked(History.load(folder), folder))
     if not found:
         raise FileNotFoundError(f"{out}: {NOTHING_THERE}; set train = True to train them")
     return found
+
+
+def published(experiments: Iterable[Experiment], folder: Path = RESULTS) -> list[History]:
+    """The published histories of just these experiments, in their order; titles say "published"."""
+    known = {_identity(h.experiment): _marked(h, folder) for h in load_all(folder)}
+    return [known[key] for key in map(_identity, experiments) if key in known]
+
+
+def _identity(experiment: Experiment) -> tuple:
+    """An experiment, wherever its images are kept."""
+    settings = dataclasses.asdict(experiment) | {"dataset": data.title(experiment.dataset)}
+    return tuple(settings.items())
+
+
+def _marked(history: History, folder: Path) -> History:
+    """The history; if it is a published one, its data set is named so in every title."""
+    if RESULTS not in (folder.resolve(), *folder.resolve().parents):
+        return history
+    environment = {**history.environment, "dataset": f"{history.dataset}, published runs"}
+    return dataclasses.replace(history, environment=environment)
 
 
 def default_out(scale: str, dataset: str) -> Path:
@@ -199,10 +226,16 @@ def as_papermill(experiment: Experiment, folder: str | Path) -> str:
 def collect(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[History]:
     """The histories of :func:`asked`, from ``chosen.out`` (empty: :func:`default_out`).
 
-    ``chosen.train`` says whether to train what is missing there.
+    ``chosen.train`` says whether to train what is missing there. If the default folder has none of
+    them, published histories of the same experiments are taken, if there are any.
     """
+    wanted = asked(chosen, only)
     out = chosen.out or default_out(chosen.scale, chosen.dataset)
-    return histories(asked(chosen, only), out, chosen.train)
+    own = chosen.out or any((run_folder(out, e) / FILE).exists() for e in wanted)
+    if not own and (found := published(wanted)):
+        print(f"{len(found)} of {len(wanted)} runs, published ones; set out to train your own")
+        return found
+    return histories(wanted, out, chosen.train)
 
 
 def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
@@ -226,7 +259,7 @@ def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
     """
     declared, given = {}, []
     for source in namespace["In"]:
-        injected = source.startswith("# Parameters")  # papermill's mark
+        injected = source.startswith(INJECTED)
         if declared and not injected:
             continue  # the reader's own cells
         for node in _assignments(source):
@@ -285,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
             )  # what is wrong with the data is said before a file is
     except pydantic.ValidationError as error:
         return _refused("; ".join(faults(error)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _refused(error)
 
     out = (chosen.out or default_out(chosen.scale, chosen.dataset)).resolve()
@@ -357,6 +390,8 @@ def execute_notebooks(
                 failures.append(f"notebook {source.stem}: {_one_line(error)}")
             executed.unlink(missing_ok=True)  # half a result is none
             continue
+        content = json.loads(executed.read_text("utf-8"))  # indented: a quarter is blanks
+        executed.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
         page, _ = nbconvert.HTMLExporter(exclude_input=False).from_filename(str(executed))
         executed.with_suffix(".html").write_text(page, encoding="utf-8")
         pages.append(executed.with_suffix(".html"))
@@ -377,6 +412,7 @@ def write_report(
         ("Test accuracy", _accuracies(found), TABLE_NOTE),
         *_over_seeds(found),
         ("Loss and accuracy (Figure 1)", plots.panels(found), ""),
+        ("The report's claims", claims.styled(found).to_html(), CLAIMS_NOTE),
         ("Time per epoch (Figure 2)", plots.epoch_seconds(found), TIME_NOTE),
         ("Schedules (Table II)", plots.schedules(h.experiment for h in found), ""),
     ]
@@ -478,6 +514,12 @@ TIME_TO_NOTE = (
     "First epoch at that accuracy or above, medians over seeds; seconds are those of training. The "
     "level is the highest multiple of .05 that half of the methods have in the last epoch."
 )
+CLAIMS_NOTE = (
+    "Every claim of the report's discussion (sections V and VI) as an inequality, judged on the "
+    "runs of this page: with other images, networks or numbers of epochs than the report's, a "
+    "verdict is about those. ± is half of the 95 % interval over seeds or, with one seed, a margin "
+    "for the size of the test set; what does not clear it cannot be told."
+)
 TIME_NOTE = "The report's ratios come from a T4 or P100 at full width."
 
 
@@ -526,7 +568,9 @@ def _assignments(source: str) -> list[ast.stmt]:
         or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
         for node in body
     )
-    injected = source.startswith("# Parameters")
+    injected = source.startswith(INJECTED)
+    if injected and not plain:  # papermill quotes values, but writes names as they come
+        raise ValueError("papermill's cell holds more than values: give names that are declared")
     return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
 
 

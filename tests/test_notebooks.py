@@ -6,7 +6,9 @@ process, for studies of every kind: of one method, of none of the report's, with
 
 import ast
 import json
+import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ import nbformat
 import plotly.graph_objects as go
 import pytest
 
-from hybrid_lib import plots
+from hybrid_lib import plots, study
 from hybrid_lib.experiments import Experiment
+from hybrid_lib.history import History
 from hybrid_lib.study import main, plan, run_folder
 from hybrid_lib.train import run
 
@@ -231,6 +234,32 @@ def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
     ]  # fmt: skip
     assert all("image/png" in d for d in figures)
     assert (tmp_path / "executed.ipynb").stat().st_size <= 200 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_of_a_study_at_full_length_it_stays_small(tmp_path, monkeypatch):
+    """The largest: eight methods, three seeds, hundreds of epochs, which are made up here."""
+    rng = random.Random(0)
+    columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    seen = {"dataset": "Made up", "device_name": "none", "train_images": 9, "test_images": 9}
+    for e in plan("paper", "cifar10", seeds=range(3)):
+        rows = [
+            {"epoch": i, "lr": e.lr, "lambdas": (), "train_seconds": 38, "test_seconds": 3}
+            | {c: math.exp(-9 * i / e.epochs) + rng.uniform(0.1, 0.15) for c in columns}
+            for i in range(1, e.epochs + 1)
+        ]
+        run_folder(tmp_path, e).mkdir(parents=True)
+        History(e, rows, seen, "complete").save(run_folder(tmp_path, e))
+    (tmp_path / "sources").mkdir()
+    (source,) = [s for s in NOTEBOOKS if "results" in s.stem]
+    shutil.copy(source, tmp_path / "sources")
+    monkeypatch.setattr(study, "NOTEBOOKS", tmp_path / "sources")
+    (page,), failures = study.execute_notebooks(tmp_path, "paper", "cifar10", "0-2")
+    assert failures == []
+    executed = page.with_suffix(".ipynb")
+    check_executed(nbformat.read(executed, 4))
+    assert executed.stat().st_size <= 200 * 1024
 
 
 def test_papermill_s_own_command_line_ends_with_the_nearest_name(tmp_path):

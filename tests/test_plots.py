@@ -1,5 +1,7 @@
 """Figures say what they show and tables compute what they say, whatever state the runs are in."""
 
+import base64
+import json
 import math
 import os
 import statistics
@@ -8,6 +10,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
@@ -307,6 +310,27 @@ def test_without_a_reader_the_figure_comes_with_a_static_twin(displayed, monkeyp
     plots.show(plots.curves([history()]))
     (bundle,) = displayed
     assert set(bundle) == {"application/vnd.plotly.v1+json", "image/png"}
+
+
+def test_what_a_notebook_keeps_is_light_and_as_drawn(displayed, monkeypatch):
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, form: 1 / 0)
+    rising = [[i / 350 + seed for i in range(350)] for seed in (0, 1)]
+    figure = plots.curves([history("sgd", s, 350, test_accuracy=a) for s, a in enumerate(rising)])
+    plots.show(figure)
+    kept = displayed[0]["application/vnd.plotly.v1+json"]
+    assert len(json.dumps(kept)) < 4000
+    for thick, thin in zip(figure.data, kept["data"], strict=True):  # the band, then the mean
+        drawn = {x: [b for a, b in zip(thick.x, thick.y) if a == x] for x in thick.x}
+        points = [*zip(decoded(thin["x"]), decoded(thin["y"]))]
+        assert len(points) == 60
+        assert (points[0][0], points[-1][0]) == (thick.x[0], thick.x[-1])
+        assert all(any(y == pytest.approx(b, abs=1e-6) for b in drawn[x]) for x, y in points)
+    assert len(figure.data[1].x) == 350, "the figure itself is as it was"
+
+
+def decoded(values: dict) -> list:
+    """Coordinates as plotly writes them: bytes and their type."""
+    return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist()
 
 
 def test_without_a_chromium_there_is_a_page_instead_of_an_image(displayed, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 import hybrid_lib as hl
-from hybrid_lib import data, study, train
+from hybrid_lib import data, plots, study, train
 from hybrid_lib.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.history import History
 from hybrid_lib.study import default_out, main, parameters, plan, run_folder, seed_list
@@ -110,6 +111,54 @@ def test_where_a_study_is_kept():
     assert all(p.resolve().is_relative_to(runs) for p in inside)
 
 
+# --- Published histories. ---
+
+DEMO = data.PROJECT / "data" / "results" / "cifar10-jpeg-demo"
+ASKED = dict(
+    scale="demo", dataset="folder:data/cifar10-jpeg", seeds="0", epochs=None, out="", train=True
+)
+
+
+@pytest.fixture
+def no_training(monkeypatch, tmp_path):
+    """Whatever would be trained is an error, and there are no runs of one's own."""
+    monkeypatch.setattr(study, "run", lambda *args: pytest.fail("this would train"))
+    monkeypatch.setattr(study, "default_out", lambda *args: tmp_path / "runs")
+
+
+@pytest.mark.parametrize("dataset", ["folder:data/cifar10-jpeg", "folder:/else/where/cifar10-jpeg"])
+def test_published_runs_of_the_same_experiments_are_read_and_named_so(no_training, capsys, dataset):
+    found = study.collect(SimpleNamespace(**ASKED | {"dataset": dataset}))
+    assert [h.experiment.name for h in found] == list(study.TABLE)
+    assert plots.subject(found) == "CIFAR-10 (JPEG copy), published runs"
+    assert "8 of 8 runs, published ones" in capsys.readouterr().out
+    (sgd,) = study.collect(SimpleNamespace(**ASKED), ["sgd", "padam"])
+    assert sgd.rows == History.load(DEMO / "sgd-seed0").rows
+
+
+@pytest.mark.parametrize("other", [{"dataset": "digits"}, {"epochs": 11}, {"seeds": "1"}])
+def test_published_runs_of_other_experiments_are_not(no_training, other):
+    with pytest.raises(FileNotFoundError, match="none of these runs is there"):
+        study.collect(SimpleNamespace(**ASKED | {"train": False} | other))
+
+
+def test_one_s_own_runs_come_before_published_ones(no_training, tmp_path):
+    own = History.load(DEMO / "sgd-seed0")
+    folder = run_folder(tmp_path / "runs", own.experiment)
+    folder.mkdir(parents=True)
+    own.save(folder)
+    (found,) = study.collect(SimpleNamespace(**ASKED | {"train": False}))
+    assert found.dataset == "CIFAR-10 (JPEG copy)"
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_folder_of_published_runs_is_read_whatever_the_scale(no_training, train):
+    asked = ASKED | {"scale": "toy", "dataset": "digits", "out": str(DEMO), "train": train}
+    found = study.collect(SimpleNamespace(**asked), ["sgd", "padam", "adasgd"])
+    assert [len(h.rows) for h in found] == [10, 10]
+    assert plots.subject(found) == "CIFAR-10 (JPEG copy), published runs"
+
+
 # --- The command line. ---
 
 
@@ -173,6 +222,7 @@ def test_a_toy_study_from_nothing_to_the_report(tmp_path, no_notebooks, told):
     assert "<title>Hybrid optimizers on handwritten digits</title>" in page
     assert page.count("Plotly.newPlot(") == 4
     assert "AdaSGD" in page
+    assert "judged on handwritten digits, clean protocol" in page
     loaded = Loaded(page)
     assert [f for f in loaded.fetched if not f.startswith("data:")] == []
     assert loaded.links == []
