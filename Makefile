@@ -22,8 +22,9 @@ test: .venv/.test
 	$(BIN)/pytest $(TESTS)
 
 # The notebooks in a real JupyterLab and Chromium; one at a time, and skipped where there is none.
+browser: export SCREENSHOTS ?= build/screenshots
 browser: .venv/.test
-	$(BIN)/pytest -n 0 -m browser
+	$(BIN)/pytest -n 0 -m browser -rPs
 
 lab: .venv/.lab
 	$(BIN)/jupyter lab notebooks

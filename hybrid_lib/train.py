@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import filelock
@@ -427,9 +427,16 @@ def _environment(dataset: Data, device: torch.device) -> dict:
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "hybrid_lib": version("hybrid-lib"),
+        "hybrid_lib": _own_version(),
         "platform": platform.system(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return version("hybrid-lib")
+    except PackageNotFoundError:  # imported from a folder, not installed
+        return "unknown"
 
 
 def _cpu_name() -> str:

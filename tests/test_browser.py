@@ -1,6 +1,7 @@
 """The notebooks in JupyterLab, in a real Chromium: what a reader sees and touches.
 
-Run with ``pytest -m browser``. Screenshots, light and dark, go to a folder that the test prints.
+Run with ``make browser``. Screenshots, light and dark, go to the folder that the environment
+variable SCREENSHOTS names, or to one that the test prints.
 """
 
 import json
@@ -82,7 +83,15 @@ def browser():
         chromium.close()
 
 
-def test_the_playground_answers_in_jupyterlab(lab, browser, tmp_path):
+@pytest.fixture
+def shots(tmp_path):
+    """Where screenshots are kept."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_the_playground_answers_in_jupyterlab(lab, browser, shots):
     page, complaints = _open(lab, browser, "01_playground.ipynb")
     λ = page.get_by_role("spinbutton", name="λ of SGD")
     λ.wait_for(timeout=120_000)
@@ -107,15 +116,18 @@ def test_the_playground_answers_in_jupyterlab(lab, browser, tmp_path):
     page.keyboard.press("Tab")
     page.get_by_label("Schedule of λ").select_option("linear")
 
-    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     for theme in ("Light", "Dark"):
-        change = "theme => void jupyterapp.commands.execute('apputils:change-theme', {theme})"
-        page.evaluate(change, f"JupyterLab {theme}")
-        page.wait_for_timeout(1500)
+        set_theme(page, theme)
         page.screenshot(path=shots / f"playground-{theme.lower()}.png")
     print(f"\nplayground: on the page after {opened:.1f} s, answered in {answered:.2f} s; {shots}")
     assert complaints == []
     page.close()
+
+
+def set_theme(page, theme: str) -> None:
+    change = "theme => void jupyterapp.commands.execute('apputils:change-theme', {theme})"
+    page.evaluate(change, f"JupyterLab {theme}")
+    page.wait_for_timeout(1500)
 
 
 def _open(lab: str, browser, notebook: str):
@@ -131,7 +143,7 @@ def _open(lab: str, browser, notebook: str):
              return [path.x.at(-1), path.y.at(-1), path.x.length];
            }"""
     )
-    page.goto(f"{lab}/lab/tree/{notebook}")
+    page.goto(f"{lab}/lab/tree/{notebook}?reset")  # no tabs of earlier pages
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
     page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
     return page, complaints

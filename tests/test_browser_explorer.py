@@ -1,19 +1,17 @@
 """The explorer in JupyterLab, in a real Chromium: a run is started, watched, stopped, compared.
 
-Run with ``pytest -m browser -rP``. Screenshots, light and dark, go to a folder that it prints.
+Run with ``make browser``; screenshots are kept as in ``test_browser.py``.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
-from test_browser import NOTEBOOKS, _open, browser, lab, pytestmark  # noqa: F401
+from test_browser import NOTEBOOKS, _open, browser, lab, pytestmark, set_theme, shots  # noqa: F401
 
 import hybrid_lib as hl
 
@@ -33,7 +31,7 @@ def opened(lab, browser, tmp_path):  # noqa: F811 - pytest passes fixtures by na
     request = urllib.request.Request(f"{lab}/api/contents/{name}", content, method="PUT")
     urllib.request.urlopen(request).close()
     began = time.perf_counter()
-    page, complaints = _open(lab, browser, f"{name}?reset")  # no tabs of earlier pages
+    page, complaints = _open(lab, browser, name)
     page.set_viewport_size(SIZE)
     page.get_by_role("button", name="Start", exact=True).wait_for(timeout=120_000)
     print(f"\nexplorer: Start can be pressed {time.perf_counter() - began:.1f} s after opening")
@@ -81,9 +79,8 @@ def _status(page):
     return page.locator(".jp-OutputArea-output [role=status]")
 
 
-def test_start_watch_stop_compare_and_repeat(opened, tmp_path):
+def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path):  # noqa: F811
     page, complaints = opened
-    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     press(page, "Start", "epoch")
     wait_for_points(page, 2)
     before = points(page)
@@ -176,12 +173,9 @@ def test_the_keyboard_alone_is_enough(opened):
 def _screenshots(page, folder):
     page.set_viewport_size({"width": 1400, "height": 1700})
     _control(page, "With Python").scroll_into_view_if_needed()
-    for theme in ("Light", "Dark"):
-        change = "theme => void jupyterapp.commands.execute('apputils:change-theme', {theme})"
-        page.evaluate(change, f"JupyterLab {theme}")
-        page.wait_for_timeout(1500)
+    for theme in ("Dark", "Light"):
+        set_theme(page, theme)
         page.screenshot(path=folder / f"explorer-{theme.lower()}.png")
-    page.evaluate(change, "JupyterLab Light")
     page.set_viewport_size(SIZE)
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_every_experiment_runs_and_writes_a_row_per_epoch(name, tmp_path):
     assert h.environment["dataset"] == "handwritten digits"
     assert h.environment["dataset_checksum"] == data.load("digits", 40, 30).checksum
     assert h.environment["torch"] == str(torch.__version__)
+
+
+def test_from_a_folder_that_is_not_installed_a_run_knows_no_version(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(train, "version", missing)
+    assert trained(toy(epochs=1)).environment["hybrid_lib"] == "unknown"
 
 
 @pytest.mark.parametrize(
