@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hybrid_lib import rules as rule
-from hybrid_lib.rules import Seen
+from hybrid_lib.compiling import compiled
+from hybrid_lib.rules import Number, Seen
 
 
 class Hybrid(Optimizer):
@@ -43,11 +44,20 @@ class Hybrid(Optimizer):
         lambdas: one weight per rule, in their order: finite, at least 0. They need not sum to 1.
         decoupled_weight_decay: :math:`\gamma \ge 0`; weights shrink before they move (Algorithm 3).
         maximize: ascend instead of descend.
+        compile: from the second step on, let ``torch.compile`` fuse the step of all parameters:
+            each tensor is then read and written once. Worth its compilation (seconds to a minute)
+            for thousands of steps. The same numbers up to rounding; ``lr`` and ``lambdas`` may
+            change at every step without another compilation.
+
+    A compiled step never waits for a GPU and may be captured in a CUDA graph after two steps; hold
+    ``lr`` and ``lambdas`` as tensors on the device then (``lambdas`` of shape (number of rules,)):
+    a replay sees what is written into them, and not a number that replaces them.
 
     Raises:
         ValueError: at construction and in ``add_param_group`` for anything outside its range, and
             in ``step`` for weights or rates that were changed to something impossible.
         TypeError: for complex parameters, and for rules that are not rules.
+        CannotCompile: in the second step, if it was to be compiled and cannot be.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -71,13 +81,15 @@ class Hybrid(Optimizer):
         lambdas: Sequence[float] = (1.0,),
         decoupled_weight_decay: float = 0.0,
         maximize: bool = False,
+        compile: bool = False,
     ):
         defaults = dict(
             lr=lr,
-            lambdas=tuple(lambdas),
+            lambdas=_weights(lambdas),
             rules=tuple(rules),
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
+            compile=compile,
         )
         super().__init__(params, defaults)
 
@@ -93,7 +105,7 @@ class Hybrid(Optimizer):
             ValueError, TypeError: as at construction; the optimizer is then left as it was.
         """
         group = {**self.defaults, **param_group}
-        group["rules"], group["lambdas"] = tuple(group["rules"]), tuple(group["lambdas"])
+        group["rules"], group["lambdas"] = tuple(group["rules"]), _weights(group["lambdas"])
         for r in group["rules"]:
             is_rule = hasattr(r, "propose") and hasattr(r, "needs_hessian") and is_dataclass(r)
             if isinstance(r, type) or not is_rule:
@@ -144,25 +156,56 @@ class Hybrid(Optimizer):
         for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
             self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self._move(w, group)
+            moving = [p for p in group["params"] if p.grad is not None]
+            # A first step makes the buffers that a compiled one must find.
+            warm = [p for p in moving if group["compile"] and "rules" in self.state[p]]
+            cold = [p for p in moving if not group["compile"] or "rules" not in self.state[p]]
+            self._move_each(cold, group)
+            for device, dtype in dict.fromkeys((p.device, _state_dtype(p)) for p in warm):
+                alike = [p for p in warm if (p.device, _state_dtype(p)) == (device, dtype)]
+                self._move_fused(alike, group, device, dtype)
         return loss
 
-    def _move(self, w: Tensor, group: dict) -> None:
+    def _move_each(self, params: list[Tensor], group: dict) -> None:
+        η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
+        for w in params:
+            state = self.state[w]
+            state["step"] = t = int(state.get("step", 0)) + 1
+            buffers = state.setdefault("rules", [{} for _ in group["rules"]])
+            self._move(w, w.grad, state.get("hess_diag"), buffers, t, η, λ, *fixed)
+
+    def _move_fused(self, params: list[Tensor], group: dict, device, dtype) -> None:
+        """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
+
+        def tensor(number) -> Tensor:  # full() fills on the device: no waiting for a copy
+            if isinstance(number, Tensor):
+                return number.to(device, dtype)
+            return torch.full((), number, device=device, dtype=dtype)
+
+        η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] = tensor(state["step"])
+        if "_fused" not in vars(self):
+            self._fused = compiled(_move_all, "the optimizer's step")
+        self._fused(
+            params, [p.grad for p in params], [s.get("hess_diag") for s in states],
+            [s["rules"] for s in states], [s["step"] for s in states],
+            tensor(η), [tensor(λi) for λi in λ], *fixed,
+        )  # fmt: skip
+
+    @staticmethod
+    def _move(
+        w: Tensor, g: Tensor, D: Tensor | None, buffers: list[dict], t: Number, η: Number,
+        λ: Sequence[Number], rules: tuple, γ: float, maximize: bool,
+    ) -> None:  # fmt: skip
         """The step of one parameter tensor: Algorithms 2 and 4, line by line."""
-        state = self.state[w]
-        state["step"] = t = state.get("step", 0) + 1
-        buffers = state.setdefault("rules", [{} for _ in group["rules"]])
-
         # Under bfloat16 the arithmetic is float32's; otherwise x is w itself.
-        x, g, D = w.to(_state_dtype(w)), w.grad.to(_state_dtype(w)), state.get("hess_diag")
-        seen = Seen(x, -g if group["maximize"] else g, D)  # D enters squared: its sign is free
-        η, γ = group["lr"], group["decoupled_weight_decay"]
-        answers = [r.propose(seen, b, η, t) for r, b in zip(group["rules"], buffers)]
+        x, g = w.to(_state_dtype(w)), g.to(_state_dtype(w))
+        seen = Seen(x, -g if maximize else g, D)  # D enters squared: its sign is free
+        answers = [r.propose(seen, b, η, t) for r, b in zip(rules, buffers)]
 
-        λ = group["lambdas"]
-        d_merged = sum(λi * d for λi, (d, _) in zip(λ, answers) if λi != 0)
+        d_merged = sum(_weighed(λi, d) for λi, (d, _) in zip(λ, answers))
         η_merged = sum(λi * ηi for λi, (_, ηi) in zip(λ, answers))
         if γ != 0:
             x.mul_(1 - η * γ)
@@ -226,7 +269,13 @@ class Hybrid(Optimizer):
         weights_only=True)`` reads it back.
         """
         packed = super().state_dict()
+        packed["state"] = {
+            key: {**state, "step": int(state["step"])} if "step" in state else state
+            for key, state in packed["state"].items()
+        }
         for group in packed["param_groups"]:
+            group["lr"] = _float(group["lr"])
+            group["lambdas"] = tuple(map(_float, group["lambdas"]))
             group["rules"] = [{"rule": type(r).__name__, **asdict(r)} for r in group["rules"]]
             group.update(_plain(group))
         return packed
@@ -250,7 +299,9 @@ class Hybrid(Optimizer):
                 replace(r, **{k: v for k, v in packed.items() if k != "rule"})
                 for r, packed in zip(group["rules"], saved["rules"])
             )
-            saved_groups.append({**saved, "rules": restored, "lambdas": tuple(saved["lambdas"])})
+            ours = {"rules": restored, "lambdas": tuple(saved["lambdas"])}
+            # How to compute is this optimizer's own, whatever the saved one did.
+            saved_groups.append({**saved, **ours, "compile": group["compile"]})
         saved_groups += state_dict["param_groups"][len(saved_groups) :]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -268,6 +319,22 @@ class Hybrid(Optimizer):
                 self.state[p] = _copied(state_dict["state"][key], p)
 
 
+FIXED = ("rules", "decoupled_weight_decay", "maximize")  # compiled in, when changed compiled again
+
+
+def _move_all(params, grads, diagonals, buffers, steps, η, λ, rules, γ, maximize) -> None:
+    for w, g, D, b, t in zip(params, grads, diagonals, buffers, steps):
+        t.add_(1)
+        Hybrid._move(w, g, D, b, t, η, λ, rules, γ, maximize)
+
+
+def _weighed(λ: Number, d: Tensor) -> Number:
+    """λ d, and 0 for λ = 0 even where a direction that nobody wants is not finite."""
+    if isinstance(λ, Tensor):
+        return torch.where(λ != 0, λ * d, 0.0)
+    return λ * d if λ != 0 else 0.0
+
+
 def sgd(
     params,
     lr: float = 0.01,
@@ -276,10 +343,11 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 5e-4,
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """SGD alone, with the defaults of Table I; the same steps as :class:`torch.optim.SGD`."""
     alone = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    return Hybrid(params, (alone,), lr, maximize=maximize)
+    return Hybrid(params, (alone,), lr, maximize=maximize, compile=compile)
 
 
 def adam(
@@ -290,9 +358,11 @@ def adam(
     weight_decay: float = 5e-4,
     amsgrad: bool = False,
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """Adam alone, with the defaults of Table I; the same steps as :class:`torch.optim.Adam`."""
-    return Hybrid(params, (rule.Adam(betas, eps, weight_decay, amsgrad),), lr, maximize=maximize)
+    alone = rule.Adam(betas, eps, weight_decay, amsgrad)
+    return Hybrid(params, (alone,), lr, maximize=maximize, compile=compile)
 
 
 def atmo(
@@ -308,6 +378,7 @@ def atmo(
     weight_decay_in: str = "both",
     amsgrad: bool = False,
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """ATMO, Adam + SGD (Algorithm 2; Landro et al. 2021), with the defaults of Table I.
 
@@ -326,7 +397,7 @@ def atmo(
     """
     adam = rule.Adam(betas, eps, _unless_sgd_only(weight_decay, weight_decay_in), amsgrad)
     sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    return Hybrid(params, (adam, sgd), lr, lambdas, maximize=maximize)
+    return Hybrid(params, (adam, sgd), lr, lambdas, maximize=maximize, compile=compile)
 
 
 def padam(
@@ -339,13 +410,14 @@ def padam(
     partial: float = 1 / 8,
     bias_correction: str = "released",
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """Padam (Algorithm 1; Chen et al. 2018). Arguments: :class:`rules.Padam`, :class:`Hybrid`.
 
     The report lists no settings for Padam alone; lr and weight decay are those of its paper.
     """
     alone = rule.Padam(betas, eps, weight_decay, amsgrad, partial, bias_correction)
-    return Hybrid(params, (alone,), lr, maximize=maximize)
+    return Hybrid(params, (alone,), lr, maximize=maximize, compile=compile)
 
 
 def padam_sgd(
@@ -363,6 +435,7 @@ def padam_sgd(
     partial: float = 1 / 8,
     bias_correction: str = "released",
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """PADAM-SGD, Padam + SGD merged as in Algorithm 2, with the defaults of Table I.
 
@@ -373,7 +446,7 @@ def padam_sgd(
     decay = _unless_sgd_only(weight_decay, weight_decay_in)
     adaptive = rule.Padam(betas, eps, decay, amsgrad, partial, bias_correction)
     sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    return Hybrid(params, (adaptive, sgd), lr, lambdas, maximize=maximize)
+    return Hybrid(params, (adaptive, sgd), lr, lambdas, maximize=maximize, compile=compile)
 
 
 def adahessian(
@@ -386,6 +459,7 @@ def adahessian(
     spatial_average: str | int | None = None,
     signed_average: bool = False,
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """AdaHessian (Algorithm 3; Yao et al. 2020), with the defaults of Table I.
 
@@ -403,7 +477,7 @@ def adahessian(
         tensor([ 1.5000, -0.5000])
     """
     alone = rule.AdaHessian(betas, eps, hessian_power, spatial_average, signed_average)
-    return Hybrid(params, (alone,), lr, (1.0,), weight_decay, maximize)
+    return Hybrid(params, (alone,), lr, (1.0,), weight_decay, maximize, compile)
 
 
 def adasgd(
@@ -421,6 +495,7 @@ def adasgd(
     spatial_average: str | int | None = None,
     signed_average: bool = False,
     maximize: bool = False,
+    compile: bool = False,
 ) -> Hybrid:
     """AdaSGD, AdaHessian + SGD (Algorithm 4), with the defaults of Table I.
 
@@ -434,7 +509,7 @@ def adasgd(
     adaptive = rule.AdaHessian(betas, eps, hessian_power, spatial_average, signed_average)
     sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
     decoupled = _unless_sgd_only(weight_decay, weight_decay_in)
-    return Hybrid(params, (adaptive, sgd), lr, lambdas, decoupled, maximize)
+    return Hybrid(params, (adaptive, sgd), lr, lambdas, decoupled, maximize, compile)
 
 
 def _unless_sgd_only(weight_decay: float, weight_decay_in: str) -> float:
@@ -446,7 +521,8 @@ def _unless_sgd_only(weight_decay: float, weight_decay_in: str) -> float:
 
 def _check_rates(group: dict) -> None:
     """lr and lambdas may be changed between steps: looked at again before each."""
-    lr, lambdas, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+    γ = group["decoupled_weight_decay"]
+    lr, *lambdas = (_float_if_here(v) for v in (group["lr"], *group["lambdas"]))
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr={lr!r}: must be a finite number above 0")
     if not (math.isfinite(γ) and γ >= 0):
@@ -457,6 +533,20 @@ def _check_rates(group: dict) -> None:
         )
     if not all(math.isfinite(λ) and λ >= 0 for λ in lambdas):
         raise ValueError(f"lambdas={tuple(lambdas)!r}: weights must be finite and at least 0")
+
+
+def _weights(lambdas) -> tuple | Tensor:
+    return lambdas if isinstance(lambdas, Tensor) else tuple(lambdas)
+
+
+def _float(number: Number) -> float:
+    return number.item() if isinstance(number, Tensor) else number
+
+
+def _float_if_here(number: Number) -> float:
+    """Of a tensor elsewhere, which would have to be waited for, only that there is one."""
+    elsewhere = isinstance(number, Tensor) and number.device.type != "cpu"
+    return 1.0 if elsewhere else _float(number)
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:

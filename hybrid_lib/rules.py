@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Number = float | Tensor  # a compiled step has lr, t and the step sizes as tensors of no dimension
+
 
 class Seen(NamedTuple):
     """What a rule may look at in one step; the three tensors have the same shape.
@@ -70,7 +72,7 @@ class SGD:
                 "Nesterov's step needs momentum > 0 and dampening = 0"
             )
 
-    def propose(self, seen: Seen, buffers: dict, lr: float, t: int) -> tuple[Tensor, float]:
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
         """Move the momentum buffer and answer (direction, step size)."""
         g = _with_l2(seen, self.weight_decay)
         if self.momentum == 0:
@@ -117,13 +119,13 @@ class Adam:
         object.__setattr__(self, "betas", _checked_betas(self.betas))
         _check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
 
-    def propose(self, seen: Seen, buffers: dict, lr: float, t: int) -> tuple[Tensor, float]:
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
         """Move m and v and answer (direction, step size)."""
         beta1, beta2 = self.betas
         g = _with_l2(seen, self.weight_decay)
         m, v = _moments(buffers, g, g, self.betas)
-        root = _second_moment(buffers, v, self.amsgrad).sqrt().div_(math.sqrt(1 - beta2**t))
-        return m / root.add_(self.eps), lr / (1 - beta1**t)
+        root = _second_moment(buffers, v, self.amsgrad).sqrt().div_(_correction(beta2, t) ** 0.5)
+        return m / root.add_(self.eps), lr / _correction(beta1, t)
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Padam:
                 'must be "released", "none" or "consistent"'
             )
 
-    def propose(self, seen: Seen, buffers: dict, lr: float, t: int) -> tuple[Tensor, float]:
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
         """Move m and v and answer (direction, step size)."""
         beta1, beta2 = self.betas
         g = _with_l2(seen, self.weight_decay)
@@ -188,10 +190,10 @@ class Padam:
         root = _second_moment(buffers, v, self.amsgrad).sqrt()
         step_size = lr
         if self.bias_correction == "released":
-            step_size = lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+            step_size = lr * _correction(beta2, t) ** 0.5 / _correction(beta1, t)
         elif self.bias_correction == "consistent":
-            root.div_(math.sqrt(1 - beta2**t))
-            step_size = lr / (1 - beta1**t)
+            root.div_(_correction(beta2, t) ** 0.5)
+            step_size = lr / _correction(beta1, t)
         return m / root.add_(self.eps).pow_(2 * self.partial), step_size
 
 
@@ -241,15 +243,15 @@ class AdaHessian:
                 "or a block size of at least 1"
             )
 
-    def propose(self, seen: Seen, buffers: dict, lr: float, t: int) -> tuple[Tensor, float]:
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
         """Move m and v and answer (direction, step size)."""
         beta1, beta2 = self.betas
         D = seen.hess_diag
         if self.spatial_average is not None:
             D = spatial_average(D if self.signed_average else D.abs(), self.spatial_average)
         m, v = _moments(buffers, seen.g, D, self.betas)
-        scale = v.div(1 - beta2**t).pow_(self.hessian_power / 2)
-        return m / scale.add_(self.eps), lr / (1 - beta1**t)
+        scale = v.div(_correction(beta2, t)).pow_(self.hessian_power / 2)
+        return m / scale.add_(self.eps), lr / _correction(beta1, t)
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
@@ -291,12 +293,23 @@ def _moments(buffers: dict, first: Tensor, second: Tensor, betas: tuple[float, f
     return m, v
 
 
+def _correction(beta: float, t: int | Tensor) -> float | Tensor:
+    """1 - beta^t, the bias of a moving average that started at zero.
+
+    A tensor t may be float32, where beta^t = .999 has lost the digits that the difference needs.
+    """
+    if isinstance(t, Tensor) and beta > 0:
+        return -torch.expm1(t * math.log(beta))
+    return 1 - beta**t
+
+
 def _second_moment(buffers: dict, v: Tensor, amsgrad: bool) -> Tensor:
     if not amsgrad:
         return v
     if "max_exp_avg_sq" not in buffers:
         buffers["max_exp_avg_sq"] = v.clone()
-    return torch.maximum(buffers["max_exp_avg_sq"], v, out=buffers["max_exp_avg_sq"])
+    largest = buffers["max_exp_avg_sq"]
+    return largest.copy_(torch.maximum(largest, v))
 
 
 def _check_at_least_zero(**values: float) -> None:

@@ -1,0 +1,50 @@
+"""torch.compile as it is used here: whole functions, fixed shapes, and errors of one line."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+
+
+class CannotCompile(RuntimeError):
+    """There is no compiler on the machine, or it cannot take this function."""
+
+
+def compiled(function: Callable, what: str) -> Callable:
+    """``function``, compiled at its first call; it must not branch on the values of tensors.
+
+    Tensors may change between calls, but not their shapes, dtypes, devices or strides: a call
+    with others compiles again. Compilations are kept on disk by torch, between processes too.
+
+    Args:
+        function: takes and returns tensors, in lists, tuples and dicts as it likes.
+        what: names the function in errors, as in "the optimizer's step".
+
+    Raises:
+        CannotCompile: by the call that would compile, in one line; torch's own error is its cause.
+    """
+    # Dynamo counts compilations per code object and gives up at eight; so each has its own.
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__,
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    fast = torch.compile(own, fullgraph=True, dynamic=False)
+
+    @functools.wraps(function)
+    def call(*args):
+        try:
+            return fast(*args)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise  # not the compiler's: out of memory, say
+            cause = getattr(error, "inner_exception", error)
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            reason = f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"
+            raise CannotCompile(
+                f"{what} cannot be compiled here ({reason}); do without, or install what is missing"
+            ) from error
+
+    return call
