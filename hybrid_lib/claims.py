@@ -90,17 +90,27 @@ class Claim:
 
 
 def styled(histories: Sequence[History]):
-    """:func:`table` for a page: its text wrapped, verdicts in bold, the data set in the caption."""
+    """:func:`table` for a page: a line per inequality, the data set in the caption."""
     judged = table(histories)
-    left = [{"selector": "th, td", "props": "text-align: left; vertical-align: top"},
-            {"selector": "caption", "props": "text-align: left; font-weight: bold"}]  # fmt: skip
+    colours = {HOLDS: plots.GREEN, FAILS: plots.VERMILLION, UNTOLD: "#767676"}
     return (
         judged.style.hide(axis="index")
         .format(escape="html")
+        .format(_in_lines, subset=["numbers"])
         .set_caption(f"The report's claims, judged on {html.escape(judged.index.name)}")
-        .set_table_styles(left)
-        .set_properties(["verdict"], **{"font-weight": "bold"})
+        .map(lambda verdict: f"color: {colours[verdict]}; font-weight: bold", subset=["verdict"])
+        .set_properties(["verdict", "section"], **{"white-space": "nowrap"})
+        .set_table_styles(
+            [
+                {"selector": "th, td", "props": "text-align: left; vertical-align: top"},
+                {"selector": "caption", "props": "text-align: left; font-weight: bold"},
+            ]
+        )
     )
+
+
+def _in_lines(numbers: str) -> str:
+    return html.escape(numbers).replace("; ", "<br>").replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def table(histories: Sequence[History]) -> pd.DataFrame:

@@ -383,14 +383,15 @@ class Picture:
             width=920,  # a live figure does not fit itself to the page
             margin={"l": 50, "r": 15, "t": 80, "b": 85}, title_y=0.98,
             legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom", "itemwidth": 40},
-            legend2={"orientation": "h", "x": 0, "y": -0.13, "yanchor": "top", "itemwidth": 40},
+            legend2={"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top", "itemwidth": 40},
         )  # fmt: skip
         plane = {"showgrid": False, "constrain": "domain", "row": 1, "col": 1}
         figure.update_xaxes(title_text="first weight", **plane)
         figure.update_yaxes(title_text="second weight", scaleanchor="x", **plane)
         figure.update_yaxes(
-            title_text="loss", type="log", exponentformat="power", dtick=1, row=1, col=2
-        )
+            title_text="loss", type="log", exponentformat="power", dtick=1,
+            tickfont_size=10, row=1, col=2,  # powers are drawn larger than other numbers
+        )  # fmt: skip
         figure.update_xaxes(range=[0, STEPS], row=1, col=2)
         figure.update_xaxes(title_text="step", range=[0, STEPS], row=2, col=2)
         figure.update_yaxes(title_text="λ of SGD", range=[-0.05, 1.05], row=2, col=2)

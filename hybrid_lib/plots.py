@@ -123,7 +123,7 @@ def epoch_seconds(histories: Sequence[History]):
             text="  " + ", ".join(filter(None, notes)),
         )  # fmt: skip
     figure.update_layout(barmode="stack", legend_traceorder="normal")
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     longest = (table["train seconds"] + table["test seconds"]).max()
     figure.update_xaxes(title_text="seconds per epoch (median)", range=[0, longest * 1.45])
     device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
@@ -148,7 +148,7 @@ def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
             hovertemplate="%{y}: %{x:.3g} ms<extra>" + part + "</extra>",
         )  # fmt: skip
     figure.update_layout(barmode="stack", legend_traceorder="normal")
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     figure.update_xaxes(title_text="milliseconds per step (median)")
     return finished(figure, f"Where a step's time goes, {subject}")
 
@@ -178,6 +178,7 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
             )  # fmt: skip
     # A cosine ends near 0, far below what matters on a logarithmic axis.
     figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, exponentformat="power", row=1)
+    figure.update_yaxes(tickfont_size=10, row=1)  # plotly draws powers larger
     figure.update_yaxes(title_text="learning rate η", row=1, col=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=2)
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
@@ -242,7 +243,7 @@ def final_accuracies(histories: Sequence[History]):
         figure.add_annotation(
             x=1.01, xref="paper", xanchor="left", y=label, showarrow=False, text=_rank(row)
         )
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     figure.update_xaxes(title_text="test accuracy after the last epoch")
     title = f"Final accuracy by seed, mean and 95 % interval, {subject(histories)}"
     return finished(figure, title).update_layout(margin={"l": 120, "r": 120})

@@ -68,7 +68,8 @@ def press(page, name, until):
             return
         except Exception:
             continue
-    raise AssertionError(f"{name}: {said.inner_text()}")
+    texts = page.locator(".jp-OutputArea-output :is([role=status], [role=alert])").all_inner_texts()
+    raise AssertionError(f"{name}: {texts}")
 
 
 def _control(page, label):
