@@ -25,6 +25,7 @@ import pydantic
 from jupyter_client.manager import AsyncKernelManager
 
 from hybrid_lib import claims, compare, data, plots
+from hybrid_lib.cluster import train_all
 from hybrid_lib.experiments import EXPERIMENTS, Experiment, faults
 from hybrid_lib.history import FILE, History, load_all, write_atomically
 from hybrid_lib.train import loaded, run
@@ -144,6 +145,51 @@ def _marked(history: History, folder: Path) -> History:
         return history
     environment = {**history.environment, "dataset": f"{history.dataset}, published runs"}
     return dataclasses.replace(history, environment=environment)
+
+
+def trained(
+    experiments: Iterable[Experiment],
+    out: Path,
+    device: str | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
+    gpu_share: float = 1.0,
+) -> tuple[list[History], list[str]]:
+    """Train what is missing of a study, one run after the other or several at once.
+
+    Args:
+        device: see :func:`hybrid_lib.run`.
+        workers, cluster, gpu_share: see :func:`hybrid_lib.cluster.train_all`; with neither workers
+            nor cluster the runs happen in this process.
+
+    Returns:
+        The histories in the order of ``experiments``, and a line for each run that failed or
+        diverged: one that does leaves the others untouched.
+    """
+    jobs = [(e, run_folder(out, e)) for e in experiments]
+    if workers or cluster:
+        finished = train_all(jobs, device, workers=workers, cluster=cluster, gpu_share=gpu_share)
+    else:
+        finished = ((e, _tried(e, folder, device)) for e, folder in jobs)
+    found, failures = {}, []
+    for e, outcome in finished:
+        if isinstance(outcome, Exception):
+            traceback.print_exception(outcome)
+            failures.append(f"{e.name}, seed {e.seed}: {_one_line(outcome)}")
+            continue
+        found[e] = outcome
+        if outcome.status == "diverged":
+            failures.append(f"{outcome.label}, seed {e.seed}: diverged, {outcome.note}")
+        if workers or cluster:  # in this process the run has said so itself
+            print(f"{outcome.label}, seed {e.seed}: {outcome.status}, {len(outcome.rows)} epochs")
+    return [found[e] for e in experiments if e in found], failures
+
+
+def _tried(experiment: Experiment, folder: Path, device: str | None) -> History | Exception:
+    try:
+        return run(experiment, folder, device)
+    except Exception as error:
+        return error
 
 
 def default_out(scale: str, dataset: str) -> Path:
@@ -298,13 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", help="as in 0,3 or 0-4; default: %(default)s")
     parser.add_argument("--protocol", default="clean", help="clean or released")
     parser.add_argument("--epochs", type=int, help="other than the scale's; schedules keep shape")
-    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="default: runs/SCALE, or runs/SCALE-DATASET")
-    chosen = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # "±" under an ASCII locale
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in an orderly way
+    chosen = parse(parser, arguments)
 
     try:
         changes = {} if chosen.epochs is None else {"epochs": chosen.epochs}
@@ -322,21 +363,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _refused(error)
 
     out = (chosen.out or default_out(chosen.scale, chosen.dataset)).resolve()
-    found, failures = [], []
-    for experiment in experiments:
-        try:
-            found.append(run(experiment, run_folder(out, experiment), chosen.device))
-        except KeyboardInterrupt:
-            print("stopped; the same command goes on from here", file=sys.stderr)
-            return 130
-        except Exception as error:  # one run that fails leaves the others untouched
-            traceback.print_exc()
-            failures.append(f"{experiment.name}, seed {experiment.seed}: {_one_line(error)}")
-    failures += [
-        f"{h.label}, seed {h.experiment.seed}: diverged, {h.note}"
-        for h in found
-        if h.status == "diverged"
-    ]
+    try:
+        found, failures = trained(experiments, out, **scale_out(chosen))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ImportError, ValueError, RuntimeError) as error:
+        return _refused(error)
     found = [h for h in found if h.rows]
     if not found:
         return _refused("; ".join(failures))
@@ -353,6 +386,27 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"failed: {failure}")
     print(f"report: {report}")
     return 1 if failures else 0
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Parse a command line that trains, with the options of where to; prepare for being one."""
+    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument("--workers", type=int, help="that many runs at once (needs Dask)")
+    parser.add_argument("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
+    parser.add_argument(
+        "--gpu-share", type=float, default=1, help="part of a GPU that a run claims"
+    )
+    chosen = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # "±" under an ASCII locale
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in an orderly way
+    return chosen
+
+
+def scale_out(chosen: argparse.Namespace) -> dict:
+    """The options of :func:`parse`, as :func:`trained` takes them."""
+    return {k: getattr(chosen, k) for k in ("device", "workers", "cluster", "gpu_share")}
 
 
 def execute_notebooks(

@@ -33,7 +33,7 @@ FLOORS = [
     {"history"},
     {"compare", "train"},
     {"plots"},
-    {"claims"},
+    {"claims", "cluster"},
     {"anatomy", "study"},
     {"playground", "explorer"},
 ]
@@ -44,6 +44,7 @@ FEWER = {  # and these even fewer
     "compare": {"history", "experiments"},
     "plots": {"compare", "history", "experiments", "data"},
     "claims": {"plots", "compare", "history", "experiments"},
+    "cluster": {"plots", "train", "history", "experiments"},
     "train": {"experiments", "data", "curvature", "history"},
 }
 
@@ -81,7 +82,8 @@ def test_a_module_imports_from_lower_floors_only(name):
     assert of_ours(LIBRARY[name]) <= FEWER.get(name, lower)
 
 
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+DASK = {"dask", "distributed", "dask_jobqueue"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Brought by one that is declared.
 BROUGHT = {
     "sympy": "torch", "IPython": "ipykernel", "jupyter_client": "ipykernel", "comm": "ipywidgets"
@@ -92,14 +94,36 @@ def test_every_package_that_is_imported_is_declared():
     declared = {re.match(r"[\w-]+", line).group() for line in PROJECT["dependencies"]}
     used = {name.split(".")[0] for file in LIBRARY.values() for name in imports(file)}
     used -= {*sys.stdlib_module_names, "hybrid_lib", "google"}  # google.colab is its runtime's
+    used -= DASK
     assert {DISTRIBUTIONS.get(name, BROUGHT.get(name, name)) for name in used} <= declared
+
+
+def test_dask_is_optional():
+    """Only one module uses it, and only once it is called."""
+    assert {
+        n for n, file in LIBRARY.items() if DASK & {name.split(".")[0] for name in imports(file)}
+    } == {"cluster"}
+    tree = ast.parse(LIBRARY["cluster"].read_text("utf-8"))
+    at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in map(ast.unparse, at_once) if any(name in line for name in DASK)]
+
+
+def test_the_cluster_s_code_stays_small():
+    text = LIBRARY["cluster"].read_text("utf-8")
+    documented = sum(
+        node.body[0].end_lineno - node.body[0].lineno + 1
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node)
+    )
+    lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
+    assert len(lines) - documented < 150
 
 
 LIGHT = """
 import sys, warnings
 warnings.simplefilter("error")
 from hybrid_lib import padam_sgd
-heavy = {"plotly", "sklearn", "torchvision", "papermill", "IPython", "ipywidgets"}
+heavy = {"plotly", "sklearn", "torchvision", "papermill", "IPython", "ipywidgets", "distributed"}
 print(sorted(heavy & {*sys.modules}))
 import importlib, torch, hybrid_lib
 torch.__version__ = "2.5.1"
