@@ -206,7 +206,7 @@ def what_v_tracks(model: nn.Module, n_probes: int = 200) -> pd.DataFrame:
 
     hessian = torch.stack([product(e) for e in torch.eye(len(g))])
     generator = torch.Generator().manual_seed(0)
-    zs = [rademacher(g, generator) for _ in range(n_probes)]
+    zs = [rademacher([g], generator)[0] for _ in range(n_probes)]
     squares = torch.stack([(z * product(z)) ** 2 for z in zs])
     return pd.DataFrame(
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ def hessian_diagonal(
 
     A pure function: it writes no ``.grad``, and both results are detached, so no graph outlives
     it but the one that ``loss`` itself holds; keep ``loss.detach()``, not the loss.
+
+    D belongs to the loss that is given: with a GradScaler pass the unscaled one, since ``unscale_``
+    divides gradients only. Under autocast D is as coarse as the forward pass.
 
     Args:
         loss: a scalar, computed from ``params`` by operations that differentiate twice.
@@ -62,7 +65,7 @@ def hessian_diagonal(
     curved = [g for g in grads if g is not None and g.requires_grad]  # the rest has H z = 0
     if curved:
         for sample in range(n_samples):
-            zs = [rademacher(p, generator) for p in params]
+            zs = rademacher(params, generator)
             z_curved = [z for z, g in zip(zs, grads) if g is not None and g.requires_grad]
             last = sample == n_samples - 1
             Hz = torch.autograd.grad(
@@ -77,13 +80,59 @@ def hessian_diagonal(
     )
 
 
-def rademacher(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent signs, -1 or 1 with equal probability, of ``like``'s shape, dtype and device.
+def forward_over_reverse(
+    function: Callable[[list[Tensor]], tuple[Tensor, object]],
+    params: list[Tensor],
+    probes: Sequence[Sequence[Tensor]],
+) -> tuple[list[Tensor], list[Tensor], object]:
+    r"""As :func:`hessian_diagonal`, the other way round, for loops that are compiled.
 
-    >>> z = rademacher(torch.empty(1000, dtype=torch.float64), torch.Generator().manual_seed(0))
+    H z is the derivative of the gradient along z, taken forward (``torch.func.jvp``) while the
+    gradient itself is computed: one pass, no graph. Eager it is slower than two backward passes;
+    under ``torch.compile`` it is twice as fast as they are, since a convolution's derivative is
+    again a convolution.
+
+    Args:
+        function: of the parameters, writing nothing; answers the scalar loss and whatever else is
+            wanted of the pass.
+        params: the point.
+        probes: one z per sample, each with a tensor per parameter, of its shape and strides.
+
+    Returns:
+        ``(grads, diag, other)``: gradient, D, and what ``function`` answered beside the loss.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0])
+        >>> z = torch.tensor([1.0, -1.0])
+        >>> forward_over_reverse(lambda p: ((p[0] ** 3).sum(), None), [w], [[z]])
+        ([tensor([ 3., 12.])], [tensor([ 6., 12.])], None)
+    """
+    gradient = torch.func.grad(function, has_aux=True)
+    sums = None
+    for z in probes:  # a compiler sees that the gradient is the same every time
+        grads, Hz, other = torch.func.jvp(gradient, (params,), (list(z),), has_aux=True)
+        terms = [zi * h for zi, h in zip(z, Hz)]
+        sums = terms if sums is None else [s + term for s, term in zip(sums, terms)]
+    return grads, [s / len(probes) for s in sums], other
+
+
+def rademacher(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
+    """Independent signs, -1 or 1 with equal probability, one tensor like each of ``params``.
+
+    All of them come from one draw of random bits, a bit each, whatever the dtypes and strides.
+
+    >>> (z,) = rademacher([torch.empty(1000)], torch.Generator().manual_seed(0))
     >>> sorted(set(z.tolist()))
     [-1.0, 1.0]
     """
-    # Contiguous, whatever like's strides are: the draws are then the same in any memory format.
-    z = torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False)
-    return z.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    params = list(params)
+    sizes = [p.numel() for p in params]
+    bits = torch.empty(-(-sum(sizes) // 64), dtype=torch.int64, device=params[0].device)
+    bits.random_(-(2**63), None, generator=generator)  # None: up to the largest, all 64 bits
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    coins = bits.view(torch.uint8).unsqueeze(1).bitwise_right_shift(places).bitwise_and_(1)
+    parts = coins.flatten()[: sum(sizes)].split(sizes)
+    zs = [torch.empty_like(p, requires_grad=False) for p in params]
+    for z, part in zip(zs, parts):
+        z.copy_(part.view(z.shape)).mul_(2).sub_(1)
+    return zs

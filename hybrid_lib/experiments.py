@@ -86,12 +86,14 @@ class Experiment:
         lambda_direction: "report" (from start to end), "released" (the direction of
             :func:`hybrid_lib.schedules.released`), or "protocol": released for ATMO and
             PADAM-SGD under the released protocol, the report's everywhere else.
-        hessian_samples, hessian_every: probes per estimate of the Hessian diagonal, and steps
-            between two estimates (1: every step, as in the report).
+        hessian_samples, hessian_every, hessian_fraction: probes per estimate of the Hessian
+            diagonal, steps between two estimates, and the share of a batch's images that it is
+            made from. 1, 1 and 1 as in the report; anything else is another, cheaper algorithm.
         protocol: "clean": inputs normalised, tests in evaluation mode. "released", as the
             report's code ran: raw 0-255 inputs, tests in training mode, so that test batches are
             normalised by their own statistics and move the running ones.
-        precision: "float32"; "tf32" (NVIDIA GPUs) and "bfloat16" (autocast) are faster, coarser.
+        precision: "float32"; "tf32" (NVIDIA GPUs) and "bfloat16" (of the
+            convolutions) are faster, coarser.
         seed: of weights, data order, augmentation and probes; each has its own stream.
 
     Raises:
@@ -134,6 +136,7 @@ class Experiment:
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"
     hessian_samples: Count = 1
     hessian_every: Count = 1
+    hessian_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     protocol: Literal["clean", "released"] = "clean"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -197,7 +200,12 @@ class Experiment:
         names = self.optimizer.split("+")
         return [RULES[n] for n in names] if len(names) == 2 and RULES.keys() >= set(names) else []
 
-    def build_optimizer(self, params) -> hybrid.Hybrid:
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether one of its rules is AdaHessian."""
+        return bool({"adahessian", "adasgd"} & set(self.optimizer.split("+")))
+
+    def build_optimizer(self, params, compile: bool = False) -> hybrid.Hybrid:
         """The optimizer for ``params``, with the weights of the first epoch."""
         settings = {f: getattr(self, f) for f in OPTIMIZER_SETTINGS}
         settings = {f: value for f, value in settings.items() if value is not None}
@@ -208,10 +216,10 @@ class Experiment:
                 r(**{f: v for f, v in settings.items() if f in inspect.signature(r).parameters})
                 for r in self._rules
             ]
-            return hybrid.Hybrid(params, made, self.lr, self.lambdas()(0))
+            return hybrid.Hybrid(params, made, self.lr, self.lambdas()(0), compile=compile)
         if self.is_hybrid:
             settings["lambdas"] = self.lambdas()(0)
-        return getattr(hybrid, self.optimizer)(params, lr=self.lr, **settings)
+        return getattr(hybrid, self.optimizer)(params, lr=self.lr, compile=compile, **settings)
 
     def settings(self) -> set[str]:
         """Which of the optimizer's settings (momentum, partial, …) this optimizer has."""
@@ -223,7 +231,8 @@ class Experiment:
         """The network with this experiment's initial weights; the global generator is untouched."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return resnet18(num_classes, in_channels, self.width, self.stem)
+            coarse = torch.bfloat16 if self.precision == "bfloat16" else None
+            return resnet18(num_classes, in_channels, self.width, self.stem, coarse)
 
     @property
     def _direction(self) -> str:

@@ -2,63 +2,106 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Convolution(nn.Conv2d):
+    """Convolution without bias, computed in ``compute_dtype`` (None: as its input comes)."""
+
+    def __init__(self, in_channels, channels, size, stride, padding, compute_dtype=None):
+        super().__init__(in_channels, channels, size, stride, padding, bias=False)
+        self.compute_dtype = compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or x.dtype
+        y = F.conv2d(x.to(dtype), self.weight.to(dtype), None, self.stride, self.padding)
+        return y.to(x.dtype)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that can hand its statistics out instead of writing them into its buffers.
+
+    ``torch.func`` takes only functions that write nothing; whoever calls one updates the running
+    statistics afterwards, from ``statistics``: [running mean's part, running variance's part].
+    """
+
+    def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
+        if statistics is None:
+            return super().forward(x)
+        normalised, mean, inverse_std = torch.native_batch_norm(
+            x, self.weight, self.bias, None, None, True, self.momentum, self.eps
+        )
+        n = x.numel() / x.shape[1]
+        unbiased = (inverse_std**-2 - self.eps) * (n / (n - 1))
+        statistics += [mean, unbiased]
+        return normalised
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, and a shortcut (He et al. 2016, Figure 5 left)."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int):
+    def __init__(self, in_channels: int, channels: int, stride: int, compute_dtype):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1 = Convolution(in_channels, channels, 3, stride, 1, compute_dtype)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = Convolution(channels, channels, 3, 1, 1, compute_dtype)
+        self.bn2 = BatchNorm(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            projection = Convolution(in_channels, channels, 1, stride, 0, compute_dtype)
+            self.shortcut = nn.Sequential(projection, BatchNorm(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+    def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x), statistics))
+        y = self.bn2(self.conv2(y), statistics)
+        if len(self.shortcut):
+            projection, norm = self.shortcut
+            x = norm(projection(x), statistics)
+        return F.relu(y + x)
 
 
 class ResNet18(nn.Module):
     """Stem, four stages of two blocks (widths w, 2w, 4w, 8w), mean over pixels, linear head."""
 
-    def __init__(self, num_classes: int, in_channels: int, width: int, stem: str):
+    def __init__(self, num_classes: int, in_channels: int, width: int, stem: str, compute_dtype):
         super().__init__()
         if stem == "cifar":  # keeps the resolution: 32x32 images reach the head as 4x4 maps
-            self.stem = nn.Sequential(
-                nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            )
+            first, pool = Convolution(in_channels, width, 3, 1, 1, compute_dtype), nn.Identity()
         else:  # quarters it: 32x32 images reach the head as a single pixel
-            self.stem = nn.Sequential(
-                nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
+            first = Convolution(in_channels, width, 7, 2, 3, compute_dtype)
+            pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.stem = nn.Sequential(first, BatchNorm(width), nn.ReLU(), pool)
         blocks, channels = [], width
         for stage in range(4):
-            out_channels = width * 2**stage
-            blocks.append(BasicBlock(channels, out_channels, stride=1 if stage == 0 else 2))
-            blocks.append(BasicBlock(out_channels, out_channels, stride=1))
+            out_channels, stride = width * 2**stage, 1 if stage == 0 else 2
+            blocks.append(BasicBlock(channels, out_channels, stride, compute_dtype))
+            blocks.append(BasicBlock(out_channels, out_channels, 1, compute_dtype))
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+    def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
+        """Logits. ``statistics``, a list, receives what :class:`BatchNorm` would have written."""
+        convolution, norm, relu, pool = self.stem
+        x = pool(relu(norm(convolution(x), statistics)))
+        for block in self.blocks:
+            x = block(x, statistics)
+        return self.head(x.mean(dim=(2, 3)))
+
+    def running_statistics(self) -> list[Tensor]:
+        """The buffers that ``statistics`` belongs to, in its order."""
+        norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
+        return [b for norm in norms for b in (norm.running_mean, norm.running_var)]
 
 
 def resnet18(
-    num_classes: int = 10, in_channels: int = 3, width: int = 64, stem: str = "cifar"
+    num_classes: int = 10,
+    in_channels: int = 3,
+    width: int = 64,
+    stem: str = "cifar",
+    compute_dtype: torch.dtype | None = None,
 ) -> ResNet18:
     """ResNet18 for images of at least 8x8 pixels; 11.17 million parameters at width 64.
 
@@ -84,4 +127,4 @@ def resnet18(
             raise ValueError(f"{name}={value!r}: must be at least 1")
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f'stem={stem!r}: must be "cifar" or "imagenet"')
-    return ResNet18(num_classes, in_channels, width, stem)
+    return ResNet18(num_classes, in_channels, width, stem, compute_dtype)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import itertools
 import math
 import os
 import platform
@@ -28,12 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hybrid_lib import data
-from hybrid_lib.curvature import hessian_diagonal
 from hybrid_lib.data import Data
 from hybrid_lib.experiments import Experiment
 from hybrid_lib.history import FILE, FORMAT, History, write_atomically
+from hybrid_lib.passes import Pass, compiled_pass, eager_pass, why_not_compile, worth_compiling
 
-CHECK_EVERY = 32  # steps between two looks at the loss on a GPU, which each look waits for
 TEST_BATCH = 1000  # in evaluation mode the batch size does not matter, but for memory
 
 
@@ -53,6 +51,7 @@ def run(
     progress: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
     on_epoch: Callable[[History], None] = lambda history: None,
+    compile: bool | None = None,
 ) -> History:
     """Train an experiment, go on with it, or return what is already complete.
 
@@ -66,6 +65,10 @@ def run(
         should_stop: asked before every step; True ends the call with status "stopped".
         on_epoch: called with the history so far, once it is on disk: at the start of the call
             (with the rows of a checkpoint, if any) and after every epoch.
+        compile: whether ``torch.compile`` fuses the training step: the same numbers up to
+            rounding, sooner or (short runs) later. None: as the run began, or for a new run if
+            it is long enough and the machine has a compiler. ``environment["engine"]`` of the
+            history says what it was.
 
     Returns:
         The history. Its status is "complete", "stopped", or "diverged" if a loss was not finite:
@@ -74,6 +77,7 @@ def run(
     Raises:
         ValueError: for settings that do not fit the data or the device.
         FileNotFoundError: for data that is not there.
+        CannotCompile: a RuntimeError, if ``compile=True`` and there is no compiler.
         RuntimeError: if the folder holds another experiment or another process writes to it.
     """
     folder = None if out is None else Path(out)
@@ -85,17 +89,18 @@ def run(
 
     dataset = loaded(experiment, device)
     device = dataset.train_images.device
+    begun_with = None
     if folder is not None and (folder / FILE).exists():
+        begun_with = history.environment.get("engine")
         before = history.environment.get("dataset_checksum")
         if before != dataset.checksum:
             raise RuntimeError(
                 f"{folder} was trained on other images of {dataset.title} (checksum {before}, here "
                 f"{dataset.checksum}); restore them, or choose another folder"
             )
-    if folder is None:
-        return _run(experiment, dataset, device, None, progress, should_stop, on_epoch)
-    with _only_writer(folder):
-        return _run(experiment, dataset, device, folder, progress, should_stop, on_epoch)
+    engine = _engine(experiment, dataset, compile, begun_with)
+    with contextlib.nullcontext() if folder is None else _only_writer(folder):
+        return _run(experiment, dataset, device, folder, progress, should_stop, on_epoch, engine)
 
 
 def epochs(
@@ -104,6 +109,7 @@ def epochs(
     device: torch.device,
     folder: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    compile: bool = False,
 ) -> Iterator[list[dict]]:
     """The loop. Yields all rows so far, first those of the checkpoint, then after every epoch.
 
@@ -112,25 +118,27 @@ def epochs(
     Raises:
         Diverged, Stopped: in the middle of an epoch; rows and checkpoint are those before it.
     """
+    layout = _layout(device, compile)
     model = experiment.build_model(len(dataset.classes), dataset.train_images.shape[1])
-    model.to(device)
-    optimizer = experiment.build_optimizer(model.parameters())
+    model.to(device, memory_format=layout)
+    one_pass = (compiled_pass if compile else eager_pass)(model, experiment)
+    optimizer = experiment.build_optimizer(model.parameters(), compile)
     learning_rates, lambdas = experiment.learning_rates(), experiment.lambdas()
 
     rows = _restore(folder, experiment, model, optimizer)
     yield rows
     for epoch in range(len(rows), experiment.epochs):
         if epoch + 1 == experiment.restart_epoch:
-            optimizer = experiment.build_optimizer(model.parameters())
+            optimizer = experiment.build_optimizer(model.parameters(), compile)
         for group in optimizer.param_groups:
             group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
 
         start = _now(device)
         train_loss, train_accuracy = _train(
-            model, optimizer, dataset, experiment, epoch, should_stop
+            model, one_pass, optimizer, dataset, experiment, epoch, should_stop, layout
         )
         trained = _now(device)
-        test_loss, test_accuracy = _test(model, dataset, experiment, epoch)
+        test_loss, test_accuracy = _test(model, dataset, experiment, epoch, layout)
         tested = _now(device)
 
         rows.append(
@@ -150,8 +158,10 @@ def epochs(
         yield rows
 
 
-def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[float, float]:
-    """One pass over the training images; returns mean loss and accuracy while training."""
+def _train(
+    model, one_pass: Pass, optimizer, dataset, experiment, epoch, should_stop, layout
+) -> tuple[float, float]:
+    """One epoch; returns mean loss and accuracy while training. On a GPU nothing here waits."""
     model.train()
     params = list(model.parameters())
     images, labels = dataset.train_images, dataset.train_labels
@@ -169,24 +179,19 @@ def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[f
             raise Stopped(f"in epoch {epoch + 1}, step {step + 1}")
         if experiment.augment:
             x = data.augmented(x, crops)
-        with _precision(experiment, device):
-            logits = model(_inputs(x, dataset, experiment))
-            loss = F.cross_entropy(logits.float(), y)
-        losses[step], sizes[step] = loss.detach(), len(y)
-        if step % (1 if device.type == "cpu" else CHECK_EVERY) == 0:
-            _check_finite(losses, optimizer, epoch)
-
         due = (epoch * n_steps + step) % experiment.hessian_every == 0 or not optimizer.state
-        if optimizer.needs_hessian and due:
-            grads, hess_diag = hessian_diagonal(loss, params, experiment.hessian_samples, probes)
-            for p, g in zip(params, grads):
-                p.grad = g
-        else:
-            optimizer.zero_grad()
-            loss.backward()
-            hess_diag = None
+        loss, right, grads, hess_diag = one_pass(
+            _inputs(x, dataset, experiment, layout),
+            y,
+            probes if optimizer.needs_hessian and due else None,
+        )
+        losses[step], sizes[step] = loss, len(y)
+        correct += right
+        if device.type == "cpu":  # elsewhere a look would wait: once per epoch, below
+            _check_finite(losses, optimizer, epoch)
+        for p, g in zip(params, grads):
+            p.grad = g
         optimizer.step(hess_diag=hess_diag)
-        correct += (logits.argmax(dim=1) == y).sum()
 
     _check_finite(losses, optimizer, epoch)
     return ((losses * sizes).sum() / n).item(), correct.item() / n
@@ -194,7 +199,7 @@ def _train(model, optimizer, dataset, experiment, epoch, should_stop) -> tuple[f
 
 @torch.no_grad()
 def _test(
-    model: nn.Module, dataset: Data, experiment: Experiment, epoch: int
+    model: nn.Module, dataset: Data, experiment: Experiment, epoch: int, layout
 ) -> tuple[float, float]:
     """Mean loss and accuracy over the test images."""
     released = experiment.protocol == "released"
@@ -204,8 +209,7 @@ def _test(
     correct = torch.zeros((), dtype=torch.long, device=images.device)
     size = experiment.batch_size if released else TEST_BATCH
     for x, y in data.batches(images, labels, torch.arange(len(images)), size):
-        with _precision(experiment, images.device):
-            logits = model(_inputs(x, dataset, experiment)).float()
+        logits = model(_inputs(x, dataset, experiment, layout))
         loss_sum += F.cross_entropy(logits, y, reduction="sum")
         correct += (logits.argmax(dim=1) == y).sum()
     loss = loss_sum.item() / len(images)
@@ -214,7 +218,9 @@ def _test(
     return loss, correct.item() / len(images)
 
 
-def step_seconds(experiment: Experiment, device=None, repeats: int = 5) -> dict[str, float]:
+def step_seconds(
+    experiment: Experiment, device=None, repeats: int = 5, compile: bool = False
+) -> dict[str, float]:
     """Where the time of a training step goes: medians in seconds.
 
     Returns:
@@ -224,21 +230,24 @@ def step_seconds(experiment: Experiment, device=None, repeats: int = 5) -> dict[
     """
     dataset = loaded(experiment, device)
     device = dataset.train_images.device
-    model = experiment.build_model(len(dataset.classes), dataset.train_images.shape[1]).to(device)
-    optimizer, params = experiment.build_optimizer(model.parameters()), list(model.parameters())
-    x = _inputs(dataset.train_images[: experiment.batch_size], dataset, experiment)
+    layout = _layout(device, compile)
+    model = experiment.build_model(len(dataset.classes), dataset.train_images.shape[1])
+    model.to(device, memory_format=layout)
+    one_pass = (compiled_pass if compile else eager_pass)(model, experiment)
+    optimizer = experiment.build_optimizer(model.parameters(), compile)
+    probes = data.generator("probes", experiment.seed, 0, device)
+    x = _inputs(dataset.train_images[: experiment.batch_size], dataset, experiment, layout)
     y = dataset.train_labels[: experiment.batch_size]
     parts: dict[str, list[float]] = {"gradient": [], "Hessian": [], "step": [], "evaluation": []}
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         t0 = _now(device)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        _, _, grads, hess_diag = one_pass(x, y, None)
         t1 = _now(device)
-        hess_diag = None
         if optimizer.needs_hessian:
-            loss = F.cross_entropy(model(x), y)
-            hess_diag = hessian_diagonal(loss, params, experiment.hessian_samples)[1]
+            _, _, grads, hess_diag = one_pass(x, y, probes)
         t2 = _now(device)
+        for p, g in zip(model.parameters(), grads):
+            p.grad = g
         optimizer.step(hess_diag=hess_diag)
         t3 = _now(device)
         with torch.no_grad():
@@ -247,16 +256,32 @@ def step_seconds(experiment: Experiment, device=None, repeats: int = 5) -> dict[
         both = t2 - t1 if optimizer.needs_hessian else 0.0  # that pass has the gradient in it
         for name, seconds in zip(parts, (t1 - t0, both - (t1 - t0) * bool(both), t3 - t2, t4 - t3)):
             parts[name].append(seconds)
-    return {name: statistics.median(s[1:]) for name, s in parts.items()}  # the first warms up
+    return {name: statistics.median(s[2:]) for name, s in parts.items()}  # the first two warm up
 
 
-def _inputs(images: Tensor, dataset: Data, experiment: Experiment) -> Tensor:
+def _inputs(images: Tensor, dataset: Data, experiment: Experiment, layout) -> Tensor:
+    images = images.contiguous(memory_format=layout)
     raw = experiment.protocol == "released"  # 0-255, as the report's code fed them
     return images.float() if raw else data.normalised(images, dataset)
 
 
-def _precision(experiment: Experiment, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bfloat16")
+def _layout(device: torch.device, compile: bool) -> torch.memory_format:
+    """Channels last where convolutions are faster so: on GPUs, and compiled on CPUs."""
+    fast = compile or device.type == "cuda"
+    return torch.channels_last if fast else torch.contiguous_format
+
+
+def _engine(experiment, dataset: Data, compile: bool | None, begun_with: str | None) -> str:
+    """What the history will say: "compiled", "eager", or "eager: why it could not be compiled"."""
+    if compile is None:
+        compile = worth_compiling(experiment, len(dataset.train_images))
+        if begun_with is not None:
+            compile = begun_with == "compiled"  # rounds otherwise: resumed as begun
+        why_not = why_not_compile(dataset.train_images.device.type) if compile else ""
+        if why_not:
+            print(f"{experiment.label}: training eagerly, since {why_not}")
+            return f"eager: {why_not}"
+    return "compiled" if compile else "eager"
 
 
 @contextlib.contextmanager
@@ -340,12 +365,13 @@ def _only_writer(folder: Path) -> Iterator[None]:
             ) from error
 
 
-def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch) -> History:
-    history = History(experiment, environment=_environment(dataset, device))
+def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch, engine) -> History:
+    history = History(experiment, environment=_environment(dataset, device, engine))
     show = _Progress(experiment, progress)
     try:
         with _tf32(experiment):
-            for rows in epochs(experiment, dataset, device, folder, should_stop):
+            compile = engine == "compiled"
+            for rows in epochs(experiment, dataset, device, folder, should_stop, compile):
                 history.rows = list(rows)
                 if rows and folder is not None:
                     history.save(folder)
@@ -415,7 +441,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _environment(dataset: Data, device: torch.device) -> dict:
+def _environment(dataset: Data, device: torch.device, engine: str) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "dataset": dataset.title,
@@ -424,6 +450,7 @@ def _environment(dataset: Data, device: torch.device) -> dict:
         "test_images": len(dataset.test_images),
         "device": str(device),
         "device_name": name,
+        "engine": engine,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -501,8 +528,9 @@ def _restore(folder: Path | None, experiment: Experiment, model, optimizer) -> l
     """Load the newest intact checkpoint into model and optimizer and return its rows."""
     if folder is None:
         return []
-    for leftover in itertools.chain(folder.glob(".last.pt.*"), folder.glob(f".{FILE}.*")):
-        leftover.unlink(missing_ok=True)  # of a write that was cut short
+    for name in ("last.pt", FILE, ".owner"):
+        for leftover in folder.glob(f".{name}.*"):  # of a write that was cut short
+            leftover.unlink(missing_ok=True)
     for file in (folder / "last.pt", folder / "prev.pt"):
         if not file.exists():
             continue

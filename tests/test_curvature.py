@@ -70,7 +70,7 @@ def test_the_signs_are_independent_between_parameters():
 
 def test_rademacher_draws_fair_independent_signs():
     n = 100_000
-    z = rademacher(torch.empty(n, 2), seeded())
+    (z,) = rademacher([torch.empty(n, 2)], seeded())
     assert set(z.flatten().tolist()) == {-1.0, 1.0}
     assert (z.mean(0).abs() < 4 / n**0.5).all()
     for product in (z[:, 0] * z[:, 1], z[1:, 0] * z[:-1, 0]):
@@ -80,7 +80,7 @@ def test_rademacher_draws_fair_independent_signs():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rademacher_takes_after_its_parameter(dtype):
     like = torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype))
-    z = rademacher(like)
+    (z,) = rademacher([like])
     assert (z.shape, z.dtype, z.requires_grad) == (like.shape, dtype, False)
     assert set(z.flatten().tolist()) <= {-1.0, 1.0}
 
