@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -201,8 +202,12 @@ def _digits():
 
 
 def _torchvision(dataset: str):
-    from torchvision import datasets  # imported where used: the digits do not need it
-
+    try:
+        from torchvision import datasets  # imported where used: the digits do not need it
+    except ImportError as error:
+        raise ImportError(
+            f"dataset={dataset} needs torchvision: pip install torchvision ({error})"
+        ) from error
     cls, folder = {
         "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
         "cifar100": (datasets.CIFAR100, "cifar-100-python"),
@@ -212,7 +217,7 @@ def _torchvision(dataset: str):
     root = Path(os.environ.get("HYBRID_DATA", PROJECT / "data"))
     try:
         train, test = (cls(root, train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         raise FileNotFoundError(
             f"{title(dataset)} is not complete in {root / folder} and could not be downloaded "
             f"({_first_line(error)}). Run again with network access, or unpack the original files "

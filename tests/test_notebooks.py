@@ -10,8 +10,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import filelock
@@ -260,17 +258,3 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path, monkeypatch):
     executed = page.with_suffix(".ipynb")
     check_executed(nbformat.read(executed, 4))
     assert executed.stat().st_size <= 200 * 1024
-
-
-def test_papermill_s_own_command_line_ends_with_the_nearest_name(tmp_path):
-    (source,) = [s for s in NOTEBOOKS if "train_one" in s.stem]
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "papermill", source, tmp_path / "x.ipynb", "--no-progress-bar"]
-    given = ["-p", "scale", "toy", "-p", "epoch", "3", "-p", "out", out]
-    done = subprocess.run(
-        [*command, *given], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert "epoch is not a parameter of this notebook (did you mean epochs?)" in last
-    assert not out.exists()

@@ -4,11 +4,8 @@ Also the parameters of notebooks: whatever papermill injects is checked before a
 """
 
 import contextlib
-import io
 import re
 import shlex
-import socket
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
@@ -17,7 +14,6 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import hybrid_lib as hl
@@ -266,21 +262,6 @@ def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks,
     assert "What failed" not in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_a_run_that_diverges_is_named_and_shown_in_the_table(
-    tmp_path, no_notebooks, told, monkeypatch
-):
-    rates = Experiment.learning_rates
-    monkeypatch.setattr(
-        Experiment, "learning_rates",
-        lambda self: [self.lr, 1e30] if self.name == "adam" else rates(self),
-    )  # fmt: skip
-    code, shown, _ = told("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
-    assert code == 1
-    assert re.search(r"failed: Adam, seed 0: diverged, .*epoch 2", shown)
-    assert re.search(r"^Adam .* 1 +1 +diverged$", shown, re.M)
-    assert "diverged" in (tmp_path / "report.html").read_text("utf-8")
-
-
 def test_where_everything_fails_the_exit_code_says_so(tmp_path, told, monkeypatch):
     def failing(*args):
         raise RuntimeError("no luck")
@@ -322,11 +303,6 @@ def test_a_notebook_that_fails_is_named_and_leaves_the_others(tmp_path, told, mo
     assert Loaded(page).links == ["notebooks/01_good.html"]
 
 
-def test_an_ascii_terminal_is_no_reason_to_fail(tmp_path, no_notebooks, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert main(["--scale", "toy", "--only", "sgd", "--out", str(tmp_path)]) == 0
-
-
 def folder_of_images(root, n_train=100, n_test=40):
     rng = np.random.default_rng(0)
     for (part, n), name in product({"train": n_train, "test": n_test}.items(), ("a", "b")):
@@ -356,60 +332,6 @@ def test_a_relative_folder_is_found_wherever_the_study_is_started(tmp_path, told
     monkeypatch.chdir(study.NOTEBOOKS)
     data._load.cache_clear()
     assert data.load(seen[0]).title == "folder pictures"
-
-
-REFUSED = [
-    (["--only", "adma"], r"'adma'.*did you mean adam\?"),
-    (["--only", ""], r"''.*sgd, adam"),
-    (["--only", "sgd;adam"], r"'sgd;adam'"),
-    (["--only", "../sgd"], r"'\.\./sgd'"),
-    (["--dataset", "cifar"], r"dataset='cifar'.*cifar10"),
-    (["--dataset", "folder:"], r"folder"),
-    (["--dataset", "folder:nowhere"], r"folder:nowhere: no such folder"),
-    (["--dataset", "folder:{empty}"], r"expected images as .*train: none"),
-    (["--dataset", "folder:{small}"], r"(batch_size|train_limit)=.* 20 "),
-    (["--dataset", "cifar10"], r"CIFAR-10 is not complete.*network"),
-    (["--dataset", "mnist"], r"MNIST is not complete.*network"),
-    (["--epochs", "0"], r"epochs=0"),
-    (["--epochs", "-3"], r"epochs=-3"),
-    (["--epochs", "many"], r"--epochs.*many"),
-    (["--seeds", "one"], r"seeds='one'"),
-    (["--seeds", "3-1"], r"seeds='3-1'"),
-    (["--protocol", "dirty"], r"protocol='dirty'"),
-    (["--scale", "huge"], r"--scale.*huge"),
-    (["--device", "quantum"], r"device='quantum'"),
-    (["--device", "cuda"], r"no NVIDIA GPU"),
-    (["--lambda", "1"], r"--lambda"),
-]
-
-
-@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
-def test_bad_input_is_one_line_an_exit_code_and_nothing_written(
-    bad, message, tmp_path, monkeypatch, capsys
-):
-    if bad[-1] == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-
-    def offline(*args, **kwargs):
-        raise OSError("no network in this test")
-
-    monkeypatch.setattr(socket, "getaddrinfo", offline)
-    monkeypatch.setenv("HYBRID_DATA", str(tmp_path / "downloads"))
-    (tmp_path / "empty").mkdir()
-    folder_of_images(tmp_path / "small", 20, 20)
-    bad = [a.format(empty=tmp_path / "empty", small=tmp_path / "small") for a in bad]
-    try:
-        code = main(["--scale", "toy", "--out", str(tmp_path / "new" / "study"), *bad])
-    except SystemExit as usage:  # argparse shows how it is called before its line
-        code = usage.code
-    shown, errors = capsys.readouterr()
-    assert code not in (0, None)
-    lines = [line for line in errors.splitlines() if not re.match(r"usage:| {3}", line)]
-    assert len(lines) == 1, errors
-    assert re.search(message, lines[0])
-    assert shown == ""
-    assert not (tmp_path / "new").exists()
-    assert not [f for f in (tmp_path / "downloads").rglob("*") if f.is_file()]
 
 
 # --- Parameters of notebooks: a namespace as IPython has it after papermill's cell. ---
