@@ -1,122 +1,158 @@
-"""What a whole training step costs, per method, as a ratio to SGD's step in the same run.
+"""What a whole training step costs, per method, as a ratio to the compiled SGD step.
 
-    python -m benchmarks.step_cost [--width 16] [--batch 64] [--rounds 7] [--json]
+    python -m benchmarks.step_cost [--width 16] [--batch 64] [--rounds 9] [--memory] [--json]
 
-ResNet18 with the CIFAR stem on random 32x32 images: forward, backward (with the Hessian diagonal
-where a method needs it) and the optimizer's step, all eager, float32, on the CPU or on a GPU
-where there is one. Methods take turns in every round, so that a machine that slows down slows all
-of them; the ratio is the median over rounds of (method / SGD of the same round), its spread the
-quartiles.
+ResNet18 with the CIFAR stem on random 32x32 images, float32: forward, backward (with the Hessian
+diagonal where a method needs it) and the optimizer's step, on a GPU where there is one. Names
+without a suffix are this project's compiled engine; ``adahessian_lazy`` estimates the diagonal
+every 10 steps on a quarter of the batch and is timed over 10 steps. ``_eager`` is the eager
+engine. Rivals: ``torch_sgd`` and ``torch_adam``, PyTorch's own loop and optimizers, eager, which
+is how the report's code trains; ``released_adahessian``, its way to the diagonal, written anew:
+``backward(create_graph=True)``, then the derivative of ``p.grad``, and a loop over parameters.
 
-Two rivals run beside ours: ``torch_sgd`` is torch.optim.SGD, and ``released_adahessian`` is the
-way of the report's code, which keeps the gradient's graph with ``backward(create_graph=True)``
-and differentiates ``p.grad``.
+The first call compiles: minutes on a small CPU, seconds when repeated. ``--memory`` prints the
+peak of what one step allocates instead of the time (CPU only).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
+import dataclasses
 import warnings
 
 import torch
 import torch.nn.functional as F
 
-from hybrid_lib import EXPERIMENTS, hessian_diagonal, resnet18
-from hybrid_lib.curvature import rademacher
+from benchmarks.timing import interleaved, show
+from hybrid_lib import EXPERIMENTS, resnet18
+from hybrid_lib.passes import compiled_pass, eager_pass
 
-OURS = ("sgd", "adam", "atmo", "padam_sgd", "adahessian", "adasgd")
-RIVALS = ("torch_sgd", "released_adahessian")
+LAZY = {"hessian_every": 10, "hessian_fraction": 0.25}
+COMPILED = {
+    "sgd": {}, "adam": {}, "atmo": {}, "padam_sgd": {}, "adahessian": {}, "adahessian_lazy": LAZY,
+    "adasgd": {},
+}  # fmt: skip
 
 
-def make_step(name: str, width: int, x: torch.Tensor, y: torch.Tensor):
-    """A function that does one training step of a method on a network of its own."""
+def ours(name: str, width: int, x: torch.Tensor, y: torch.Tensor, compile: bool):
+    """A function that does one training step of a method (lazy: ten) on its own network."""
+    experiment = dataclasses.replace(
+        EXPERIMENTS[name.removesuffix("_lazy")], width=width, batch_size=len(y), **COMPILED[name]
+    )
+    layout = torch.channels_last if compile else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    model = experiment.build_model(10, 3).to(x.device, memory_format=layout).train()
+    params = list(model.parameters())
+    optimizer = experiment.build_optimizer(params, compile)
+    one_pass = (compiled_pass if compile else eager_pass)(model, experiment)
+    probes = torch.Generator(x.device).manual_seed(0)
+
+    def steps():
+        for step in range(experiment.hessian_every):
+            due = experiment.needs_hessian and step == 0
+            _, _, grads, diag = one_pass(x, y, probes if due else None)
+            for p, g in zip(params, grads):
+                p.grad = g
+            optimizer.step(hess_diag=diag)
+
+    return steps
+
+
+def plain(make, width: int, x: torch.Tensor, y: torch.Tensor):
+    """PyTorch's usual loop with one of its optimizers."""
     torch.manual_seed(0)
     model = resnet18(width=width).to(x.device).train()
-    params = list(model.parameters())
-    row = name if name in OURS else {"torch_sgd": "sgd"}.get(name, "adahessian")
-    optimizer = EXPERIMENTS[row].build_optimizer(params)
-    if name == "torch_sgd":
-        optimizer = torch.optim.SGD(params, 0.01, momentum=0.95, weight_decay=5e-4)
+    optimizer = make(model.parameters())
 
-    def first_order():
+    def step():
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    def second_order():
-        grads, diagonal = hessian_diagonal(F.cross_entropy(model(x), y), params)
-        for p, g in zip(params, grads):
-            p.grad = g
-        optimizer.step(hess_diag=diagonal)
+    return step
 
-    def released():
-        optimizer.zero_grad()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch warns of this graph's cycle; zero_grad breaks it
-            F.cross_entropy(model(x), y).backward(create_graph=True)
-        zs = [rademacher(p) for p in params]
-        Hz = torch.autograd.grad([p.grad for p in params], params, zs)
+
+def released_adahessian(width: int, x: torch.Tensor, y: torch.Tensor):
+    """The double backward over ``p.grad``, and an update that loops over parameters."""
+    torch.manual_seed(0)
+    model = resnet18(width=width).to(x.device).train()
+    params = list(model.parameters())
+    m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    steps_done = 0
+
+    def step():
+        nonlocal steps_done
+        steps_done += 1
         for p in params:
-            p.grad = p.grad.detach()
-        optimizer.step(hess_diag=[z * h for z, h in zip(zs, Hz)])
+            p.grad = None
+        with warnings.catch_warnings():  # of the cycle that keeping this graph makes
+            warnings.simplefilter("ignore")
+            F.cross_entropy(model(x), y).backward(create_graph=True)
+        grads = [p.grad for p in params]
+        zs = [torch.randint_like(p, high=2) * 2 - 1 for p in params]
+        products = torch.autograd.grad(grads, params, zs)
+        with torch.no_grad():
+            for p, z, h, mi, vi in zip(params, zs, products, m, v):
+                p.mul_(1 - 0.15 * 5e-4)
+                mi.mul_(0.9).add_(p.grad, alpha=0.1)
+                vi.mul_(0.999).addcmul_(h * z, h * z, value=0.001)
+                root = (vi.sqrt() / (1 - 0.999**steps_done) ** 0.5).add_(1e-8)
+                p.addcdiv_(mi, root, value=-0.15 / (1 - 0.9**steps_done))
+                p.grad = None
 
-    if name == "released_adahessian":
-        return released
-    return second_order if getattr(optimizer, "needs_hessian", False) else first_order
+    return step
 
 
-def measure(width: int, batch: int, rounds: int) -> list[dict]:
-    """One row per method: name, milliseconds, ratio to SGD with quartiles."""
+def candidates(width: int, batch: int) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
     y = torch.randint(0, 10, (batch,), generator=generator).to(device)
-    steps = {name: make_step(name, width, x, y) for name in OURS + RIVALS}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_ > 0:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    rows = []
-    for name, taken in seconds.items():
-        ratios = [a / b for a, b in zip(taken, seconds["sgd"])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append({"name": name, "ratio": middle, "low": low, "high": high,
-                     "ms": 1000 * statistics.median(taken)})  # fmt: skip
-    return rows
+    steps = {name: ours(name, width, x, y, compile=True) for name in COMPILED}
+    for name in ("sgd", "adahessian"):
+        steps[f"{name}_eager"] = ours(name, width, x, y, compile=False)
+    steps["torch_sgd"] = plain(
+        lambda p: torch.optim.SGD(p, 0.01, momentum=0.95, weight_decay=5e-4), width, x, y
+    )
+    steps["torch_adam"] = plain(lambda p: torch.optim.Adam(p, weight_decay=5e-4), width, x, y)
+    steps["released_adahessian"] = released_adahessian(width, x, y)
+    return steps
+
+
+def peak_bytes(step) -> int:
+    """The most that one call holds at a time of what it allocates itself, on the CPU."""
+    step(), step()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="peak allocation, not time")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()
-    rows = measure(chosen.width, chosen.batch, chosen.rounds)
-    if chosen.json:
-        print("\n".join(json.dumps(row) for row in rows))
+    title = f"one training step of ResNet18, width {chosen.width}, batch {chosen.batch}"
+    steps = candidates(chosen.width, chosen.batch)
+    if chosen.memory:
+        peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        print(f"peak memory of {title}")
+        for name, peak in peaks.items():
+            print(f"{name:28s} {peak / 2**20:8.1f} MiB  {peak / peaks['sgd']:.2f} x sgd")
         return
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
-    )
-    print(f"ResNet18, width {chosen.width}, batch {chosen.batch}, {chosen.rounds} rounds, eager")
+    rows = interleaved(steps, "sgd", chosen.rounds)
     for row in rows:
-        print(
-            f"{row['name']:20s} {row['ms']:8.1f} ms  {row['ratio']:.2f} x SGD "
-            f"({row['low']:.2f} to {row['high']:.2f})"
-        )
+        if row["name"] == "adahessian_lazy":  # ten steps were timed
+            row.update({k: row[k] / LAZY["hessian_every"] for k in ("ratio", "low", "high", "ms")})
+    show(rows, title, "sgd", chosen.json)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
     raise ImportError(f"hybrid_lib needs torch 2.6 or newer, here is {torch.__version__}")
 
 from hybrid_lib import rules, schedules
+from hybrid_lib.compiling import CannotCompile
 from hybrid_lib.curvature import hessian_diagonal
 from hybrid_lib.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.history import History
@@ -25,6 +26,7 @@ from hybrid_lib.train import run
 
 __all__ = [
     "EXPERIMENTS",
+    "CannotCompile",
     "Experiment",
     "History",
     "Hybrid",

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from children import outcome
 
-from hybrid_lib import data, train
+from hybrid_lib import data, passes, train
 from hybrid_lib.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.history import History
 from hybrid_lib.train import epochs, run
@@ -148,19 +148,19 @@ def test_the_same_experiment_gives_the_same_bits_and_any_change_others():
 @pytest.mark.parametrize(("every", "expected"), [(1, 9), (2, 5), (4, 3), (9, 1), (100, 1)])
 def test_the_hessian_is_estimated_as_often_as_asked_for(monkeypatch, every, expected):
     seen = []
-    estimate = train.hessian_diagonal
+    estimate = passes.hessian_diagonal
 
     def counted(loss, params, n_samples, generator):
         seen.append(n_samples)
         return estimate(loss, params, n_samples, generator)
 
-    monkeypatch.setattr(train, "hessian_diagonal", counted)
+    monkeypatch.setattr(passes, "hessian_diagonal", counted)
     trained(toy("adasgd", hessian_every=every, hessian_samples=2))
     assert seen == [2] * expected
 
 
 def test_first_order_methods_never_pay_for_a_hessian(monkeypatch):
-    monkeypatch.setattr(train, "hessian_diagonal", None)
+    monkeypatch.setattr(passes, "hessian_diagonal", None)
     for name in ("sgd", "adam", "atmo", "padam", "padam_sgd"):
         assert trained(toy(name, epochs=1)).status == "complete"
 
@@ -189,7 +189,7 @@ def test_a_user_s_settings_of_torch_are_left_alone():
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def fed(monkeypatch):
     """What the network is fed: (training mode, smallest value, largest value, running mean)."""
     seen = []
     build = Experiment.build_model
@@ -208,20 +208,20 @@ def passes(monkeypatch):
     return seen
 
 
-def test_clean_inputs_are_normalised_and_tests_run_in_evaluation_mode(passes):
+def test_clean_inputs_are_normalised_and_tests_run_in_evaluation_mode(fed):
     trained(toy(epochs=2))
-    assert [mode for mode, *_ in passes] == [True, True, True, False] * 2
-    assert all(-3 < low < 0 < high < 3 for _, low, high, *_ in passes)
-    assert passes[3][-1].equal(passes[4][-1]), "a test pass must not move running statistics"
+    assert [mode for mode, *_ in fed] == [True, True, True, False] * 2
+    assert all(-3 < low < 0 < high < 3 for _, low, high, *_ in fed)
+    assert fed[3][-1].equal(fed[4][-1]), "a test pass must not move running statistics"
 
 
-def test_released_inputs_are_raw_and_tests_run_in_training_mode(passes):
+def test_released_inputs_are_raw_and_tests_run_in_training_mode(fed):
     trained(toy(epochs=2, protocol="released"))
-    assert [mode for mode, *_ in passes] == [True] * 10
-    assert [n for *_, n, _ in passes] == [16, 16, 8, 16, 14] * 2
-    assert all(low == 0 and high == 255 for _, low, high, *_ in passes)
-    assert not passes[3][-1].equal(passes[4][-1])
-    assert not passes[4][-1].equal(passes[5][-1]), "the test pass moves the running statistics"
+    assert [mode for mode, *_ in fed] == [True] * 10
+    assert [n for *_, n, _ in fed] == [16, 16, 8, 16, 14] * 2
+    assert all(low == 0 and high == 255 for _, low, high, *_ in fed)
+    assert not fed[3][-1].equal(fed[4][-1])
+    assert not fed[4][-1].equal(fed[5][-1]), "the test pass moves the running statistics"
 
 
 # --- Interrupted and resumed. ---

@@ -1,0 +1,70 @@
+"""Candidates that take turns, and their times as ratios to one of them in the same round."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from hybrid_lib.train import _cpu_name
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], reference: str | dict[str, str], rounds: int
+) -> list[dict]:
+    """Time every candidate once per round; a machine that slows down slows all of them.
+
+    Args:
+        candidates: what to time, by name.
+        reference: whose time of the same round is 1: one name, or one for each candidate.
+        rounds: how many rounds count; two more come first and warm up.
+
+    Returns:
+        A row per candidate: ``name``, ``ratio`` (median over rounds), ``low`` and ``high`` (its
+        quartiles) and ``ms`` (median).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(rounds + 2):
+        for name, run in candidates.items():
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            if round_ > 1:
+                seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, taken in seconds.items():
+        base = seconds[reference if isinstance(reference, str) else reference[name]]
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(taken, base)], n=4)
+        rows.append({"name": name, "ratio": middle, "low": low, "high": high,
+                     "ms": 1000 * statistics.median(taken)})  # fmt: skip
+    return rows
+
+
+def show(rows: list[dict], title: str, unit: str, as_json: bool) -> None:
+    """Print machine, title and a line per row, or one JSON object per row."""
+    if as_json:
+        print("\n".join(json.dumps(row) for row in rows))
+        return
+    print(f"{machine()}\n{title}")
+    for row in rows:
+        print(f"{row['name']:28s} {row['ms']:9.2f} ms  {row['ratio']:6.2f} x {unit}"
+              f"  ({row['low']:.2f} to {row['high']:.2f})")  # fmt: skip
+
+
+def machine() -> str:
+    """Processor, threads, graphics card and versions, in one line."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{_cpu_name()}, {torch.get_num_threads()} threads{gpu}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
