@@ -180,7 +180,7 @@ def branches(x):
 
 def test_a_function_that_cannot_be_compiled_is_named_in_one_line():
     with pytest.raises(
-        CannotCompile, match="a function of mine cannot be compiled here"
+        CannotCompile, match="my function cannot be compiled here"
     ) as refused:
         compiled(branches, "my function")(torch.ones(3))
     assert "\n" not in str(refused.value)
