@@ -92,6 +92,8 @@ class Experiment:
         protocol: "clean": inputs normalised, tests in evaluation mode. "released", as the
             report's code ran: raw 0-255 inputs, tests in training mode, so that test batches are
             normalised by their own statistics and move the running ones.
+        test_mode: "eval" or "train", the network's mode in the test pass; "protocol": as the
+            protocol says.
         precision: "float32"; "tf32" (NVIDIA GPUs) and "bfloat16" (of the
             convolutions) are faster, coarser.
         seed: of weights, data order, augmentation and probes; each has its own stream.
@@ -138,6 +140,7 @@ class Experiment:
     hessian_every: Count = 1
     hessian_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     protocol: Literal["clean", "released"] = "clean"
+    test_mode: Literal["protocol", "eval", "train"] = "protocol"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -199,6 +202,12 @@ class Experiment:
         """The two rules of a hybrid that has no name."""
         names = self.optimizer.split("+")
         return [RULES[n] for n in names] if len(names) == 2 and RULES.keys() >= set(names) else []
+
+    @property
+    def tests_in_training_mode(self) -> bool:
+        """Whether test batches are normalised by their own statistics."""
+        released = self.protocol == "released"
+        return released if self.test_mode == "protocol" else self.test_mode == "train"
 
     @property
     def needs_hessian(self) -> bool:

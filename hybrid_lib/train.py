@@ -202,12 +202,11 @@ def _test(
     model: nn.Module, dataset: Data, experiment: Experiment, epoch: int, layout
 ) -> tuple[float, float]:
     """Mean loss and accuracy over the test images."""
-    released = experiment.protocol == "released"
-    model.train(released)  # as released: test batches use, and move, the batch statistics
+    model.train(experiment.tests_in_training_mode)  # it uses, and moves, batch statistics then
     images, labels = dataset.test_images, dataset.test_labels
     loss_sum = torch.zeros((), device=images.device)
     correct = torch.zeros((), dtype=torch.long, device=images.device)
-    size = experiment.batch_size if released else TEST_BATCH
+    size = experiment.batch_size if experiment.tests_in_training_mode else TEST_BATCH
     for x, y in data.batches(images, labels, torch.arange(len(images)), size):
         logits = model(_inputs(x, dataset, experiment, layout))
         loss_sum += F.cross_entropy(logits, y, reduction="sum")
@@ -330,7 +329,7 @@ def loaded(experiment: Experiment, device: str | torch.device | None = None) -> 
         )
     # Eight times halved (cifar stem) or 32 times (imagenet), a small image is a single pixel.
     shrink = 8 if experiment.stem == "cifar" else 32
-    parts = [n] + [len(dataset.test_images)] * (experiment.protocol == "released")
+    parts = [n] + [len(dataset.test_images)] * experiment.tests_in_training_mode
     if max(dataset.train_images.shape[2:]) <= shrink and any(
         size == 1 or m % size == 1 for m in parts
     ):

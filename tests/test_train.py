@@ -224,6 +224,13 @@ def test_released_inputs_are_raw_and_tests_run_in_training_mode(fed):
     assert not fed[4][-1].equal(fed[5][-1]), "the test pass moves the running statistics"
 
 
+def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
+    trained(toy(epochs=1, protocol="released", test_mode="eval"))
+    trained(toy(epochs=1, test_mode="train"))
+    assert [mode for mode, *_ in fed] == [True, True, True, False] + [True] * 5
+    assert fed[3][2] == 255
+
+
 # --- Interrupted and resumed. ---
 
 RESUMED = [
