@@ -1,0 +1,89 @@
+"""The matrix of the published results: complete, one change at a time, and resumable in slices."""
+
+import importlib.util
+import tarfile
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybrid_lib import History, data
+from hybrid_lib.study import TABLE
+
+SOURCE = data.PROJECT / "data" / "results" / "train.py"
+spec = importlib.util.spec_from_file_location("results_train", SOURCE)
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+
+@pytest.mark.parametrize("scale", train.SCALES)
+def test_the_matrix_has_every_row_under_both_protocols_and_every_seed(scale):
+    planned = dict(train.matrix(scale, "cifar10", "float32", seeds=2))
+    assert len(planned) == len(list(train.matrix(scale, "cifar10", "float32", seeds=2)))
+    for protocol in ("clean", "released"):
+        for seed in (0, 1):
+            for name in TABLE:
+                e = planned[f"{protocol}/{name}-seed{seed}"]
+                assert (e.name, e.protocol, e.seed) == (name, protocol, seed)
+
+
+@pytest.mark.parametrize("scale", train.SCALES)
+def test_an_audit_changes_one_setting_of_a_row(scale):
+    planned = dict(train.matrix(scale, "cifar10", "float32", seeds=1))
+    audits = {f: e for f, e in planned.items() if f.startswith("audit/")}
+    assert len(audits) == 10
+    for audit in audits.values():
+        row = planned[f"{audit.protocol}/{audit.name.partition('-')[0]}-seed{audit.seed}"]
+        changed = {k for k, v in asdict(audit).items() if v != asdict(row)[k]} - {"name"}
+        one = {"lambda_direction"}, {"restart_epoch"}, {"test_mode"}, {"weight_decay_in"}
+        assert changed in (*one, {"lambda_schedule"}, {"lambda_schedule", "lambda_epochs"})
+    assert planned["audit/adahessian-restarted-clean-seed0"].restart_epoch == (
+        146 if scale == "paper" else 15
+    )
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Twenty pictures of two classes, packed as CIFAR-10's copy is."""
+    draw = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "pictures.tar.xz", "w:xz") as tar:
+        for part, n in (("train", 8), ("test", 2)):
+            for label in ("cat", "dog"):
+                for i in range(n):
+                    file = tmp_path / "picture.png"
+                    Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+                    tar.add(file, f"{part}/{label}/{i}.png")
+    return tmp_path / "pictures.tar.xz"
+
+
+def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
+    small = {"shorter": 100, "width": 2, "batch_size": 8}
+    monkeypatch.setattr(train, "SCALES", {"paper": small})
+    monkeypatch.setattr(train, "ORDER", ("sgd", "adasgd"))
+    monkeypatch.setattr(train, "TABLE", ("sgd", "adasgd"))
+    monkeypatch.setattr(train, "audits", lambda shorter: iter(()))
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
+    command = ["--archive", str(archive), "--seeds", "1", "--device", "cpu"]
+    assert train.main([*command, "--minutes", "0"]) == train.MORE_TO_DO
+    assert "4 runs are left" in capsys.readouterr().out
+    assert train.main(command) == 0
+    written = {
+        str(f.parent.relative_to(tmp_path / "runs/reproduction-paper")): History.load(f)
+        for f in (tmp_path / "runs").rglob("history.json")
+    }
+    assert {f: (h.status, len(h.rows)) for f, h in written.items()} == {
+        f"{protocol}/{name}-seed0": ("complete", epochs)
+        for protocol in ("released", "clean")
+        for name, epochs in (("sgd", 3), ("adasgd", 2))
+    }
+    assert {h.dataset for h in written.values()} == {"CIFAR-10 (JPEG copy)"}
+    archive.unlink()  # unpacked once is enough
+    assert train.main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("has begun") == 4
+
+
+def test_a_missing_archive_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such archive"):
+        train.main(["--archive", str(tmp_path / "none.tar.xz")])
