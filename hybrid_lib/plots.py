@@ -47,6 +47,7 @@ AXES = {
     "train_accuracy": "train accuracy",
     "test_accuracy": "test accuracy",
 }
+SETTINGS = {"lr": "learning rate η", "lambda_sgd": "weight λ of SGD"}
 GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
 _INSTALLED = Path(__file__).parent / "paper"  # where a wheel puts data/paper
 PAPER = _INSTALLED if _INSTALLED.is_dir() else data.PROJECT / "data" / "paper"
@@ -186,6 +187,74 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
     title = title or f"Schedules, {data.title(shown[0].dataset)}"
     return finished(figure, title, height=430).update_layout(margin_t=90)
+
+
+def heat_map(runs: pd.DataFrame, x: str, y: str, subject: str):
+    """Mean test accuracy over two settings of a grid, in colour and in numbers.
+
+    Args:
+        runs: of :func:`hybrid_lib.sweep.table`.
+        x, y: two of its columns; the mean is over seeds and all other settings.
+        subject: the data set's name, for the title.
+    """
+    axes = {name: _axis(runs[name]) for name in (y, x)}
+    groups = runs.assign(**axes).groupby([y, x])["test_accuracy"]
+    means, failed = groups.mean().unstack(), groups.apply(lambda a: a.isna().sum()).unstack()
+    text = [
+        ["" if np.isnan(n) else "none finished" if np.isnan(a) else
+         f"{a:.3f}" + (f"<br>{n:.0f} failed" if n else "") for a, n in zip(*rows)]
+        for rows in zip(means.to_numpy(), failed.to_numpy())
+    ]  # fmt: skip
+    figure = go.Figure(
+        go.Heatmap(
+            z=means, x=[str(v) for v in means.columns], y=[str(v) for v in means.index], text=text,
+            texttemplate="%{text}", colorscale="Cividis", colorbar_title_text="test<br>accuracy",
+            hovertemplate=f"{x} %{{x}}, {y} %{{y}}: %{{z:.4f}}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_xaxes(title_text=SETTINGS.get(x, x), type="category", showgrid=False)
+    figure.update_yaxes(title_text=SETTINGS.get(y, y), type="category", showgrid=False)
+    return finished(figure, f"Test accuracy after the last epoch, {subject}")
+
+
+def parallel(runs: pd.DataFrame, settings: Sequence[str], subject: str):
+    """Parallel coordinates: a line per finished run through its settings to its test accuracy."""
+    done = runs[runs["test_accuracy"].notna()]
+    accuracy = done["test_accuracy"]
+    figure = go.Figure(
+        go.Parcoords(
+            dimensions=[*(_dimension(done[name]) for name in settings),
+                        {"label": "test accuracy", "values": accuracy}],
+            line={"color": accuracy, "colorscale": "Cividis", "showscale": False},
+        )
+    )  # fmt: skip
+    title = f"Settings and test accuracy after the last epoch, {subject}"
+    return finished(figure, title).update_layout(margin={"l": 60, "r": 60, "t": 110})
+
+
+def _axis(column: pd.Series) -> pd.Series:
+    """Numbers as they are, anything else as text: None, names, pairs of weights."""
+    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    return column if numeric and column.notna().all() else column.astype(object).map(str)
+
+
+def _dimension(column: pd.Series) -> dict:
+    """An axis: numbers where they are, on a logarithmic scale if they span it; else a rank each."""
+    column = _axis(column)
+    values = sorted(column.unique())
+    if column.dtype == object or len(values) < 2 or isinstance(values[0], str):
+        places = {v: i for i, v in enumerate(values)}
+    elif values[0] > 0 and values[-1] / values[0] >= 50:
+        places = {v: np.log10(v) for v in values}
+    else:
+        places = {v: v for v in values}
+    ticks = values if len(values) <= 12 else values[:: len(values) // 6]
+    return {
+        "label": SETTINGS.get(column.name, column.name),
+        "values": [places[v] for v in column],
+        "tickvals": [places[v] for v in ticks],
+        "ticktext": [f"{v:.3g}" if isinstance(v, float) else str(v) for v in ticks],
+    }
 
 
 def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:

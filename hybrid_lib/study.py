@@ -154,6 +154,7 @@ def trained(
     workers: int | None = None,
     cluster: str | None = None,
     gpu_share: float = 1.0,
+    progress: bool = True,
 ) -> tuple[list[History], list[str]]:
     """Train what is missing of a study, one run after the other or several at once.
 
@@ -161,6 +162,7 @@ def trained(
         device: see :func:`hybrid_lib.run`.
         workers, cluster, gpu_share: see :func:`hybrid_lib.cluster.train_all`; with neither workers
             nor cluster the runs happen in this process.
+        progress: show each run's epochs there; otherwise, a line when it is over.
 
     Returns:
         The histories in the order of ``experiments``, and a line for each run that failed or
@@ -170,7 +172,7 @@ def trained(
     if workers or cluster:
         finished = train_all(jobs, device, workers=workers, cluster=cluster, gpu_share=gpu_share)
     else:
-        finished = ((e, _tried(e, folder, device)) for e, folder in jobs)
+        finished = ((e, _tried(e, folder, device, progress)) for e, folder in jobs)
     found, failures = {}, []
     for e, outcome in finished:
         if isinstance(outcome, Exception):
@@ -180,14 +182,17 @@ def trained(
         found[e] = outcome
         if outcome.status == "diverged":
             failures.append(f"{outcome.label}, seed {e.seed}: diverged, {outcome.note}")
-        if workers or cluster:  # in this process the run has said so itself
-            print(f"{outcome.label}, seed {e.seed}: {outcome.status}, {len(outcome.rows)} epochs")
+        if workers or cluster or not progress:  # else the run has said so itself
+            accuracy = (
+                f", test accuracy {outcome.final['test_accuracy']:.4f}" if outcome.rows else ""
+            )
+            print(f"{outcome.label}, seed {e.seed}: {outcome.status}{accuracy}")
     return [found[e] for e in experiments if e in found], failures
 
 
-def _tried(experiment: Experiment, folder: Path, device: str | None) -> History | Exception:
+def _tried(experiment: Experiment, folder: Path, device, progress) -> History | Exception:
     try:
-        return run(experiment, folder, device)
+        return run(experiment, folder, device, progress=progress)
     except Exception as error:
         return error
 
@@ -220,7 +225,7 @@ def asked_one(chosen: SimpleNamespace) -> Experiment:
     for word in getattr(chosen, "settings", "").split():
         field, _, value = word.partition("=")
         if field not in fields:
-            raise ValueError(f"settings: {field} is no setting{_did_you_mean(field, fields)}")
+            raise ValueError(f"settings: {field} is no setting{did_you_mean(field, fields)}")
         changes[field] = value
     return plan(chosen.scale, chosen.dataset, [chosen.optimizer], [chosen.seed], **changes)[0]
 
@@ -316,7 +321,7 @@ def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
             else:
                 given += [target.id for target in node.targets]
     messages = [
-        f"{name} is not a parameter of this notebook{_did_you_mean(name, declared)}"
+        f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
         for name in given
         if name not in declared
     ]
@@ -634,13 +639,18 @@ def _model(declared: dict) -> type[pydantic.BaseModel]:
     return pydantic.create_model("Parameters", __config__=config, **declared)
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question after the nearest name, if one is near.
+
+    >>> did_you_mean("epoch", ["epochs", "seed"])
+    ' (did you mean epochs?)'
+    """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _listed(known: Iterable[str], given: str = "") -> str:
-    return f"one of {', '.join(known)}{_did_you_mean(given, known)}"
+    return f"one of {', '.join(known)}{did_you_mean(given, known)}"
 
 
 if __name__ == "__main__":

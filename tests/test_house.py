@@ -35,7 +35,7 @@ FLOORS = [
     {"plots"},
     {"claims", "cluster"},
     {"anatomy", "study"},
-    {"playground", "explorer"},
+    {"playground", "explorer", "sweep"},
 ]
 FEWER = {  # and these even fewer
     "hybrid": {"rules"},
