@@ -23,8 +23,11 @@ from hybrid_lib import data, study, train
 from hybrid_lib.experiments import Experiment
 
 TRAIN_ONE = data.PROJECT / "notebooks" / "10_train_one.ipynb"
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["hybrid_lib.study", "papermill.parameterize", "sklearn.datasets"])
+WARM = ["hybrid_lib.study", "papermill.parameterize", "sklearn.datasets"]
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # Windows has none
+context = multiprocessing.get_context("forkserver" if FORKS else None)
+if FORKS:
+    context.set_forkserver_preload(WARM)
 
 
 class Child:
@@ -32,7 +35,8 @@ class Child:
 
     def __init__(self, said: Path, work, *args):
         self.said = said
-        self.process = context.Process(target=_main, args=(said, work, args))
+        said.touch()
+        self.process = context.Process(target=_main, args=(said, work, args), daemon=True)
         self.process.start()
 
     def wait_for(self, ready: Path) -> None:
