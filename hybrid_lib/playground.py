@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -397,6 +398,20 @@ class Picture:
         figure.update_yaxes(title_text="λ of SGD", range=[-0.05, 1.05], row=2, col=2)
         figure.add_hline(TOLERANCE, line={"color": GREY, "width": 1, "dash": "dot"}, row=1, col=2)
 
+    @contextlib.contextmanager
+    def at_once(self):
+        """Every change within becomes one message to the page."""
+        with self.figure.batch_update():
+            yield
+            # What one trace changes and another keeps, plotly sends as undefined for the other;
+            # views opened later would then be without it.
+            edits = self.figure._batch_trace_edits
+            for key in sorted(set().union(*edits.values())):
+                for index in edits:
+                    trace = self.figure.data[index]
+                    if key not in edits[index] and key in trace and trace[key] is not None:
+                        edits[index][key] = trace[key]
+
     def show_map(self, surface: Surface) -> None:
         x, y, heights = surface.grid(61)
         # Logarithmic levels: else the walls of a valley are all there is to see.
@@ -627,7 +642,7 @@ class Playground:
         self._complain(faults, values["methods"])
         if not faults:
             before, self.setup = self.setup, Setup(**values)
-            with self.picture.figure.batch_update():
+            with self.picture.at_once():
                 if self.setup.surface != before.surface:
                     self.picture.show_map(SURFACES[self.setup.surface])
                 self._walk()
@@ -642,7 +657,7 @@ class Playground:
 
     def _on_arrows(self, change) -> None:
         if not self.held:
-            with self.picture.figure.batch_update():
+            with self.picture.at_once():
                 self._point()
 
     def _walk(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from plotly.basedatatypes import Undefined
 
 from hybrid_lib import anatomy, hybrid, plots, schedules
 from hybrid_lib import playground as playground_module
@@ -214,6 +215,21 @@ def test_every_control_changes_the_path(open_playground):
         open_playground.controls[name].value = value
         assert ends(open_playground) != before, name
     assert open_playground.setup.lr == SADDLE.lr  # a new surface brings its own rate
+
+
+def test_a_message_to_the_page_leaves_nothing_undefined(open_playground, monkeypatch):
+    """Else views opened later are without what one trace kept while others changed."""
+    sent, figure = [], open_playground.picture.figure
+    monkeypatch.setattr(figure, "_send_update_msg", lambda **message: sent.append(message))
+    for name, value in {"surface": "himmelblau", "sgd_weight": 0.4, "step": 3}.items():
+        open_playground.controls[name].value = value
+    open_playground.controls["methods"]["adasgd"].value = True
+    assert len(sent) == 4, "one for each change"
+    for message in sent:
+        for key, values in message["restyle_data"].items():
+            for index, value in zip(message["trace_indexes"], values, strict=True):
+                trace = figure.data[index]
+                assert value is not Undefined or key not in trace or trace[key] is None
 
 
 def test_methods_come_and_go(open_playground):
