@@ -367,12 +367,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _refused(error)
 
-    out = (chosen.out or default_out(chosen.scale, chosen.dataset)).resolve()
     try:
-        found, failures = trained(experiments, out, **scale_out(chosen))
+        return _carried_out(experiments, chosen)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _carried_out(experiments: list[Experiment], chosen: argparse.Namespace) -> int:
+    out = (chosen.out or default_out(chosen.scale, chosen.dataset)).resolve()
+    try:
+        found, failures = trained(experiments, out, **scale_out(chosen))
     except (ImportError, ValueError, RuntimeError) as error:
         return _refused(error)
     found = [h for h in found if h.rows]

@@ -421,7 +421,7 @@ class _Progress:
         if self.enabled and history.status in ("stopped", "diverged"):
             again = "; run again to continue" if history.status == "stopped" else ""
             print(f"{history.label}: {history.status}, {history.note}; "
-                  f"{len(history.rows)} epochs are kept{again}")  # fmt: skip
+                  f"epochs kept: {len(history.rows)}{again}")  # fmt: skip
 
 
 def _line(row: dict) -> str:

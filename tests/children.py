@@ -139,6 +139,7 @@ MOMENTS = {
     "evaluation": (train, "_test", 2),
     "checkpoint write": (os, "fsync", 4),  # the owner's name, checkpoint and history before
     "history write": (os, "fsync", 5),
+    "report": (study, "write_report", 1),
 }
 
 

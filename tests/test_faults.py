@@ -416,9 +416,11 @@ FAULTS = [
     Row("kill -9 in a history's write", hit(KILLED, "history write"), -9, "", goes_on(1)),
     Row("SIGTERM to a script", hit(TERMINATED, "step"), -15, "", goes_on(1)),
     Row("Ctrl-C in a script", hit(INTERRUPTED, "step"), 1,
-        "stopped, interrupted; 1 epochs are kept; run again to continue", goes_on(1)),
+        "stopped, interrupted; epochs kept: 1; run again to continue", goes_on(1)),
     Row("SIGTERM to hybrid-study", hit(TERMINATED, "checkpoint write", Place.study), 130, AGAIN,
         goes_on(1)),
+    Row("SIGTERM after the training", hit(TERMINATED, "report", Place.study), 130, AGAIN,
+        goes_on(2)),
     Row("Ctrl-C in hybrid-study", hit(INTERRUPTED, "step", Place.study), 130, AGAIN, goes_on(0)),
     Row("a notebook's kernel is killed", kernel_killed, 1, "Kernel died", kernel_can_start_again),
     # The machine.

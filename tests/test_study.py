@@ -242,10 +242,10 @@ def test_run_again_it_trains_only_what_is_missing(tmp_path, no_notebooks, told, 
 def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks, told, monkeypatch):
     real = study.run
 
-    def failing(e, *args):
+    def failing(e, *args, **how):
         if e.name == "adam":
             raise RuntimeError("the <disk> is\nfull & slow")
-        return real(e, *args)
+        return real(e, *args, **how)
 
     monkeypatch.setattr(study, "run", failing)
     command = ("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)
@@ -263,7 +263,7 @@ def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks,
 
 
 def test_where_everything_fails_the_exit_code_says_so(tmp_path, told, monkeypatch):
-    def failing(*args):
+    def failing(*args, **how):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(study, "run", failing)

@@ -608,7 +608,7 @@ def test_a_line_per_epoch_and_silence_when_asked_for(capsys, tmp_path):
     assert re.match(
         r"ATMO 1/3 train loss \d\.\d+ acc 0\.\d+, test loss \d\.\d+ acc 0\.\d+, lr 0\.01, "
         r"lambdas \(0\.5, 0\.5\), \d+\.\d\d s$", shown[0])  # fmt: skip
-    assert re.match(r"ATMO: stopped, in epoch 3, step 2; 2 epochs are kept; run again", shown[2])
+    assert re.match(r"ATMO: stopped, in epoch 3, step 2; epochs kept: 2; run again", shown[2])
     run(toy("atmo"), tmp_path, "cpu")
     assert capsys.readouterr().out.startswith("ATMO 3/3 ")  # what was there is not shown again
     run(toy("atmo"), None, "cpu", progress=False)
