@@ -99,7 +99,7 @@ def styled(histories: Sequence[History]):
         .format(_in_lines, subset=["numbers"])
         .set_caption(f"The report's claims, judged on {html.escape(judged.index.name)}")
         .map(lambda verdict: f"color: {colours[verdict]}; font-weight: bold", subset=["verdict"])
-        .set_properties(["verdict", "section"], **{"white-space": "nowrap"})
+        .set_properties(["verdict", "section", "numbers"], **{"white-space": "nowrap"})
         .set_table_styles(
             [
                 {"selector": "th, td", "props": "text-align: left; vertical-align: top"},
@@ -110,7 +110,7 @@ def styled(histories: Sequence[History]):
 
 
 def _in_lines(numbers: str) -> str:
-    return html.escape(numbers).replace("; ", "<br>").replace(" ± ", "&nbsp;±&nbsp;")
+    return html.escape(numbers).replace("; ", "<br>")
 
 
 def table(histories: Sequence[History]) -> pd.DataFrame:
@@ -249,7 +249,7 @@ def above(runs: Runs, name: str, other: str, bound: float = 0.0) -> Inequality:
     value, margin = between([*map(last, one)], [*map(last, two)], one_seed([*one, *two]))
     at_best = _signed(fmean(map(best, one)) - fmean(map(best, two)))
     text = _numbers(f"{LABELS[name]} − {LABELS[other]}", value, margin)
-    return Inequality(f"{text} (best epochs: {at_best})", value, margin, bound)
+    return Inequality(f"{text} (best: {at_best})", value, margin, bound)
 
 
 def _numbers(what: str, value: float, margin: float) -> str:

@@ -153,7 +153,7 @@ def test_with_one_seed_the_margin_is_that_of_the_test_set():
         h.environment["test_images"] = 400
     judged = claims.table(few).set_index("claim").loc[topic]
     assert judged.verdict == UNTOLD
-    assert "+0.027 ± 0.050 (best epochs: +0.027)" in judged.numbers
+    assert "+0.027 ± 0.050 (best: +0.027)" in judged.numbers
 
 
 def test_more_seeds_decide_by_their_spread():
