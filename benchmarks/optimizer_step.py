@@ -74,7 +74,15 @@ def rivals(width: int) -> dict[str, tuple[str, Callable]]:
     """(method whose floor applies, step), by name; packages that are not installed are left out."""
 
     def steps(optimizer, **arguments):
-        return lambda: optimizer.step(**arguments)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+
+        def step():
+            for p, g in zip(params, grads):  # some packages take the gradients away
+                p.grad = g
+            optimizer.step(**arguments)
+
+        return step
 
     sgd, adam = torch.optim.SGD, torch.optim.Adam
     found = {
@@ -94,15 +102,15 @@ def rivals(width: int) -> dict[str, tuple[str, Callable]]:
         theirs = pytorch_optimizer.AdaHessian(params, update_period=10**9)
         D = [torch.randn_like(p) for p in params]
         found["pytorch_optimizer_adahessian"] = ("adahessian", steps(theirs, hessian=D))
-        padam = pytorch_optimizer.Padam(parameters(width))
+        padam = pytorch_optimizer.PAdam(parameters(width))
         found["pytorch_optimizer_padam"] = ("adam", steps(padam))
     with contextlib.suppress(ImportError):
         from timm.optim import Adahessian
 
         theirs = Adahessian(parameters(width), update_each=10**9)
-        for group in theirs.param_groups:
-            for p in group["params"]:
-                theirs.state[p]["hessian step"] = 1  # not due: the update alone is timed
+        for p in theirs.param_groups[0]["params"]:  # a diagonal that is not due again:
+            p.hess = torch.randn_like(p)  # the update alone is timed
+            theirs.state[p]["hessian step"] = 1
         found["timm_adahessian"] = ("adahessian", steps(theirs))
     with contextlib.suppress(ImportError):
         import heavyball

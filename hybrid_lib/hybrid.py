@@ -10,6 +10,7 @@ not the sum of the rules' own steps. :class:`Hybrid` is that line; :func:`atmo`,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
@@ -176,33 +177,28 @@ class Hybrid(Optimizer):
 
     def _move_fused(self, params: list[Tensor], group: dict, device, dtype) -> None:
         """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
-
-        def tensor(number) -> Tensor:  # full() fills on the device: no waiting for a copy
-            if isinstance(number, Tensor):
-                return number.to(device, dtype)
-            return torch.full((), number, device=device, dtype=dtype)
-
+        tensor = functools.partial(_on, device, dtype)
         η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
         states = [self.state[p] for p in params]
-        for state in states:
-            state["step"] = tensor(state["step"])
+        t = _counted(states, tensor)
         if "_fused" not in vars(self):
             self._fused = compiled(_move_all, "the optimizer's step")
         self._fused(
             params, [p.grad for p in params], [s.get("hess_diag") for s in states],
-            [s["rules"] for s in states], [s["step"] for s in states],
+            [s["rules"] for s in states], t, _corrections(group["rules"], t),
             tensor(η), [tensor(λi) for λi in λ], *fixed,
         )  # fmt: skip
 
     @staticmethod
     def _move(
         w: Tensor, g: Tensor, D: Tensor | None, buffers: list[dict], t: Number, η: Number,
-        λ: Sequence[Number], rules: tuple, γ: float, maximize: bool,
+        λ: Sequence[Number], rules: tuple, γ: float, maximize: bool, corrections=None,
     ) -> None:  # fmt: skip
         """The step of one parameter tensor: Algorithms 2 and 4, line by line."""
         # Under bfloat16 the arithmetic is float32's; otherwise x is w itself.
         x, g = w.to(_state_dtype(w)), g.to(_state_dtype(w))
-        seen = Seen(x, -g if maximize else g, D)  # D enters squared: its sign is free
+        # D enters squared: its sign is free.
+        seen = Seen(x, -g if maximize else g, D, corrections)
         answers = [r.propose(seen, b, η, t) for r, b in zip(rules, buffers)]
 
         d_merged = sum(_weighed(λi, d) for λi, (d, _) in zip(λ, answers))
@@ -322,10 +318,37 @@ class Hybrid(Optimizer):
 FIXED = ("rules", "decoupled_weight_decay", "maximize")  # compiled in, when changed compiled again
 
 
-def _move_all(params, grads, diagonals, buffers, steps, η, λ, rules, γ, maximize) -> None:
-    for w, g, D, b, t in zip(params, grads, diagonals, buffers, steps):
-        t.add_(1)
-        Hybrid._move(w, g, D, b, t, η, λ, rules, γ, maximize)
+def _move_all(params, grads, diagonals, buffers, t, corrections, η, λ, rules, γ, maximize) -> None:
+    for i, (w, g, D, b) in enumerate(zip(params, grads, diagonals, buffers)):
+        known = {β: correction[i] for β, correction in corrections.items()}
+        Hybrid._move(w, g, D, b, t[i], η, λ, rules, γ, maximize, known)
+
+
+def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(device, dtype)
+    return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
+
+
+def _counted(states: list[dict], tensor: Callable[[Number], Tensor]) -> Tensor:
+    """The steps of all states as one vector, counted up; each state's step is a view of it."""
+    vector = getattr(states[0]["step"], "_base", None)
+    if vector is None or len(vector) != len(states) or not all(
+        getattr(state["step"], "_base", None) is vector for state in states
+    ):  # fmt: skip
+        vector = torch.stack([tensor(state["step"]) for state in states])
+        for state, view in zip(states, vector.unbind()):
+            state["step"] = view
+    return vector.add_(1)
+
+
+def _corrections(rules: tuple, t: Tensor) -> dict[float, Tensor]:
+    """1 - β^t for all steps t at once, by β; fused, each would be computed for every weight.
+
+    By expm1, since in float32 β^t has lost the digits that the difference needs.
+    """
+    betas = {β for r in rules for β in getattr(r, "betas", ())}
+    return {β: -torch.expm1(t * math.log(β)) if β else torch.ones_like(t) for β in betas}
 
 
 def _weighed(λ: Number, d: Tensor) -> Number:
@@ -550,7 +573,8 @@ def _float_if_here(number: Number) -> float:
 
 
 def _state_dtype(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
+    wide = p.dtype in (torch.float32, torch.float64)  # asked often, so without promote_types
+    return p.dtype if wide else torch.promote_types(p.dtype, torch.float32)
 
 
 def _copied(value, p: Tensor):

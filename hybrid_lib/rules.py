@@ -11,6 +11,7 @@ count t, the learning rate) is handed in, so one rule can serve any number of pa
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,11 +29,13 @@ class Seen(NamedTuple):
         w: the weights, before this step.
         g: the gradient of the loss at ``w`` (already negated where the loss is maximised).
         hess_diag: an estimate of the diagonal of the Hessian at ``w``, or None if no rule asked.
+        corrections: 1 - beta^t by beta, where they are known: a compiled step computes them once.
     """
 
     w: Tensor
     g: Tensor
     hess_diag: Tensor | None = None
+    corrections: Mapping[float, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,10 @@ class Adam:
         beta1, beta2 = self.betas
         g = _with_l2(seen, self.weight_decay)
         m, v = _moments(buffers, g, g, self.betas)
-        root = _second_moment(buffers, v, self.amsgrad).sqrt().div_(_correction(beta2, t) ** 0.5)
-        return m / root.add_(self.eps), lr / _correction(beta1, t)
+        root = (
+            _second_moment(buffers, v, self.amsgrad).sqrt().div_(_correction(beta2, t, seen) ** 0.5)
+        )
+        return m / root.add_(self.eps), lr / _correction(beta1, t, seen)
 
 
 @dataclass(frozen=True)
@@ -190,10 +195,10 @@ class Padam:
         root = _second_moment(buffers, v, self.amsgrad).sqrt()
         step_size = lr
         if self.bias_correction == "released":
-            step_size = lr * _correction(beta2, t) ** 0.5 / _correction(beta1, t)
+            step_size = lr * _correction(beta2, t, seen) ** 0.5 / _correction(beta1, t, seen)
         elif self.bias_correction == "consistent":
-            root.div_(_correction(beta2, t) ** 0.5)
-            step_size = lr / _correction(beta1, t)
+            root.div_(_correction(beta2, t, seen) ** 0.5)
+            step_size = lr / _correction(beta1, t, seen)
         return m / root.add_(self.eps).pow_(2 * self.partial), step_size
 
 
@@ -250,8 +255,8 @@ class AdaHessian:
         if self.spatial_average is not None:
             D = spatial_average(D if self.signed_average else D.abs(), self.spatial_average)
         m, v = _moments(buffers, seen.g, D, self.betas)
-        scale = v.div(_correction(beta2, t)).pow_(self.hessian_power / 2)
-        return m / scale.add_(self.eps), lr / _correction(beta1, t)
+        scale = v.div(_correction(beta2, t, seen)).pow_(self.hessian_power / 2)
+        return m / scale.add_(self.eps), lr / _correction(beta1, t, seen)
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
@@ -293,14 +298,9 @@ def _moments(buffers: dict, first: Tensor, second: Tensor, betas: tuple[float, f
     return m, v
 
 
-def _correction(beta: float, t: int | Tensor) -> float | Tensor:
-    """1 - beta^t, the bias of a moving average that started at zero.
-
-    A tensor t may be float32, where beta^t = .999 has lost the digits that the difference needs.
-    """
-    if isinstance(t, Tensor) and beta > 0:
-        return -torch.expm1(t * math.log(beta))
-    return 1 - beta**t
+def _correction(beta: float, t: Number, seen: Seen) -> Number:
+    """1 - beta^t, the bias of a moving average that started at zero."""
+    return (seen.corrections or {}).get(beta, 1 - beta**t)
 
 
 def _second_moment(buffers: dict, v: Tensor, amsgrad: bool) -> Tensor:
