@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import shutil
 import sys
 import threading
 import uuid
@@ -134,7 +135,10 @@ def _client(workers: int, cluster: str | None, device, gpu_share: float):
             address = stack.enter_context(_this_machine(workers, device, gpu_share))
         elif cluster.startswith("slurm:"):
             address, timeout = slurm(cluster.removeprefix("slurm:"))
+            if shutil.which("sbatch") is None:
+                raise RuntimeError("there is no sbatch here: start this where SLURM takes jobs")
             stack.enter_context(address).scale(jobs=workers)
+            print(f"waiting for the first of {workers} jobs, at most {timeout} s")
         try:
             client = stack.enter_context(
                 distributed.Client(address, timeout=ANSWER, set_as_default=False)

@@ -407,6 +407,10 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
         "--gpu-share", type=float, default=1, help="part of a GPU that a run claims"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.workers is not None and chosen.workers < 1:
+        parser.error(f"--workers {chosen.workers}: at least 1, or leave it out")
+    if not 0 < chosen.gpu_share <= 1:
+        parser.error(f"--gpu-share {chosen.gpu_share}: above 0, at most 1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "±" under an ASCII locale
     if threading.current_thread() is threading.main_thread():

@@ -270,6 +270,37 @@ def test_the_job_script_of_the_example(profile):
     assert addresses <= LOOPBACK
 
 
+SBATCH = """#!/bin/sh
+nohup bash "$1" > "$1.log" 2>&1 &
+echo Submitted batch job $!
+"""
+
+
+@pytest.mark.slow
+def test_with_an_sbatch_that_runs_its_script_here_the_runs_are_those_of_a_serial_study(
+    profile, tmp_path, monkeypatch
+):
+    """SLURM itself has not been run; this is what happens between its job and this process."""
+    settings = yaml.safe_load(profile.read_text("utf-8")) | {"processes": 2, "cores": 2}
+    profile.write_text(yaml.safe_dump(settings | {"job_script_prologue": []}), "utf-8")
+    (tmp_path / "bin").mkdir()
+    for name, script in {"sbatch": SBATCH, "scancel": "#!/bin/sh\nkill $1\n"}.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    experiments = toy_runs(4)
+    found, failed = trained(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
+    expected, _ = trained(experiments, tmp_path / "serial", "cpu")
+    assert failed == []
+    assert [rows(h) for h in found] == [rows(h) for h in expected]
+
+
+def test_where_there_is_no_sbatch_nothing_waits_for_it(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no sbatch here"):
+        trained(toy_runs(1), tmp_path / "out", cluster=f"slurm:{profile}")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
