@@ -13,7 +13,6 @@ otherwise. Epochs are the experiments' own: "the first milestone" is epoch 100 i
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -89,28 +88,17 @@ class Claim:
         }
 
 
-def styled(histories: Sequence[History]):
-    """:func:`table` for a page: a line per inequality, the data set in the caption."""
-    judged = table(histories)
-    colours = {HOLDS: plots.GREEN, FAILS: plots.VERMILLION, UNTOLD: "#767676"}
-    return (
-        judged.style.hide(axis="index")
-        .format(escape="html")
-        .format(_in_lines, subset=["numbers"])
-        .set_caption(f"The report's claims, judged on {html.escape(judged.index.name)}")
-        .map(lambda verdict: f"color: {colours[verdict]}; font-weight: bold", subset=["verdict"])
-        .set_properties(["verdict", "section", "numbers"], **{"white-space": "nowrap"})
-        .set_table_styles(
-            [
-                {"selector": "th, td", "props": "text-align: left; vertical-align: top"},
-                {"selector": "caption", "props": "text-align: left; font-weight: bold"},
-            ]
-        )
-    )
+def shown(histories: Sequence[History]):
+    """:func:`table` for a notebook: as Markdown, for static readers drop the styles of tables."""
+    from IPython.display import Markdown  # imported where used: claims are judged elsewhere too
 
-
-def _in_lines(numbers: str) -> str:
-    return html.escape(numbers).replace("; ", "<br>")
+    judged = table(histories).astype(str)
+    judged["numbers"] = judged["numbers"].str.replace(" ± ", "&nbsp;±&nbsp;")
+    judged["numbers"] = judged["numbers"].str.replace("; ", "<br>")
+    judged["verdict"] = "**" + judged["verdict"].str.replace(" ", "&nbsp;") + "**"
+    rows = [judged.columns, ["---"] * len(judged.columns), *judged.to_numpy()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return Markdown("\n".join([f"**The report's claims on {judged.index.name}**", "", *lines]))
 
 
 def table(histories: Sequence[History]) -> pd.DataFrame:

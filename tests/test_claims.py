@@ -1,6 +1,5 @@
 """A claim holds, fails or stays open as its numbers say, and no verdict outruns its seeds."""
 
-import html
 import math
 from dataclasses import replace
 
@@ -201,8 +200,12 @@ def test_histories_that_do_not_belong_together_are_refused():
         claims.table([])
 
 
-def test_the_page_names_data_set_and_protocol_and_shows_every_claim_in_full():
-    page = claims.styled(world()).to_html()
-    assert "judged on Pictures, clean protocol" in page
-    for claim in claims.CLAIMS:
-        assert html.escape(claim.criterion).replace("&#x27;", "&#39;") in page
+def test_a_notebook_shows_data_set_protocol_and_every_claim_as_a_table():
+    title, empty, *rows = claims.shown(world()).data.splitlines()
+    assert title == "**The report's claims on Pictures, clean protocol**"
+    assert empty == ""
+    assert {row.count(" | ") for row in rows} == {5}
+    for claim, row in zip(claims.CLAIMS, rows[2:], strict=True):
+        assert claim.topic in row
+        assert claim.criterion in row
+        assert "**holds**" in row
