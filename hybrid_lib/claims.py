@@ -14,6 +14,7 @@ otherwise. Epochs are the experiments' own: "the first milestone" is epoch 100 i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, variance
@@ -93,12 +94,17 @@ def shown(histories: Sequence[History]):
     from IPython.display import Markdown  # imported where used: claims are judged elsewhere too
 
     judged = table(histories).astype(str)
-    judged["numbers"] = judged["numbers"].str.replace(" ± ", "&nbsp;±&nbsp;")
-    judged["numbers"] = judged["numbers"].str.replace("; ", "<br>")
+    judged["numbers"] = judged["numbers"].map(_in_lines)
     judged["verdict"] = "**" + judged["verdict"].str.replace(" ", "&nbsp;") + "**"
     rows = [judged.columns, ["---"] * len(judged.columns), *judged.to_numpy()]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return Markdown("\n".join([f"**The report's claims on {judged.index.name}**", "", *lines]))
+
+
+def _in_lines(numbers: str) -> str:
+    """A line each, which breaks neither at a sign nor in a name."""
+    whole = re.sub("(?<=[:−±.]) | (?=[−±])", "&nbsp;", numbers)
+    return whole.replace("-", "&#8209;").replace("; ", "<br>")
 
 
 def table(histories: Sequence[History]) -> pd.DataFrame:

@@ -525,9 +525,10 @@ def _accuracies(found: list[History]) -> str:
 
 def _claims(found: list[History]) -> tuple:
     table = claims.table(found)
-    table["numbers"] = table["numbers"].str.replace("; ", "\n")  # the page keeps its lines
+    words = table.astype(str).map(html.escape)
+    words["numbers"] = words["numbers"].str.replace("; ", "<br>")
     with pd.option_context("display.max_colwidth", None):
-        content = table.to_html(index=False, border=0, classes="words")
+        content = words.to_html(index=False, border=0, classes="words", escape=False)
     return f"The report's claims on {html.escape(table.index.name)}", content, CLAIMS_NOTE
 
 
@@ -567,8 +568,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2em }
 table { border-collapse: collapse } td, th { padding: .3em .8em; text-align: right }
 th:first-child, td:first-child, .words th, .words td { text-align: left }
-.words { font-size: 14px } .words td { vertical-align: top; white-space: pre-line }
-.words td:nth-child(5) { font-weight: bold; white-space: nowrap }
+.words { font-size: 14px } .words td { vertical-align: top }
+.words td:nth-child(n+4) { white-space: nowrap } .words td:nth-child(5) { font-weight: bold }
 tbody tr { border-top: 1px solid #ccc }
 </style>
 {body}
