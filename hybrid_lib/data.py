@@ -149,7 +149,7 @@ def batches(images: Tensor, labels: Tensor, index: Tensor, size: int) -> Iterato
 def normalised(images: Tensor, data: Data) -> Tensor:
     """uint8 images as float32 with mean 0 and deviation 1 per channel of the training set."""
     mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
-    return (images.float() / 255 - mean) / std
+    return images.float().sub_(255 * mean).mul_(1 / (255 * std))  # in place: one batch of memory
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -165,13 +165,10 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     rows = draw(0, 2 * pad_y + 1) + torch.arange(height, device=device)
     columns = draw(0, 2 * pad_x + 1) + torch.arange(width, device=device)
     columns = torch.where(draw(0, 2) == 1, columns.flip(1), columns)
-    padded = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
-    return padded[
-        torch.arange(n, device=device).view(n, 1, 1, 1),
-        torch.arange(channels, device=device).view(1, channels, 1, 1),
-        rows.view(n, 1, height, 1),
-        columns.view(n, 1, 1, width),
-    ]
+    pixels = rows.unsqueeze(2) * (width + 2 * pad_x) + columns.unsqueeze(1)
+    padded = F.pad(images, (pad_x, pad_x, pad_y, pad_y)).flatten(2)
+    index = pixels.view(n, 1, height * width).expand(-1, channels, -1)
+    return padded.gather(2, index).view(images.shape)
 
 
 def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
