@@ -1,0 +1,68 @@
+"""Do the speed-ups leave the curves alone? Final accuracies with and without each, on equal seeds.
+
+    python -m benchmarks.curves [--seeds 3] [--method adahessian] [--epochs 12] [--json]
+
+Demo scale on the handwritten digits: every seed is trained as it comes (eager, float32, exact
+Hessian), compiled, with convolutions in bfloat16, and with the Hessian diagonal every 10 steps, from
+all and from a quarter of each batch. Weights, data order and probes of a seed are the same. A
+difference means something if it is larger than the reference's own spread over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+
+from benchmarks.timing import machine
+from hybrid_lib import run
+from hybrid_lib.study import plan
+
+VARIANTS = {
+    "eager": ({}, False),
+    "compiled": ({}, True),
+    "bfloat16": ({"precision": "bfloat16"}, False),
+    "every_10": ({"hessian_every": 10}, False),
+    "every_10_quarter": ({"hessian_every": 10, "hessian_fraction": 0.25}, False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--method", default="adahessian")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    chosen = parser.parse_args()
+    experiments = plan("demo", only=[chosen.method], seeds=range(chosen.seeds),
+                       epochs=chosen.epochs)  # fmt: skip
+    rows, reference = [], None
+    for name, (changes, compile) in VARIANTS.items():
+        if "hessian_every" in changes and not experiments[0].needs_hessian:
+            continue
+        variants = [dataclasses.replace(e, **changes) for e in experiments]
+        found = [run(e, progress=False, compile=compile).final for e in variants]
+        accuracies = [r["test_accuracy"] for r in found]
+        reference = reference or accuracies
+        differences = [a - b for a, b in zip(accuracies, reference)]
+        row = {
+            "name": name, "accuracy": statistics.fmean(accuracies),
+            "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else float("nan"),
+            "train_loss": statistics.fmean(r["train_loss"] for r in found),
+            "difference": statistics.fmean(differences),
+        }  # fmt: skip
+        rows.append(row)
+        if chosen.json:
+            print(json.dumps(row), flush=True)
+    if chosen.json:
+        return
+    print(f"{machine()}\n{chosen.method}, handwritten digits, {chosen.epochs} epochs, "
+          f"{chosen.seeds} seeds; last epoch")  # fmt: skip
+    for row in rows:
+        print(f"{row['name']:18s} test accuracy {row['accuracy']:.4f} ± {row['spread']:.4f} "
+              f"({row['difference']:+.4f}), train loss {row['train_loss']:.4f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
