@@ -3,8 +3,8 @@
     python -m benchmarks.curves [--seeds 3] [--method adahessian] [--epochs 12] [--json]
 
 Demo scale on the handwritten digits: every seed is trained as it comes (eager, float32, exact
-Hessian), compiled, with convolutions in bfloat16, and with the Hessian diagonal every 10 steps, from
-all and from a quarter of each batch. Weights, data order and probes of a seed are the same. A
+Hessian), compiled, with convolutions in bfloat16, and with the Hessian diagonal every 10 steps,
+from all and from a quarter of each batch. Weights, data order and probes of a seed are the same. A
 difference means something if it is larger than the reference's own spread over seeds.
 """
 
