@@ -11,10 +11,16 @@ from PIL import Image
 from hybrid_lib import History, data
 from hybrid_lib.study import TABLE
 
-SOURCE = data.PROJECT / "data" / "results" / "train.py"
-spec = importlib.util.spec_from_file_location("results_train", SOURCE)
-train = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train)
+
+def script(name):
+    source = data.PROJECT / "data" / "results" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"results_{name}", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train, publish = script("train"), script("publish")
 
 
 @pytest.mark.parametrize("scale", train.SCALES)
@@ -62,11 +68,12 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
     monkeypatch.setattr(train, "SCALES", {"paper": small})
     monkeypatch.setattr(train, "ORDER", ("sgd", "adasgd"))
     monkeypatch.setattr(train, "TABLE", ("sgd", "adasgd"))
-    monkeypatch.setattr(train, "audits", lambda shorter: iter(()))
+    audit = ("adasgd", "clean", 0, "-decay-in-both", {"weight_decay_in": "both"})
+    monkeypatch.setattr(train, "audits", lambda shorter: iter([audit]))
     monkeypatch.setattr(data, "PROJECT", tmp_path)
     command = ["--archive", str(archive), "--seeds", "1", "--device", "cpu"]
     assert train.main([*command, "--minutes", "0"]) == train.MORE_TO_DO
-    assert "4 runs are left" in capsys.readouterr().out
+    assert "5 runs are left" in capsys.readouterr().out
     assert train.main(command) == 0
     written = {
         str(f.parent.relative_to(tmp_path / "runs/reproduction-paper")): History.load(f)
@@ -76,11 +83,31 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
         f"{protocol}/{name}-seed0": ("complete", epochs)
         for protocol in ("released", "clean")
         for name, epochs in (("sgd", 3), ("adasgd", 2))
-    }
+    } | {"audit/adasgd-decay-in-both-seed0": ("complete", 2)}
     assert {h.dataset for h in written.values()} == {"CIFAR-10 (JPEG copy)"}
+    published(tmp_path, monkeypatch)
     archive.unlink()  # unpacked once is enough
     assert train.main([*command, "--list"]) == 0
-    assert capsys.readouterr().out.count("has begun") == 4
+    assert capsys.readouterr().out.count("has begun") == 5
+
+
+def published(tmp_path, monkeypatch):
+    """Histories come out compact and readable, the page has every section."""
+    monkeypatch.setattr(publish.plots.go.Figure, "write_image", lambda figure, f, **_: f.touch())
+    target = tmp_path / "published"
+    assert publish.main([str(tmp_path / "runs/reproduction-paper"), str(target)]) == 0
+    again = History.load(target / "clean/sgd-seed0")
+    trained = History.load(tmp_path / "runs/reproduction-paper/clean/sgd-seed0")
+    assert again.experiment == trained.experiment
+    for a, b in zip(again.rows, trained.rows, strict=True):
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
+        assert len(str(a["test_loss"])) < 9
+    page = (target / "TABLES.md").read_text("utf-8")
+    assert page.startswith("# CIFAR-10 (JPEG copy)\n\nResNet18, width 2, 16 training images")
+    for title in ("protocol released", "protocol clean", "The report's claims", "Audit"):
+        assert title in page
+    assert "weight_decay_in: None → both" in page
+    assert {f.name for f in target.glob("*.png")} == {"clean.png", "released.png"}
 
 
 def test_a_missing_archive_is_named(tmp_path, monkeypatch):

@@ -1,0 +1,140 @@
+"""From trained runs to what is published: compact histories, tables and figures.
+
+    python data/results/publish.py runs/reproduction-cpu data/results/cpu-scale
+
+Copies the histories of ``train.py``'s runs, numbers rounded to five digits, and renders
+``TABLES.md`` (Table III redone, times, claims and the audit) and a figure per protocol beside them.
+Without the first argument it renders what is published already; that takes seconds.
+
+    python data/results/publish.py data/results/cpu-scale
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from hybrid_lib import EXPERIMENTS, History, claims, plots
+from hybrid_lib.history import load_all
+
+PROTOCOLS = ("released", "clean")
+
+
+def compact(history: History) -> History:
+    """The same history with numbers of five digits, which is what they are good for."""
+
+    def rounded(value):
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    rows = [{k: rounded(v) for k, v in row.items()} for row in history.rows]
+    environment = {**history.environment, "rounded": "rows to five digits"}
+    return History(history.experiment, rows, environment, history.status, history.note)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Every history below ``source`` that has rows, at the same place below ``target``."""
+    for file in sorted(source.rglob("history.json")):
+        history = History.load(file)
+        if history.rows:
+            folder = target / file.parent.relative_to(source)
+            folder.mkdir(parents=True, exist_ok=True)
+            compact(history).save(folder)
+
+
+def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataFrame:
+    """Each audit beside the row that it changes: the setting, and both last accuracies."""
+    of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h for h in rows}
+    table = []
+    for h in audited:
+        e = h.experiment
+        name = e.name.partition("-")[0]
+        row = of.get((e.protocol, name, e.seed))
+        if row is None:
+            continue
+        before, after = asdict(row.experiment), asdict(e)
+        changed = [f"{k}: {before[k]} → {v}" for k, v in after.items()
+                   if v != before[k] and k != "name"]  # fmt: skip
+        report = plots.paper("table3")["test_accuracy"]
+        table.append(
+            {
+                "method": row.label, "protocol": e.protocol, "changed": "; ".join(changed),
+                "report": report[name],
+                "row": row.final["test_accuracy"], "audit": h.final["test_accuracy"],
+                "difference": h.final["test_accuracy"] - row.final["test_accuracy"],
+            }
+        )  # fmt: skip
+    return pd.DataFrame(table)
+
+
+def markdown(table: pd.DataFrame, digits: int = 4) -> str:
+    """A table as GitHub shows it."""
+
+    def cell(value) -> str:
+        if isinstance(value, float):
+            return "–" if value != value else f"{value:.{digits}f}"
+        return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    lines += [[cell(v) for v in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def render(folder: Path) -> list[Path]:
+    """Write ``TABLES.md`` and a picture per protocol from the histories below ``folder``."""
+    written, sections = [], []
+    by_protocol = {p: load_all(folder / p) for p in PROTOCOLS}
+    everything = [h for found in by_protocol.values() for h in found]
+    if not everything:
+        raise FileNotFoundError(f"{folder}: no histories below {' or '.join(PROTOCOLS)}")
+    for protocol, found in by_protocol.items():
+        found.sort(key=lambda h: (list(EXPERIMENTS).index(h.experiment.name), h.experiment.seed))
+        if not found:
+            continue
+        accuracies = plots.accuracy_table(found)
+        # The difference says something only where the run is the report's own: same images, length.
+        accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
+        sections += [
+            f"## Table III, protocol {protocol}", markdown(accuracies.reset_index()),
+            "### Seconds per epoch", markdown(plots.seconds_table(found).reset_index(), 2),
+            "### The report's claims", markdown(claims.table(found).reset_index(drop=True)),
+        ]  # fmt: skip
+        picture = folder / f"{protocol}.png"
+        figure = plots.panels(found).update_layout(paper_bgcolor="white", plot_bgcolor="white")
+        figure.write_image(picture, width=1000, height=700)
+        written.append(picture)
+    audits = load_all(folder / "audit") if (folder / "audit").is_dir() else []
+    if audits:
+        sections += ["## Audit: one hidden setting changed at a time",
+                     markdown(audit_table(audits, everything))]  # fmt: skip
+    sizes = {f"width {h.experiment.width}, {h.environment['train_images']:,} training images, "
+             f"{h.environment['test_images']:,} test images" for h in everything}  # fmt: skip
+    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}"
+                for h in everything}  # fmt: skip
+    head = (
+        f"# {plots.subject(everything)}\n\nResNet18, {'; '.join(sorted(sizes))}; "
+        f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
+        "Made by `publish.py` from the histories beside this page."
+    )
+    page = folder / "TABLES.md"
+    page.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
+    return [page, *written]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="[TRAINED] PUBLISHED")
+    *source, target = parser.parse_args(arguments).folders
+    for folder in source:
+        publish(folder, target)
+    for file in render(target):
+        print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
