@@ -364,3 +364,19 @@ def test_a_step_asks_nothing_of_the_values_on_a_device(name):
         w.grad = torch.empty_like(w)
         optimizer.step(hess_diag=[torch.empty_like(w)] if optimizer.needs_hessian else None)
     assert w.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["atmo", "adasgd"])
+@pytest.mark.parametrize("engine", [passes.eager_pass, passes.compiled_pass])
+def test_a_training_step_asks_nothing_of_the_values_on_a_device(monkeypatch, name, engine):
+    monkeypatch.setattr(passes, "compiled", lambda function, what: function)
+    e = experiment(name, precision="bfloat16", hessian_fraction=0.5)
+    model = e.build_model(10, 3).to("meta", memory_format=torch.channels_last)
+    x = torch.empty(8, 3, 32, 32, device="meta")
+    optimizer = e.build_optimizer(model.parameters())
+    drawn = torch.Generator() if e.needs_hessian else None
+    loss, right, grads, diag = engine(model, e)(x, torch.empty(8, device="meta").long(), drawn)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = g
+    optimizer.step(hess_diag=diag)
+    assert {t.device.type for t in (loss, right, *model.parameters())} == {"meta"}
