@@ -12,7 +12,7 @@ breaking any of them: more than .001):
   call, and says nothing.
 
 A network with BatchNorm normalises each part by itself, which moves D by about 1e-2; this one has
-LayerNorm. Whoever wants batch statistics of the whole batch takes ``nn.SyncBatchNorm``.
+LayerNorm.
 """
 
 import sys

@@ -186,8 +186,13 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
     """:func:`paired` of every method with ``baseline``, and "p (Holm)", p for that many questions.
 
     Holm's correction: the chance of even one false alarm among all rows stays below the level.
+
+    Raises:
+        ValueError: if ``baseline`` is not there, or nothing else is.
     """
     others = [name for name in by_name(histories) if name != baseline]
+    if not others:
+        raise ValueError(f"no method but {baseline}: there is nothing to compare it with")
     table = pd.DataFrame([paired(histories, name, baseline) for name in others])
     p = table["p"].sort_values()
     raised = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)

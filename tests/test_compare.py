@@ -172,6 +172,10 @@ def test_only_equal_seeds_make_pairs_and_a_diverged_run_is_a_lost_one():
 def test_an_absent_method_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'padam' is not among sgd, adam"):
         compare.paired(runs(sgd=[0.5], adam=[0.5]), "padam", "sgd")
+    with pytest.raises(ValueError, match="'sgd' is not among adam"):
+        compare.pairs(runs(adam=[0.5]))
+    with pytest.raises(ValueError, match="no method but sgd"):
+        compare.pairs(runs(sgd=[0.5]))
 
 
 def test_holm_s_correction_by_hand():
