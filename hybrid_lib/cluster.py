@@ -9,13 +9,23 @@ A run has a process of its own: weights are drawn from torch's global generator,
 global switch. Runs that share a GPU are several workers that each declare a part of it.
 
 Whoever reaches a Dask port can run code. Here everything listens on loopback alone; SLURM's jobs,
-which cannot, speak TLS with certificates made for the day.
+which cannot, speak TLS with certificates made for the day. A cluster of one's own, on one machine::
+
+    dask scheduler --host 127.0.0.1 --dashboard-address 127.0.0.1:8787
+    dask worker tcp://127.0.0.1:8786 --nthreads 1 --host 127.0.0.1 --dashboard-address 127.0.0.1:0
+
+(``--no-dashboard`` closes nothing: the worker then listens on every interface.) Between machines,
+give all of them ``--protocol tls --tls-ca-file CA --tls-cert CERT --tls-key KEY``, and this process
+the same three files in Dask's configuration, as DASK_DISTRIBUTED__COMM__TLS__CA_FILE,
+DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY in its
+environment; then join ``tls://HOST:PORT``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -23,6 +33,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from tqdm import tqdm
@@ -32,14 +43,13 @@ from hybrid_lib.experiments import Experiment
 from hybrid_lib.history import History
 from hybrid_lib.train import run
 
-Job = tuple[Experiment, Path]
 LOOPBACK = "127.0.0.1:0"
 ANSWER = 10  # seconds within which a scheduler answers
 _ONE_AT_A_TIME = threading.Lock()
 
 
 def train_all(
-    jobs: Sequence[Job],
+    jobs: Sequence[tuple[Experiment, Path]],
     device: str | None = None,
     *,
     workers: int | None = None,
@@ -73,7 +83,7 @@ def train_all(
         client.subscribe_topic(topic, lambda event: arrived.put(event[1]))
         running = {
             client.submit(
-                _train, *job, device, threads, topic, i, resources=claim, pure=False,
+                _train, *job, device, threads, topic, i, resources=claim, pure=False, priority=-i,
                 key=f"{job[1].name}-{uuid.uuid4()}",
             ): job[0]
             for i, job in enumerate(jobs)
@@ -124,6 +134,7 @@ def _result(future, client) -> History | Exception:
 @contextlib.contextmanager
 def _client(workers: int, cluster: str | None, device, gpu_share: float):
     try:
+        import dask
         import distributed
     except ImportError:
         raise ModuleNotFoundError(
@@ -137,8 +148,12 @@ def _client(workers: int, cluster: str | None, device, gpu_share: float):
             address, timeout = slurm(cluster.removeprefix("slurm:"))
             if shutil.which("sbatch") is None:
                 raise RuntimeError("there is no sbatch here: start this where SLURM takes jobs")
-            stack.enter_context(address).scale(jobs=workers)
-            print(f"waiting for the first of {workers} jobs, at most {timeout} s")
+            stack.enter_context(address).adapt(minimum_jobs=workers, maximum_jobs=workers)
+            print(f"waiting for the first of {workers} jobs (see squeue), at most {timeout} s")
+        elif not re.fullmatch(r"(tcp|tls)://.+:\d+", cluster):
+            raise ValueError(f"cluster={cluster!r}: give tcp://HOST:PORT, tls://…, slurm:FILE.yaml")
+        elif cluster.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file"):
+            raise ValueError(f"cluster={cluster!r}: Dask's configuration names no certificates")
         try:
             client = stack.enter_context(
                 distributed.Client(address, timeout=ANSWER, set_as_default=False)
@@ -153,10 +168,7 @@ def _client(workers: int, cluster: str | None, device, gpu_share: float):
             raise RuntimeError(f"cluster={cluster!r}: no worker came within {timeout} s") from None
         resources = [w["resources"] for w in client.scheduler_info(-1)["workers"].values()]
         if _on_gpu(device, cluster) and max(r.get("GPU", 0) for r in resources) < gpu_share:
-            raise RuntimeError(
-                f"no worker of {cluster} has {gpu_share:g} GPU: start them with "
-                f"--resources GPU={gpu_share:g}"
-            )
+            raise RuntimeError(f"{cluster}: start its workers with --resources GPU={gpu_share:g}")
         yield client
 
 
@@ -171,10 +183,8 @@ def _this_machine(workers: int, device, gpu_share: float):
     resources = None
     if _on_gpu(device, None):
         if workers * gpu_share > torch.cuda.device_count():
-            raise ValueError(
-                f"{workers} workers that each claim {gpu_share:g} GPU: here are "
-                f"{torch.cuda.device_count()}; give fewer workers or a smaller share"
-            )
+            there = f"here are {torch.cuda.device_count()}; give fewer workers or a smaller share"
+            raise ValueError(f"{workers} workers that each claim {gpu_share:g} GPU: {there}")
         resources = {"GPU": gpu_share}
     return LocalCluster(
         n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=LOOPBACK,
@@ -206,26 +216,20 @@ def slurm(profile: str | Path):
 @contextlib.contextmanager
 def _progress(experiments: list[Experiment]):
     """Epochs of all runs: a bar in a terminal, a table in a notebook, nothing in a log."""
-    done = [0] * len(experiments)
+    names = [f"{e.label}, seed {e.seed}" for e in experiments]
+    table = pd.DataFrame({"epoch": 0, "of": [e.epochs for e in experiments]}, index=names)
+    handle = None
     if plots.watched():
         from IPython.display import display
 
-        handle = display(_table(experiments, done), display_id=True)
+        handle = display(table, display_id=True)
     total = sum(e.epochs for e in experiments)
     with tqdm(total=total, unit="epoch", disable=not sys.stderr.isatty()) as bar:
 
         def show(number: int, epochs: int) -> None:
-            bar.update(epochs - done[number])
-            done[number] = epochs
-            if plots.watched():
-                handle.update(_table(experiments, done))
+            bar.update(epochs - int(table.iat[number, 0]))
+            table.iat[number, 0] = epochs
+            if handle is not None:
+                handle.update(table)
 
         yield show
-
-
-def _table(experiments, done):
-    import pandas as pd
-
-    of = [e.epochs for e in experiments]
-    names = [f"{e.label}, seed {e.seed}" for e in experiments]
-    return pd.DataFrame({"epoch": done, "of": of}, index=names)
