@@ -45,6 +45,9 @@ from hybrid_lib.train import run
 
 LOOPBACK = "127.0.0.1:0"
 ANSWER = 10  # seconds within which a scheduler answers
+SILENCE = 60  # seconds without news, after which to see whether anybody is there
+MISSING = "many runs at once need Dask: in the project's folder, pip install '.[cluster]'"
+AGAIN = "what was finished is kept, the same command goes on from there"
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -92,7 +95,12 @@ def train_all(
             future.add_done_callback(arrived.put)
         with _progress([experiment for experiment, _ in jobs]) as show:
             while running:
-                event = arrived.get()
+                try:
+                    event = arrived.get(timeout=SILENCE)
+                except queue.Empty:
+                    if not client.scheduler_info(-1)["workers"]:
+                        raise RuntimeError(f"no worker is left; {AGAIN}") from None
+                    continue
                 if isinstance(event, tuple | list):
                     show(*event)
                 else:
@@ -125,10 +133,7 @@ def _result(future, client) -> History | Exception:
         return future.result()
     if future.status == "error":
         return future.exception().with_traceback(future.traceback())
-    raise RuntimeError(
-        f"the scheduler {client.scheduler.address} is gone; what was finished is kept, the same "
-        "command goes on from there"
-    )
+    raise RuntimeError(f"the scheduler {client.scheduler.address} is gone; {AGAIN}")
 
 
 @contextlib.contextmanager
@@ -137,18 +142,16 @@ def _client(workers: int, cluster: str | None, device, gpu_share: float):
         import dask
         import distributed
     except ImportError:
-        raise ModuleNotFoundError(
-            "many runs at once need Dask: in the project's folder, pip install '.[cluster]'"
-        ) from None
+        raise ModuleNotFoundError(MISSING) from None
+    timeout, address = 60, cluster
     with contextlib.ExitStack() as stack:
-        timeout, address = 60, cluster
         if cluster is None:
             address = stack.enter_context(_this_machine(workers, device, gpu_share))
         elif cluster.startswith("slurm:"):
             address, timeout = slurm(cluster.removeprefix("slurm:"))
             if shutil.which("sbatch") is None:
                 raise RuntimeError("there is no sbatch here: start this where SLURM takes jobs")
-            stack.enter_context(address).adapt(minimum_jobs=workers, maximum_jobs=workers)
+            stack.enter_context(address).scale(jobs=workers)
             print(f"waiting for the first of {workers} jobs (see squeue), at most {timeout} s")
         elif not re.fullmatch(r"(tcp|tls)://.+:\d+", cluster):
             raise ValueError(f"cluster={cluster!r}: give tcp://HOST:PORT, tls://…, slurm:FILE.yaml")
@@ -160,8 +163,7 @@ def _client(workers: int, cluster: str | None, device, gpu_share: float):
             )
         except (OSError, ValueError) as error:
             raise RuntimeError(f"cluster={cluster!r}: no scheduler answers ({error})") from None
-        if client.dashboard_link:
-            print(f"dashboard: {client.dashboard_link}")
+        print(f"dashboard: {client.dashboard_link}")
         try:
             client.wait_for_workers(1, timeout)
         except TimeoutError:
@@ -182,9 +184,9 @@ def _this_machine(workers: int, device, gpu_share: float):
 
     resources = None
     if _on_gpu(device, None):
-        if workers * gpu_share > torch.cuda.device_count():
-            there = f"here are {torch.cuda.device_count()}; give fewer workers or a smaller share"
-            raise ValueError(f"{workers} workers that each claim {gpu_share:g} GPU: {there}")
+        gpus = torch.cuda.device_count()
+        if workers * gpu_share > gpus:
+            raise ValueError(f"{workers} workers with {gpu_share:g} GPU each: here are {gpus} GPUs")
         resources = {"GPU": gpu_share}
     return LocalCluster(
         n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=LOOPBACK,
@@ -223,8 +225,7 @@ def _progress(experiments: list[Experiment]):
         from IPython.display import display
 
         handle = display(table, display_id=True)
-    total = sum(e.epochs for e in experiments)
-    with tqdm(total=total, unit="epoch", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=sum(table["of"]), unit="epoch", disable=not sys.stderr.isatty()) as bar:
 
         def show(number: int, epochs: int) -> None:
             bar.update(epochs - int(table.iat[number, 0]))
