@@ -126,13 +126,22 @@ def rademacher(params: Sequence[Tensor], generator: torch.Generator | None = Non
     [-1.0, 1.0]
     """
     params = list(params)
+    return signs(random_bits(params, generator), params)
+
+
+def random_bits(params: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
+    """At least one bit for every entry of ``params``, in bytes."""
+    n = sum(p.numel() for p in params)
+    words = torch.empty(-(-n // 64), dtype=torch.int64, device=params[0].device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.uint8)  # None: all 64 bits
+
+
+def signs(bits: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """-1 for a bit that is 0, 1 for a bit that is 1, in tensors like ``params``."""
     sizes = [p.numel() for p in params]
-    bits = torch.empty(-(-sum(sizes) // 64), dtype=torch.int64, device=params[0].device)
-    bits.random_(-(2**63), None, generator=generator)  # None: up to the largest, all 64 bits
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    coins = bits.view(torch.uint8).unsqueeze(1).bitwise_right_shift(places).bitwise_and_(1)
-    parts = coins.flatten()[: sum(sizes)].split(sizes)
+    coins = bits.unsqueeze(1).bitwise_right_shift(places).bitwise_and(1).flatten()
     zs = [torch.empty_like(p, requires_grad=False) for p in params]
-    for z, part in zip(zs, parts):
+    for z, part in zip(zs, coins[: sum(sizes)].split(sizes)):
         z.copy_(part.view(z.shape)).mul_(2).sub_(1)
     return zs

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_lib.compiling import CannotCompile, compiled
-from hybrid_lib.curvature import forward_over_reverse, hessian_diagonal, rademacher
+from hybrid_lib.curvature import forward_over_reverse, hessian_diagonal, random_bits, signs
 from hybrid_lib.experiments import Experiment
 from hybrid_lib.models import ResNet18
 
@@ -94,13 +94,13 @@ def compiled_pass(model: ResNet18, experiment: Experiment) -> Pass:
         loss = F.cross_entropy(logits, y)
         return loss, (loss, (logits.argmax(dim=1) == y).sum(), statistics)
 
-    def fused(params, x, y, zs):
-        diag = None
-        if zs is None or part < size:
+    def fused(params, x, y, bits):
+        diag, zs = None, [signs(b, params) for b in bits]
+        if not zs or part < size:
             grads, seen = torch.func.grad(loss_of, has_aux=True)(params, x, y)
-        if zs is not None and part == size:
+        if zs and part == size:
             grads, diag, seen = forward_over_reverse(lambda p: loss_of(p, x, y), params, zs)
-        elif zs is not None:
+        elif zs:
             _, diag, _ = forward_over_reverse(lambda p: loss_of(p, x[:part], y[:part]), params, zs)
         return grads, diag, *seen
 
@@ -109,9 +109,9 @@ def compiled_pass(model: ResNet18, experiment: Experiment) -> Pass:
     def one_pass(x, y, probes):
         if len(y) != size:
             return other_sizes(x, y, probes)
-        zs = None if probes is None else [rademacher(params, probes) for _ in range(samples)]
+        bits = [random_bits(params, probes) for _ in range(samples)] if probes is not None else []
         with torch.no_grad():
-            grads, diag, loss, correct, statistics = fast([p.detach() for p in params], x, y, zs)
+            grads, diag, loss, correct, statistics = fast([p.detach() for p in params], x, y, bits)
             torch._foreach_lerp_(running, statistics, momentum)
         return loss, correct, grads, diag
 
