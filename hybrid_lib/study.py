@@ -156,6 +156,7 @@ def trained(
     cluster: str | None = None,
     gpu_share: float = 1.0,
     progress: bool = True,
+    compile: bool | None = None,
 ) -> tuple[list[History], list[str]]:
     """Train what is missing of a study, one run after the other or several at once.
 
@@ -164,6 +165,7 @@ def trained(
         workers, cluster, gpu_share: see :func:`hybrid_lib.cluster.train_all`; with neither workers
             nor cluster the runs happen in this process.
         progress: show each run's epochs there; otherwise, a line when it is over.
+        compile: see :func:`hybrid_lib.run`; runs of workers choose for themselves.
 
     Returns:
         The histories in the order of ``experiments``, and a line for each run that failed or
@@ -173,7 +175,7 @@ def trained(
     if workers or cluster:
         finished = train_all(jobs, device, workers=workers, cluster=cluster, gpu_share=gpu_share)
     else:
-        finished = ((e, _tried(e, folder, device, progress)) for e, folder in jobs)
+        finished = ((e, _tried(e, folder, device, progress, compile)) for e, folder in jobs)
     found, failures = {}, []
     for e, outcome in finished:
         if isinstance(outcome, Exception):
@@ -191,9 +193,9 @@ def trained(
     return [found[e] for e in experiments if e in found], failures
 
 
-def _tried(experiment: Experiment, folder: Path, device, progress) -> History | Exception:
+def _tried(experiment: Experiment, folder: Path, device, progress, compile):
     try:
-        return run(experiment, folder, device, progress=progress)
+        return run(experiment, folder, device, progress=progress, compile=compile)
     except Exception as error:
         return error
 
@@ -402,6 +404,10 @@ def _carried_out(experiments: list[Experiment], chosen: argparse.Namespace) -> i
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """Parse a command line that trains, with the options of where to; prepare for being one."""
     parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction,
+        help="fuse the training step with torch.compile; default: where a run is long enough",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, help="that many runs at once (needs Dask)")
     parser.add_argument("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
     parser.add_argument(
@@ -412,6 +418,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
         parser.error(f"--workers {chosen.workers}: at least 1, or leave it out")
     if not 0 < chosen.gpu_share <= 1:
         parser.error(f"--gpu-share {chosen.gpu_share}: above 0, at most 1")
+    if chosen.compile is not None and (chosen.workers or chosen.cluster):
+        parser.error("--compile goes with runs in this process; those of workers choose themselves")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "±" under an ASCII locale
     if threading.current_thread() is threading.main_thread():
@@ -421,7 +429,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 
 def scale_out(chosen: argparse.Namespace) -> dict:
     """The options of :func:`parse`, as :func:`trained` takes them."""
-    return {k: getattr(chosen, k) for k in ("device", "workers", "cluster", "gpu_share")}
+    return {k: getattr(chosen, k) for k in ("device", "compile", "workers", "cluster", "gpu_share")}
 
 
 def execute_notebooks(

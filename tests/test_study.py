@@ -519,3 +519,26 @@ def test_the_papermill_command_of_a_run_is_the_run(e):
     chosen = parameters(namespace(declared=declared, **dict(given)), study.asked_one)
     assert chosen.out == "a 'folder'"
     assert replace(study.asked_one(chosen), name=e.name) == e
+
+
+@pytest.mark.parametrize(
+    ("words", "compile"), [([], None), (["--no-compile"], False), (["--compile"], True)]
+)
+def test_the_engine_of_a_study_is_the_one_asked_for(monkeypatch, tmp_path, words, compile):
+    asked = []
+    monkeypatch.setattr(study, "execute_notebooks", lambda *args: ([], []))
+    real = study.run
+
+    def watched(e, folder, device, **how):
+        asked.append(how.pop("compile"))
+        return real(e, folder, device, **how)
+
+    monkeypatch.setattr(study, "run", watched)
+    assert main(["--scale", "toy", "--only", "sgd", "--out", str(tmp_path), *words]) == 0
+    assert asked == [compile]
+
+
+def test_workers_choose_their_engine_themselves(capsys):
+    with pytest.raises(SystemExit):
+        main(["--scale", "toy", "--compile", "--workers", "2"])
+    assert "those of workers choose themselves" in capsys.readouterr().err
