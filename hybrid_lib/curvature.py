@@ -93,8 +93,8 @@ def forward_over_reverse(
     again a convolution.
 
     Args:
-        function: of the parameters, writing nothing; answers the scalar loss and whatever else is
-            wanted of the pass.
+        function: of the parameters, writing nothing; answers the scalar loss and what else is wanted
+            of the pass: tensors, in tuples, lists or dicts.
         params: the point.
         probes: one z per sample, each with a tensor per parameter, of its shape and strides.
 
@@ -104,8 +104,8 @@ def forward_over_reverse(
     Example:
         >>> w = torch.tensor([1.0, 2.0])
         >>> z = torch.tensor([1.0, -1.0])
-        >>> forward_over_reverse(lambda p: ((p[0] ** 3).sum(), None), [w], [[z]])
-        ([tensor([ 3., 12.])], [tensor([ 6., 12.])], None)
+        >>> forward_over_reverse(lambda p: ((p[0] ** 3).sum(), ()), [w], [[z]])
+        ([tensor([ 3., 12.])], [tensor([ 6., 12.])], ())
     """
     gradient = torch.func.grad(function, has_aux=True)
     sums = None
