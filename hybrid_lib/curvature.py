@@ -93,8 +93,8 @@ def forward_over_reverse(
     again a convolution.
 
     Args:
-        function: of the parameters, writing nothing; answers the scalar loss and what else is wanted
-            of the pass: tensors, in tuples, lists or dicts.
+        function: of the parameters, writing nothing; answers the scalar loss and what else is
+            wanted of the pass: tensors, in tuples, lists or dicts.
         params: the point.
         probes: one z per sample, each with a tensor per parameter, of its shape and strides.
 
