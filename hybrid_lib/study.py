@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -565,6 +566,12 @@ class _PrivateKernelManager(AsyncKernelManager):
     """Talks to the kernel through files of this user instead of open ports."""
 
     transport = "tcp" if os.name == "nt" else "ipc"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if self.transport == "ipc":  # in a folder of its own, gone with the manager
+            self.sockets = tempfile.TemporaryDirectory(prefix="hybrid-")
+            self.ip = f"{self.sockets.name}/kernel"
 
 
 PAGE = """<!doctype html>
