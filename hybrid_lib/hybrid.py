@@ -50,9 +50,10 @@ class Hybrid(Optimizer):
             for thousands of steps. The same numbers up to rounding; ``lr`` and ``lambdas`` may
             change at every step without another compilation.
 
-    A compiled step never waits for a GPU and may be captured in a CUDA graph after two steps; hold
-    ``lr`` and ``lambdas`` as tensors on the device then (``lambdas`` of shape (number of rules,)):
-    a replay sees what is written into them, and not a number that replaces them.
+    A compiled step never waits for a GPU (checked on meta tensors), as a CUDA graph demands that
+    captures it after two steps. Hold ``lr`` and ``lambdas`` as tensors on the device then
+    (``lambdas`` of shape (number of rules,)): a replay sees what is written into them, and not a
+    number that replaces them.
 
     Raises:
         ValueError: at construction and in ``add_param_group`` for anything outside its range, and
