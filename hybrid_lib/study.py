@@ -13,11 +13,13 @@ import html
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -570,8 +572,9 @@ class _PrivateKernelManager(AsyncKernelManager):
     def __init__(self, **settings):
         super().__init__(**settings)
         if self.transport == "ipc":  # in a folder of its own, gone with the manager
-            self.sockets = tempfile.TemporaryDirectory(prefix="hybrid-")
-            self.ip = f"{self.sockets.name}/kernel"
+            folder = tempfile.mkdtemp(prefix="hybrid-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self.ip = f"{folder}/kernel"
 
 
 PAGE = """<!doctype html>
