@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -81,8 +82,6 @@ def main() -> None:
         row["ratio"] = seconds / (rows[0]["seconds"] if rows else seconds)
         rows.append(row)
     if chosen.json:
-        import json
-
         print("\n".join(json.dumps(row) for row in rows))
         return
     print(f"{machine()}\nan epoch of {chosen.images} images, ResNet18 of width {chosen.width}, "
