@@ -202,12 +202,15 @@ def _test(
     model: nn.Module, dataset: Data, experiment: Experiment, epoch: int, layout
 ) -> tuple[float, float]:
     """Mean loss and accuracy over the test images."""
-    model.train(experiment.tests_in_training_mode)  # it uses, and moves, batch statistics then
     images, labels = dataset.test_images, dataset.test_labels
+    order, size = torch.arange(len(images)), TEST_BATCH
+    model.train(experiment.tests_in_training_mode)
+    if experiment.tests_in_training_mode:  # uses, and moves, batch statistics: a folder's images
+        # lie class by class, and a batch of one class has statistics like no training batch's.
+        order, size = data.order(len(images), seed=0, epoch=0), experiment.batch_size
     loss_sum = torch.zeros((), device=images.device)
     correct = torch.zeros((), dtype=torch.long, device=images.device)
-    size = experiment.batch_size if experiment.tests_in_training_mode else TEST_BATCH
-    for x, y in data.batches(images, labels, torch.arange(len(images)), size):
+    for x, y in data.batches(images, labels, order, size):
         logits = model(_inputs(x, dataset, experiment, layout))
         loss_sum += F.cross_entropy(logits, y, reduction="sum")
         correct += (logits.argmax(dim=1) == y).sum()

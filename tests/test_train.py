@@ -7,6 +7,7 @@ optimizer state of the last checkpoint, against those of a run that nothing dist
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from children import outcome
+from PIL import Image
 
 from hybrid_lib import data, passes, train
 from hybrid_lib.experiments import EXPERIMENTS, Experiment
@@ -229,6 +231,17 @@ def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
     trained(toy(epochs=1, test_mode="train"))
     assert [mode for mode, *_ in fed] == [True, True, True, False] + [True] * 5
     assert fed[3][2] == 255
+
+
+def test_batches_of_a_test_pass_in_training_mode_are_of_mixed_classes(fed, tmp_path):
+    for part, name, grey in itertools.product(("train", "test"), ("black", "white"), range(16)):
+        (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+        shade = 255 * (name == "white")
+        Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / part / name / f"{grey}.png")
+    dataset = f"folder:{tmp_path}"  # whose files lie class by class
+    whole = {"train_limit": None, "test_limit": None}
+    trained(toy(epochs=1, protocol="released", dataset=dataset, **whole))
+    assert [(low, high) for _, low, high, *_ in fed] == [(0, 255)] * 4
 
 
 # --- Interrupted and resumed. ---

@@ -7,7 +7,8 @@ Runs are trained in the order of :func:`matrix`, the most informative first, int
 ``OUT/PROTOCOL/RUN/``; what is complete is not trained again, what was interrupted goes on after its
 last finished epoch, here or on another machine that is given the same folder. With ``--minutes 10``
 the command stops in good time and exits with 75 while something is left: repeat it until it exits
-with 0. Every slice leaves its histories behind. ``publish.py`` turns OUT into what is kept in git.
+with 0. Every slice leaves its histories behind. Started twice, the two share the work: a run that
+one of them trains is left alone by the other. ``publish.py`` turns OUT into what is kept in git.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="length of a slice")
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="default: the runs that are long enough")  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: runs/reproduction-SCALE")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
     chosen = parser.parse_args(arguments)
@@ -129,8 +132,9 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         try:
             history = run(
-                experiment, out / folder, chosen.device, should_stop=lambda: time.monotonic() > end
-            )
+                experiment, out / folder, chosen.device, compile=chosen.compile,
+                should_stop=lambda: time.monotonic() > end,
+            )  # fmt: skip
             left += history.status == "stopped"
         except RuntimeError as error:  # of this run; the others can go on
             print(f"{folder}: {error}", file=sys.stderr)
