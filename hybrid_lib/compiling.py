@@ -13,7 +13,7 @@ class CannotCompile(RuntimeError):
     """There is no compiler on the machine, or it cannot take this function."""
 
 
-def compiled(function: Callable, what: str) -> Callable:
+def compiled(function: Callable, what: str, **options) -> Callable:
     """``function``, compiled at its first call; it must not branch on the values of tensors.
 
     Tensors may change between calls, but not their shapes, dtypes, devices or strides: a call
@@ -22,6 +22,7 @@ def compiled(function: Callable, what: str) -> Callable:
     Args:
         function: takes and returns tensors, in lists, tuples and dicts as it likes.
         what: names the function in errors, as in "the optimizer's step".
+        options: of torch's inductor.
 
     Raises:
         CannotCompile: by the call that would compile, in one line; torch's own error is its cause.
@@ -31,7 +32,7 @@ def compiled(function: Callable, what: str) -> Callable:
         function.__code__.replace(), function.__globals__, function.__name__,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
-    fast = torch.compile(own, fullgraph=True, dynamic=False)
+    fast = torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(function)
     def call(*args):

@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def hessian_diagonal(
-    loss: Tensor,
+    loss: Tensor | Callable[[list[Tensor]], tuple[Tensor, object]],
     params: Iterable[Tensor],
     n_samples: int = 1,
     generator: torch.Generator | None = None,
-) -> tuple[list[Tensor | None], list[Tensor]]:
+) -> tuple[list[Tensor | None], list[Tensor]] | tuple[list[Tensor], list[Tensor], object]:
     r"""Gradient and Hutchinson's estimate of the Hessian diagonal of ``loss``.
 
     .. math:: D = \frac{1}{n} \sum_{s=1}^{n} z_s \odot (H z_s), \qquad
@@ -30,7 +30,9 @@ def hessian_diagonal(
     divides gradients only. Under autocast D is as coarse as the forward pass.
 
     Args:
-        loss: a scalar, computed from ``params`` by operations that differentiate twice.
+        loss: a scalar, computed from ``params`` by operations that differentiate twice, whose
+            gradient is then differentiated backwards again. Or a function of the parameters that
+            answers (scalar, other) and writes nothing: :func:`forward_over_reverse` takes it.
         params: the tensors to differentiate by, read once.
         n_samples: probes to average, at least 1; each costs about two gradients.
         generator: where probes are drawn from, on the parameters' device; None: the global one.
@@ -38,6 +40,7 @@ def hessian_diagonal(
     Returns:
         ``(grads, diag)``, one tensor per parameter, in order. A parameter that the loss does not
         depend on has gradient None; one without second derivative (it enters linearly) has D = 0.
+        Of a function ``(grads, diag, other)``, with gradient 0 where it does not depend.
 
     Raises:
         ValueError: for ``n_samples`` below 1 or a loss that is not a scalar.
@@ -50,12 +53,17 @@ def hessian_diagonal(
         >>> grads, diag = hessian_diagonal((w**3).sum(), [w])
         >>> grads[0], diag[0]
         (tensor([ 3., 12.]), tensor([ 6., 12.]))
+        >>> hessian_diagonal(lambda p: ((p[0]**3).sum(), p[0].mean()), [w])
+        ([tensor([ 3., 12.])], [tensor([ 6., 12.])], tensor(1.5000))
     """
     if isinstance(params, Tensor):
         raise TypeError("params is a tensor: pass a list of tensors, as in [w]")
     params = list(params)
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples!r}: at least 1")
+    if callable(loss):
+        probes = [rademacher(params, generator) for _ in range(n_samples)]
+        return forward_over_reverse(loss, [p.detach() for p in params], probes)
     if loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
 

@@ -143,7 +143,7 @@ def generator(purpose: str, seed: int, epoch: int, device="cpu") -> torch.Genera
 def batches(images: Tensor, labels: Tensor, index: Tensor, size: int) -> Iterator[tuple]:
     """(images, labels) of ``size`` at a time, in ``index``'s order; the last may be smaller."""
     for part in index.to(images.device).split(size):
-        yield images[part], labels[part]
+        yield images.index_select(0, part), labels[part]  # copies whole images
 
 
 def normalised(images: Tensor, data: Data) -> Tensor:

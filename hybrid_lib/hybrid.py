@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +96,11 @@ class Hybrid(Optimizer):
             compile=compile,
         )
         super().__init__(params, defaults)
+        self._ready: dict[int, _Together] = {}  # by group: what its compiled step found
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._ready = {}  # the buffers are others now
 
     @property
     def needs_hessian(self) -> bool:
@@ -153,19 +160,21 @@ class Hybrid(Optimizer):
                 loss = closure()
 
         fresh = {} if hess_diag is None else self._matched(list(hess_diag))
-        for group in self.param_groups:
-            self._check_ready(group, fresh)
+        moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        for i, group in enumerate(self.param_groups):
+            self._check_ready(i, group, moving[i], fresh)
         for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
             self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
-        for group in self.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
-            # A first step makes the buffers that a compiled one must find.
-            warm = [p for p in moving if group["compile"] and "rules" in self.state[p]]
-            cold = [p for p in moving if not group["compile"] or "rules" not in self.state[p]]
-            self._move_each(cold, group)
-            for device, dtype in dict.fromkeys((p.device, _state_dtype(p)) for p in warm):
-                alike = [p for p in warm if (p.device, _state_dtype(p)) == (device, dtype)]
-                self._move_fused(alike, group, device, dtype)
+        for i, group in enumerate(self.param_groups):
+            ready = self._ready.pop(i, None)  # an eager step would leave its counts behind
+            if group["compile"] and (ready is None or ready.rules is group["rules"]):
+                if ready is None or not ready.fits(moving[i]):
+                    ready = _together([(p, self.state[p]) for p in moving[i]], group["rules"])
+                if ready is not None:
+                    self._move_fused(ready, group)
+                    self._ready[i] = ready
+                    continue
+            self._move_each(moving[i], group)  # a first step makes what a compiled one must find
         return loss
 
     def _move_each(self, params: list[Tensor], group: dict) -> None:
@@ -176,19 +185,21 @@ class Hybrid(Optimizer):
             buffers = state.setdefault("rules", [{} for _ in group["rules"]])
             self._move(w, w.grad, state.get("hess_diag"), buffers, t, η, λ, *fixed)
 
-    def _move_fused(self, params: list[Tensor], group: dict, device, dtype) -> None:
+    def _move_fused(self, ready: _Together, group: dict) -> None:
         """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
-        tensor = functools.partial(_on, device, dtype)
         η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
-        states = [self.state[p] for p in params]
-        t = _counted(states, tensor)
-        if "_fused" not in vars(self):
-            self._fused = compiled(_move_all, "the optimizer's step")
-        self._fused(
-            params, [p.grad for p in params], [s.get("hess_diag") for s in states],
-            [s["rules"] for s in states], t, _corrections(group["rules"], t),
-            tensor(η), [tensor(λi) for λi in λ], *fixed,
-        )  # fmt: skip
+        for params, states, buffers, t in ready.parts:
+            t.add_(1)
+            tensor = functools.partial(_on, t.device, t.dtype)
+            diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
+            self._fused(
+                params, [p.grad for p in params], diagonals, buffers, ready.names, t,
+                _corrections(group["rules"], t), tensor(η), [tensor(λi) for λi in λ], *fixed,
+            )  # fmt: skip
+
+    @functools.cached_property
+    def _fused(self) -> Callable:
+        return compiled(_move_all, "the optimizer's step")
 
     @staticmethod
     def _move(
@@ -236,17 +247,20 @@ class Hybrid(Optimizer):
         }
         return {p: D for p, D in zip(params, hess_diag) if D is not None and p in needing}
 
-    def _check_ready(self, group: dict, fresh: dict[Tensor, Tensor]) -> None:
+    def _check_ready(
+        self, i: int, group: dict, moving: list[Tensor], fresh: dict[Tensor, Tensor]
+    ) -> None:
         _check_rates(group)
-        needs_hessian = any(r.needs_hessian for r in group["rules"])
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        for p in moving:
             if p.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
                     "use dense gradients (for an embedding: sparse=False)"
                 )
+        if i in self._ready and self._ready[i].fits(moving):
+            return
+        needs_hessian = any(r.needs_hessian for r in group["rules"])
+        for p in moving:
             state = self.state.get(p, {})
             if len(state.get("rules", group["rules"])) != len(group["rules"]):
                 raise RuntimeError(
@@ -319,28 +333,51 @@ class Hybrid(Optimizer):
 FIXED = ("rules", "decoupled_weight_decay", "maximize")  # compiled in, when changed compiled again
 
 
-def _move_all(params, grads, diagonals, buffers, t, corrections, η, λ, rules, γ, maximize) -> None:
-    for i, (w, g, D, b) in enumerate(zip(params, grads, diagonals, buffers)):
+class _Together(NamedTuple):
+    """What a compiled step takes that stays the same from one step to the next."""
+
+    rules: tuple
+    params: list[Tensor]
+    names: list[tuple[str, ...]]  # of each rule's buffers
+    # By device and dtype: parameters, their states, a list of their buffers for each of ``names``,
+    # and their counts of steps as one vector, of which each state's is a view.
+    parts: list[tuple[list[Tensor], list[dict], list[list[Tensor]], Tensor]]
+
+    def fits(self, params: list[Tensor]) -> bool:
+        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+
+
+def _together(moving: list[tuple[Tensor, dict]], rules: tuple) -> _Together | None:
+    """None if a parameter has no buffers yet."""
+    if not moving or any("rules" not in state for _, state in moving):
+        return None
+    names = [tuple(buffers) for buffers in moving[0][1]["rules"]]
+    parts = []
+    for kind in dict.fromkeys((p.device, _state_dtype(p)) for p, _ in moving):
+        params, states = zip(*(ps for ps in moving if (ps[0].device, _state_dtype(ps[0])) == kind))
+        t = torch.stack([_on(*kind, state["step"]) for state in states])
+        for state, view in zip(states, t.unbind()):
+            state["step"] = view
+        buffers = zip(*([b for r in s["rules"] for b in r.values()] for s in states))
+        parts.append((list(params), list(states), list(map(list, buffers)), t))
+    return _Together(rules, [p for p, _ in moving], names, parts)
+
+
+def _move_all(
+    params, grads, diagonals, buffers, names, t, corrections, η, λ, rules, γ, maximize
+) -> None:
+    for i, (w, g) in enumerate(zip(params, grads)):
+        mine = iter([of_name[i] for of_name in buffers])
+        named = [dict(zip(of_rule, mine)) for of_rule in names]
         known = {β: correction[i] for β, correction in corrections.items()}
-        Hybrid._move(w, g, D, b, t[i], η, λ, rules, γ, maximize, known)
+        D = diagonals[i] if diagonals else None
+        Hybrid._move(w, g, D, named, t[i], η, λ, rules, γ, maximize, known)
 
 
 def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
     if isinstance(number, Tensor):
         return number.to(device, dtype)
     return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
-
-
-def _counted(states: list[dict], tensor: Callable[[Number], Tensor]) -> Tensor:
-    """The steps of all states as one vector, counted up; each state's step is a view of it."""
-    vector = getattr(states[0]["step"], "_base", None)
-    if vector is None or len(vector) != len(states) or not all(
-        getattr(state["step"], "_base", None) is vector for state in states
-    ):  # fmt: skip
-        vector = torch.stack([tensor(state["step"]) for state in states])
-        for state, view in zip(states, vector.unbind()):
-            state["step"] = view
-    return vector.add_(1)
 
 
 def _corrections(rules: tuple, t: Tensor) -> dict[float, Tensor]:

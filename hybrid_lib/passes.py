@@ -104,7 +104,9 @@ def compiled_pass(model: ResNet18, experiment: Experiment) -> Pass:
             _, diag, _ = forward_over_reverse(lambda p: loss_of(p, x[:part], y[:part]), params, zs)
         return grads, diag, *seen
 
-    fast = compiled(fused, "the training pass")
+    # The tangent of a convolution is a sum of two: kept as a sum, not as both and added anew
+    # wherever it is read. Less time and a fifth less memory.
+    fast = compiled(fused, "the training pass", realize_reads_threshold=1)
 
     def one_pass(x, y, probes):
         if len(y) != size:

@@ -92,6 +92,24 @@ def small_net():
     ).double()
 
 
+@given(seed=st.integers(0, 2**31), n_samples=st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_a_function_is_taken_forward_over_reverse_to_the_same_numbers(seed, n_samples):
+    params = [leaf(4, 3, seed=seed), leaf(3, seed=seed + 1)]
+
+    def loss_of(params):
+        A, b = params
+        logits = torch.tanh(A) @ (b**2)
+        return logits.logsumexp(0) + (A**3).sum(), {"logits": logits}
+
+    loss, other = loss_of(params)
+    expected = hessian_diagonal(loss, params, n_samples, seeded(seed))
+    *found, seen = hessian_diagonal(loss_of, params, n_samples, seeded(seed))
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(seen["logits"], other["logits"].detach())
+    assert not any(t.requires_grad for t in [*found[0], *found[1], seen["logits"]])
+
+
 def test_a_network_against_its_exact_hessian():
     net, n = small_net(), 3000
     x, y = leaf(8, 3).detach(), leaf(8, 2, seed=1).detach()

@@ -5,6 +5,7 @@ agree to 1e-10, and compiled on a network of one convolution; ``slow`` compiles 
 """
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -73,7 +74,7 @@ ENGINES = [
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize(("name", "changes"), ENGINES)
 def test_the_engines_agree_on_a_whole_network(monkeypatch, name, changes, stem):
-    monkeypatch.setattr(passes, "compiled", lambda function, what: function)
+    monkeypatch.setattr(passes, "compiled", lambda function, what, **options: function)
     e = experiment(name, **changes)
     one, other = network(stem), network(stem)
     x, y = batch(8, pixels=8 if stem == "cifar" else 64)
@@ -334,6 +335,26 @@ def test_a_compiled_step_leaves_out_parameters_without_gradient():
     assert [s["step"] for s in fast.state_dict()["state"].values()] == [5, 2]
 
 
+def test_a_compiled_step_follows_changes_of_its_group_and_mixed_precisions():
+    def make(params, compile):
+        params[1].data = params[1].data.float()
+        return hl.atmo(params, compile=compile)
+
+    eager, fast = twins(make)
+    for step in range(6):
+        for optimizer in (eager, fast):
+            (group,) = optimizer.param_groups
+            if step == 2:  # a rule that wants another buffer
+                adam, sgd = group["rules"]
+                group["rules"] = (dataclasses.replace(adam, amsgrad=True), sgd)
+            if optimizer is fast:
+                group["compile"] = step != 4
+        take_steps((eager, fast), 1, seed=step)
+    assert "max_exp_avg_sq" in fast.state[fast.param_groups[0]["params"][0]]["rules"][0]
+    assert_twins_agree(eager, fast, 1e-5)
+    assert {s["step"] for s in fast.state_dict()["state"].values()} == {6}
+
+
 def test_rates_and_weights_may_be_tensors():
     eager, fast = twins(hl.atmo)
     plain, _ = twins(hl.atmo)
@@ -369,7 +390,7 @@ def test_a_step_asks_nothing_of_the_values_on_a_device(name):
 @pytest.mark.parametrize("name", ["atmo", "adasgd"])
 @pytest.mark.parametrize("engine", [passes.eager_pass, passes.compiled_pass])
 def test_a_training_step_asks_nothing_of_the_values_on_a_device(monkeypatch, name, engine):
-    monkeypatch.setattr(passes, "compiled", lambda function, what: function)
+    monkeypatch.setattr(passes, "compiled", lambda function, what, **options: function)
     e = experiment(name, precision="bfloat16", hessian_fraction=0.5)
     model = e.build_model(10, 3).to("meta", memory_format=torch.channels_last)
     x = torch.empty(8, 3, 32, 32, device="meta")
