@@ -12,28 +12,31 @@ Without the first argument it renders what is published already; that takes seco
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 
-from hybrid_lib import EXPERIMENTS, History, claims, plots
+from hybrid_lib import EXPERIMENTS, History, claims, data, plots
 from hybrid_lib.history import load_all
 
 PROTOCOLS = ("released", "clean")
 
 
 def compact(history: History) -> History:
-    """The same history with numbers of five digits, which is what they are good for."""
+    """The same history with numbers of five digits, and no path of the machine it ran on."""
 
     def rounded(value):
         return float(f"{value:.5g}") if isinstance(value, float) else value
 
     rows = [{k: rounded(v) for k, v in row.items()} for row in history.rows]
     environment = {**history.environment, "rounded": "rows to five digits"}
-    return History(history.experiment, rows, environment, history.status, history.note)
+    dataset = history.experiment.dataset.replace(f"folder:{data.PROJECT}{os.sep}", "folder:")
+    experiment = replace(history.experiment, dataset=dataset)
+    return History(experiment, rows, environment, history.status, history.note)
 
 
 def publish(source: Path, target: Path) -> None:
@@ -66,6 +69,7 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
                 "report": report[name],
                 "row": row.final["test_accuracy"], "audit": h.final["test_accuracy"],
                 "difference": h.final["test_accuracy"] - row.final["test_accuracy"],
+                "row's best": row.best["test_accuracy"], "audit's best": h.best["test_accuracy"],
             }
         )  # fmt: skip
     return pd.DataFrame(table)
@@ -84,6 +88,18 @@ def markdown(table: pd.DataFrame, digits: int = 4) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _is_the_report_s(h: History) -> bool:
+    """Whether a run has the report's length, width and number of images."""
+    e, ours = h.experiment, EXPERIMENTS[h.experiment.name]
+    return (e.epochs, e.width, e.train_limit) == (ours.epochs, ours.width, None)
+
+
+def _sizes(histories: Sequence[History]) -> str:
+    images = "{train_images:,} training and {test_images:,} test images"
+    sizes = {f"width {h.experiment.width}, {images.format(**h.environment)}" for h in histories}
+    return "; ".join(sorted(sizes))
+
+
 def render(folder: Path) -> list[Path]:
     """Write ``TABLES.md`` and a picture per protocol from the histories below ``folder``."""
     written, sections = [], []
@@ -96,8 +112,12 @@ def render(folder: Path) -> list[Path]:
         if not found:
             continue
         accuracies = plots.accuracy_table(found)
-        # The difference says something only where the run is the report's own: same images, length.
-        accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
+        if all(_is_the_report_s(h) for h in found):  # elsewhere a difference says nothing
+            accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
+        for rank, column in {"rank": "final", "report's rank": "report (CIFAR-10)"}.items():
+            accuracies[rank] = (
+                accuracies[column].rank(ascending=False, method="min").astype("Int64")
+            )
         sections += [
             f"## Table III, protocol {protocol}", markdown(accuracies.reset_index()),
             "### Seconds per epoch", markdown(plots.seconds_table(found).reset_index(), 2),
@@ -105,18 +125,18 @@ def render(folder: Path) -> list[Path]:
         ]  # fmt: skip
         picture = folder / f"{protocol}.png"
         figure = plots.panels(found).update_layout(paper_bgcolor="white", plot_bgcolor="white")
+        figure.update_layout(title_text=f"{figure.layout.title.text}, {protocol} protocol<br>"
+                             f"<sup>{_sizes(found)}</sup>")  # fmt: skip
         figure.write_image(picture, width=1000, height=700)
         written.append(picture)
     audits = load_all(folder / "audit") if (folder / "audit").is_dir() else []
     if audits:
         sections += ["## Audit: one hidden setting changed at a time",
                      markdown(audit_table(audits, everything))]  # fmt: skip
-    sizes = {f"width {h.experiment.width}, {h.environment['train_images']:,} training images, "
-             f"{h.environment['test_images']:,} test images" for h in everything}  # fmt: skip
     machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}"
                 for h in everything}  # fmt: skip
     head = (
-        f"# {plots.subject(everything)}\n\nResNet18, {'; '.join(sorted(sizes))}; "
+        f"# {plots.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
         "Made by `publish.py` from the histories beside this page."
     )
