@@ -97,10 +97,13 @@ class Hybrid(Optimizer):
         )
         super().__init__(params, defaults)
         self._ready: dict[int, _Together] = {}  # by group: what its compiled step found
+        self._made_by: dict[int, tuple] = {}  # by group: the rules that made its buffers
 
     def __setstate__(self, state: dict) -> None:
+        """Of a copy, or of a loaded state: the buffers are others now."""
         super().__setstate__(state)
-        self._ready = {}  # the buffers are others now
+        self._ready = {}
+        self._made_by = {i: group["rules"] for i, group in enumerate(self.param_groups)}
 
     @property
     def needs_hessian(self) -> bool:
@@ -167,14 +170,15 @@ class Hybrid(Optimizer):
             self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
         for i, group in enumerate(self.param_groups):
             ready = self._ready.pop(i, None)  # an eager step would leave its counts behind
-            if group["compile"] and (ready is None or ready.rules is group["rules"]):
+            if group["compile"] and self._made_by.get(i) is group["rules"]:
                 if ready is None or not ready.fits(moving[i]):
-                    ready = _together([(p, self.state[p]) for p in moving[i]], group["rules"])
+                    ready = _together([(p, self.state[p]) for p in moving[i]])
                 if ready is not None:
                     self._move_fused(ready, group)
                     self._ready[i] = ready
                     continue
-            self._move_each(moving[i], group)  # a first step makes what a compiled one must find
+            self._move_each(moving[i], group)  # the first step makes what a compiled one must find
+            self._made_by[i] = group["rules"]
         return loss
 
     def _move_each(self, params: list[Tensor], group: dict) -> None:
@@ -257,7 +261,8 @@ class Hybrid(Optimizer):
                     f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
                     "use dense gradients (for an embedding: sparse=False)"
                 )
-        if i in self._ready and self._ready[i].fits(moving):
+        known = i in self._ready and self._made_by[i] is group["rules"]
+        if known and self._ready[i].fits(moving):
             return
         needs_hessian = any(r.needs_hessian for r in group["rules"])
         for p in moving:
@@ -336,7 +341,6 @@ FIXED = ("rules", "decoupled_weight_decay", "maximize")  # compiled in, when cha
 class _Together(NamedTuple):
     """What a compiled step takes that stays the same from one step to the next."""
 
-    rules: tuple
     params: list[Tensor]
     names: list[tuple[str, ...]]  # of each rule's buffers
     # By device and dtype: parameters, their states, a list of their buffers for each of ``names``,
@@ -347,7 +351,7 @@ class _Together(NamedTuple):
         return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
 
 
-def _together(moving: list[tuple[Tensor, dict]], rules: tuple) -> _Together | None:
+def _together(moving: list[tuple[Tensor, dict]]) -> _Together | None:
     """None if a parameter has no buffers yet."""
     if not moving or any("rules" not in state for _, state in moving):
         return None
@@ -360,7 +364,7 @@ def _together(moving: list[tuple[Tensor, dict]], rules: tuple) -> _Together | No
             state["step"] = view
         buffers = zip(*([b for r in s["rules"] for b in r.values()] for s in states))
         parts.append((list(params), list(states), list(map(list, buffers)), t))
-    return _Together(rules, [p for p, _ in moving], names, parts)
+    return _Together([p for p, _ in moving], names, parts)
 
 
 def _move_all(

@@ -355,6 +355,22 @@ def test_a_compiled_step_follows_changes_of_its_group_and_mixed_precisions():
     assert {s["step"] for s in fast.state_dict()["state"].values()} == {6}
 
 
+def test_rules_changed_after_a_load_are_not_compiled_into_the_old_buffers():
+    eager, fast = twins(hl.atmo)
+    take_steps((eager, fast), 2)
+    for optimizer in (eager, fast):
+        optimizer.load_state_dict(optimizer.state_dict())
+        (group,) = optimizer.param_groups
+        adam, sgd = group["rules"]
+        group["rules"] = (dataclasses.replace(adam, amsgrad=True), sgd)
+    take_steps((eager, fast), 4, seed=1)
+    assert_twins_agree(eager, fast)
+    group["rules"] += (hl.rules.SGD(),)
+    group["lambdas"] += (0.1,)
+    with pytest.raises(RuntimeError, match="rules were added"):
+        fast.step()
+
+
 def test_rates_and_weights_may_be_tensors():
     eager, fast = twins(hl.atmo)
     plain, _ = twins(hl.atmo)
