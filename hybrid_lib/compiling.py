@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Callable
 
@@ -13,7 +14,7 @@ class CannotCompile(RuntimeError):
     """There is no compiler on the machine, or it cannot take this function."""
 
 
-def compiled(function: Callable, what: str, **options) -> Callable:
+def compiled(function: Callable, what: str, unchecked: str = "", **options) -> Callable:
     """``function``, compiled at its first call; it must not branch on the values of tensors.
 
     Tensors may change between calls, but not their shapes, dtypes, devices or strides: a call
@@ -22,6 +23,8 @@ def compiled(function: Callable, what: str, **options) -> Callable:
     Args:
         function: takes and returns tensors, in lists, tuples and dicts as it likes.
         what: names the function in errors, as in "the optimizer's step".
+        unchecked: the argument whose tensors the caller promises to be the same, or alike, unless
+            other arguments differ as well; a call checks hundreds of tensors otherwise.
         options: of torch's inductor.
 
     Raises:
@@ -32,6 +35,13 @@ def compiled(function: Callable, what: str, **options) -> Callable:
         function.__code__.replace(), function.__globals__, function.__name__,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
+    if unchecked and hasattr(
+        torch.compiler, "keep_tensor_guards_unsafe"
+    ):  # torch can leave some out
+        theirs = re.compile(rf"(L\[')?{unchecked}\b")
+        options["guard_filter_fn"] = lambda guards: [
+            not (g.guard_type == "TENSOR_MATCH" and theirs.match(g.name)) for g in guards
+        ]
     fast = torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(function)

@@ -164,22 +164,31 @@ class Hybrid(Optimizer):
 
         fresh = {} if hess_diag is None else self._matched(list(hess_diag))
         moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        for i, group in enumerate(self.param_groups):
-            self._check_ready(i, group, moving[i], fresh)
+        ready = [self._known(i, params) for i, params in enumerate(moving)]
+        for group, params, known in zip(self.param_groups, moving, ready):
+            self._check_ready(group, params, fresh, known is not None)
         for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
             self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
         for i, group in enumerate(self.param_groups):
-            ready = self._ready.pop(i, None)  # an eager step would leave its counts behind
+            self._ready.pop(i, None)  # an eager step would leave its counts behind
             if group["compile"] and self._made_by.get(i) is group["rules"]:
-                if ready is None or not ready.fits(moving[i]):
-                    ready = _together([(p, self.state[p]) for p in moving[i]])
-                if ready is not None:
-                    self._move_fused(ready, group)
-                    self._ready[i] = ready
+                together = ready[i] or _together([(p, self.state[p]) for p in moving[i]])
+                if together is not None:
+                    self._move_fused(together, group)
+                    self._ready[i] = together
                     continue
             self._move_each(moving[i], group)  # the first step makes what a compiled one must find
             self._made_by[i] = group["rules"]
         return loss
+
+    def _known(self, i: int, moving: list[Tensor]) -> _Together | None:
+        """What the last compiled step of group i found, if it would find the same now."""
+        ready = self._ready.get(i)
+        if ready is None or self._made_by[i] is not self.param_groups[i]["rules"]:
+            return None
+        same = len(moving) == len(ready.params) and all(map(operator.is_, moving, ready.params))
+        same = same and all(map(operator.is_, map(self.state.get, moving), ready.states))
+        return ready if same else None
 
     def _move_each(self, params: list[Tensor], group: dict) -> None:
         η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
@@ -192,18 +201,19 @@ class Hybrid(Optimizer):
     def _move_fused(self, ready: _Together, group: dict) -> None:
         """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
         η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
-        for params, states, buffers, t in ready.parts:
-            t.add_(1)
+        for params, states, buffers, layouts, t in ready.parts:
             tensor = functools.partial(_on, t.device, t.dtype)
             diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
             self._fused(
-                params, [p.grad for p in params], diagonals, buffers, ready.names, t,
-                _corrections(group["rules"], t), tensor(η), [tensor(λi) for λi in λ], *fixed,
+                params, [p.grad for p in params], diagonals, buffers, layouts, ready.names, t,
+                tensor(η), [tensor(λi) for λi in λ], *fixed,
             )  # fmt: skip
 
     @functools.cached_property
     def _fused(self) -> Callable:
-        return compiled(_move_all, "the optimizer's step")
+        # Store what several weights need, such as 1 - β^t; sizes were checked before the call.
+        how = {"realize_reads_threshold": 0, "size_asserts": False}
+        return compiled(_move_all, "the optimizer's step", unchecked="buffers", **how)
 
     @staticmethod
     def _move(
@@ -252,7 +262,7 @@ class Hybrid(Optimizer):
         return {p: D for p, D in zip(params, hess_diag) if D is not None and p in needing}
 
     def _check_ready(
-        self, i: int, group: dict, moving: list[Tensor], fresh: dict[Tensor, Tensor]
+        self, group: dict, moving: list[Tensor], fresh: dict[Tensor, Tensor], known: bool
     ) -> None:
         _check_rates(group)
         for p in moving:
@@ -261,8 +271,7 @@ class Hybrid(Optimizer):
                     f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
                     "use dense gradients (for an embedding: sparse=False)"
                 )
-        known = i in self._ready and self._made_by[i] is group["rules"]
-        if known and self._ready[i].fits(moving):
+        if known:
             return
         needs_hessian = any(r.needs_hessian for r in group["rules"])
         for p in moving:
@@ -342,13 +351,11 @@ class _Together(NamedTuple):
     """What a compiled step takes that stays the same from one step to the next."""
 
     params: list[Tensor]
+    states: list[dict]
     names: list[tuple[str, ...]]  # of each rule's buffers
     # By device and dtype: parameters, their states, a list of their buffers for each of ``names``,
-    # and their counts of steps as one vector, of which each state's is a view.
-    parts: list[tuple[list[Tensor], list[dict], list[list[Tensor]], Tensor]]
-
-    def fits(self, params: list[Tensor]) -> bool:
-        return len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+    # how those lie in memory, and the counts of steps as one vector; each state's is a view of it.
+    parts: list[tuple[list[Tensor], list[dict], list[list[Tensor]], str, Tensor]]
 
 
 def _together(moving: list[tuple[Tensor, dict]]) -> _Together | None:
@@ -362,18 +369,22 @@ def _together(moving: list[tuple[Tensor, dict]]) -> _Together | None:
         t = torch.stack([_on(*kind, state["step"]) for state in states])
         for state, view in zip(states, t.unbind()):
             state["step"] = view
-        buffers = zip(*([b for r in s["rules"] for b in r.values()] for s in states))
-        parts.append((list(params), list(states), list(map(list, buffers)), t))
-    return _Together([p for p, _ in moving], names, parts)
+        buffers = [[b for r in s["rules"] for b in r.values()] for s in states]
+        layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for of in buffers for b in of])
+        parts.append((list(params), list(states), list(map(list, zip(*buffers))), layouts, t))
+    return _Together(*map(list, zip(*moving)), names, parts)
 
 
 def _move_all(
-    params, grads, diagonals, buffers, names, t, corrections, η, λ, rules, γ, maximize
+    params, grads, diagonals, buffers, layouts, names, t, η, λ, rules, γ, maximize
 ) -> None:
+    assert layouts  # read, so that a call with others compiles anew: checked in the buffers' place
+    t.add_(1)
+    corrections = _corrections(rules, t)
     for i, (w, g) in enumerate(zip(params, grads)):
         mine = iter([of_name[i] for of_name in buffers])
         named = [dict(zip(of_rule, mine)) for of_rule in names]
-        known = {β: correction[i] for β, correction in corrections.items()}
+        known = {key: correction[i] for key, correction in corrections.items()}
         D = diagonals[i] if diagonals else None
         Hybrid._move(w, g, D, named, t[i], η, λ, rules, γ, maximize, known)
 
@@ -384,13 +395,14 @@ def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
     return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
 
 
-def _corrections(rules: tuple, t: Tensor) -> dict[float, Tensor]:
-    """1 - β^t for all steps t at once, by β; fused, each would be computed for every weight.
+def _corrections(rules: tuple, t: Tensor) -> dict[tuple[float, float], Tensor]:
+    """(1 - β^t)^power for all counts of steps t at once, by (β, power).
 
     By expm1, since in float32 β^t has lost the digits that the difference needs.
     """
     betas = {β for r in rules for β in getattr(r, "betas", ())}
-    return {β: -torch.expm1(t * math.log(β)) if β else torch.ones_like(t) for β in betas}
+    biases = {β: -torch.expm1(t * math.log(β)) if β else torch.ones_like(t) for β in betas}
+    return {(β, power): c**power for β, c in biases.items() for power in rule.POWERS}
 
 
 def _weighed(λ: Number, d: Tensor) -> Number:

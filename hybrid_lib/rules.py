@@ -29,13 +29,14 @@ class Seen(NamedTuple):
         w: the weights, before this step.
         g: the gradient of the loss at ``w`` (already negated where the loss is maximised).
         hess_diag: an estimate of the diagonal of the Hessian at ``w``, or None if no rule asked.
-        corrections: 1 - beta^t by beta, where they are known: a compiled step computes them once.
+        corrections: (1 - beta^t)^power by (beta, power), each of POWERS, where they are known: a
+            compiled step computes them once, and not for every weight.
     """
 
     w: Tensor
     g: Tensor
     hess_diag: Tensor | None = None
-    corrections: Mapping[float, Tensor] | None = None
+    corrections: Mapping[tuple[float, float], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,9 @@ class Adam:
         beta1, beta2 = self.betas
         g = _with_l2(seen, self.weight_decay)
         m, v = _moments(buffers, g, g, self.betas)
-        root = (
-            _second_moment(buffers, v, self.amsgrad).sqrt().div_(_correction(beta2, t, seen) ** 0.5)
-        )
-        return m / root.add_(self.eps), lr / _correction(beta1, t, seen)
+        root = _second_moment(buffers, v, self.amsgrad).sqrt()
+        root.mul_(_correction(beta2, t, seen, -0.5))
+        return m / root.add_(self.eps), lr * _correction(beta1, t, seen, -1)
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,10 @@ class Padam:
         root = _second_moment(buffers, v, self.amsgrad).sqrt()
         step_size = lr
         if self.bias_correction == "released":
-            step_size = lr * _correction(beta2, t, seen) ** 0.5 / _correction(beta1, t, seen)
+            step_size = lr * _correction(beta2, t, seen, 0.5) * _correction(beta1, t, seen, -1)
         elif self.bias_correction == "consistent":
-            root.div_(_correction(beta2, t, seen) ** 0.5)
-            step_size = lr / _correction(beta1, t, seen)
+            root.mul_(_correction(beta2, t, seen, -0.5))
+            step_size = lr * _correction(beta1, t, seen, -1)
         return m / root.add_(self.eps).pow_(2 * self.partial), step_size
 
 
@@ -255,8 +255,8 @@ class AdaHessian:
         if self.spatial_average is not None:
             D = spatial_average(D if self.signed_average else D.abs(), self.spatial_average)
         m, v = _moments(buffers, seen.g, D, self.betas)
-        scale = v.div(_correction(beta2, t, seen)).pow_(self.hessian_power / 2)
-        return m / scale.add_(self.eps), lr / _correction(beta1, t, seen)
+        scale = v.mul(_correction(beta2, t, seen, -1)).pow_(self.hessian_power / 2)
+        return m / scale.add_(self.eps), lr * _correction(beta1, t, seen, -1)
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
@@ -298,9 +298,14 @@ def _moments(buffers: dict, first: Tensor, second: Tensor, betas: tuple[float, f
     return m, v
 
 
-def _correction(beta: float, t: Number, seen: Seen) -> Number:
-    """1 - beta^t, the bias of a moving average that started at zero."""
-    return (seen.corrections or {}).get(beta, 1 - beta**t)
+POWERS = (-1, -0.5, 0.5)  # of corrections, that rules ask for
+
+
+def _correction(beta: float, t: Number, seen: Seen, power: float) -> Number:
+    """(1 - beta^t)^power: 1 - beta^t is the bias of a moving average that started at zero."""
+    if seen.corrections is None:
+        return (1 - beta**t) ** power
+    return seen.corrections[beta, power]
 
 
 def _second_moment(buffers: dict, v: Tensor, amsgrad: bool) -> Tensor:
