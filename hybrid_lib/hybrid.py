@@ -201,11 +201,12 @@ class Hybrid(Optimizer):
     def _move_fused(self, ready: _Together, group: dict) -> None:
         """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
         η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
+        betas = tuple({β for r in group["rules"] for β in getattr(r, "betas", ())})
         for params, states, buffers, layouts, t in ready.parts:
             tensor = functools.partial(_on, t.device, t.dtype)
             diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
             self._fused(
-                params, [p.grad for p in params], diagonals, buffers, layouts, ready.names, t,
+                params, [p.grad for p in params], diagonals, buffers, layouts, t, betas,
                 tensor(η), [tensor(λi) for λi in λ], *fixed,
             )  # fmt: skip
 
@@ -352,41 +353,42 @@ class _Together(NamedTuple):
 
     params: list[Tensor]
     states: list[dict]
-    names: list[tuple[str, ...]]  # of each rule's buffers
-    # By device and dtype: parameters, their states, a list of their buffers for each of ``names``,
-    # how those lie in memory, and the counts of steps as one vector; each state's is a view of it.
-    parts: list[tuple[list[Tensor], list[dict], list[list[Tensor]], str, Tensor]]
+    # By device and dtype: parameters, their states, each rule's buffers (lists by name), how those
+    # lie in memory, and the counts of steps as one vector; each state's is a view of it.
+    parts: list[tuple[list[Tensor], list[dict], list[dict[str, list[Tensor]]], str, Tensor]]
 
 
 def _together(moving: list[tuple[Tensor, dict]]) -> _Together | None:
     """None if a parameter has no buffers yet."""
     if not moving or any("rules" not in state for _, state in moving):
         return None
-    names = [tuple(buffers) for buffers in moving[0][1]["rules"]]
     parts = []
     for kind in dict.fromkeys((p.device, _state_dtype(p)) for p, _ in moving):
         params, states = zip(*(ps for ps in moving if (ps[0].device, _state_dtype(ps[0])) == kind))
         t = torch.stack([_on(*kind, state["step"]) for state in states])
         for state, view in zip(states, t.unbind()):
             state["step"] = view
-        buffers = [[b for r in s["rules"] for b in r.values()] for s in states]
-        layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for of in buffers for b in of])
-        parts.append((list(params), list(states), list(map(list, zip(*buffers))), layouts, t))
-    return _Together(*map(list, zip(*moving)), names, parts)
+        buffers = [
+            {name: [state["rules"][j][name] for state in states] for name in first}
+            for j, first in enumerate(states[0]["rules"])
+        ]
+        every = [b for of_rule in buffers for of_name in of_rule.values() for b in of_name]
+        layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for b in every])
+        parts.append((list(params), list(states), buffers, layouts, t))
+    return _Together(*map(list, zip(*moving)), parts)
 
 
 def _move_all(
-    params, grads, diagonals, buffers, layouts, names, t, η, λ, rules, γ, maximize
+    params, grads, diagonals, buffers, layouts, t, betas, η, λ, rules, γ, maximize
 ) -> None:
     assert layouts  # read, so that a call with others compiles anew: checked in the buffers' place
     t.add_(1)
-    corrections = _corrections(rules, t)
+    corrections = _corrections(betas, t)
     for i, (w, g) in enumerate(zip(params, grads)):
-        mine = iter([of_name[i] for of_name in buffers])
-        named = [dict(zip(of_rule, mine)) for of_rule in names]
+        mine = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
         known = {key: correction[i] for key, correction in corrections.items()}
         D = diagonals[i] if diagonals else None
-        Hybrid._move(w, g, D, named, t[i], η, λ, rules, γ, maximize, known)
+        Hybrid._move(w, g, D, mine, t[i], η, λ, rules, γ, maximize, known)
 
 
 def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
@@ -395,12 +397,11 @@ def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
     return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
 
 
-def _corrections(rules: tuple, t: Tensor) -> dict[tuple[float, float], Tensor]:
+def _corrections(betas: tuple[float, ...], t: Tensor) -> dict[tuple[float, float], Tensor]:
     """(1 - β^t)^power for all counts of steps t at once, by (β, power).
 
     By expm1, since in float32 β^t has lost the digits that the difference needs.
     """
-    betas = {β for r in rules for β in getattr(r, "betas", ())}
     biases = {β: -torch.expm1(t * math.log(β)) if β else torch.ones_like(t) for β in betas}
     return {(β, power): c**power for β, c in biases.items() for power in rule.POWERS}
 
