@@ -35,9 +35,8 @@ def compiled(function: Callable, what: str, unchecked: str = "", **options) -> C
         function.__code__.replace(), function.__globals__, function.__name__,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
-    if unchecked and hasattr(
-        torch.compiler, "keep_tensor_guards_unsafe"
-    ):  # torch can leave some out
+    filters = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # from torch 2.8
+    if unchecked and filters:
         theirs = re.compile(rf"(L\[')?{unchecked}\b")
         options["guard_filter_fn"] = lambda guards: [
             not (g.guard_type == "TENSOR_MATCH" and theirs.match(g.name)) for g in guards

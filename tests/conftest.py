@@ -3,7 +3,8 @@
 import os
 import signal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+# Read when torch is imported. Sums round otherwise with more threads, so no other number will do.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Started in the background of a script, a process ignores Ctrl-C, and so do its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
