@@ -68,7 +68,7 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
     monkeypatch.setattr(train, "SCALES", {"paper": small})
     monkeypatch.setattr(train, "ORDER", ("sgd", "adasgd"))
     monkeypatch.setattr(train, "TABLE", ("sgd", "adasgd"))
-    audit = ("adasgd", "clean", 0, "-decay-in-both", {"weight_decay_in": "both"})
+    audit = ("adasgd", "clean", "-decay-in-both", {"weight_decay_in": "both"})
     monkeypatch.setattr(train, "audits", lambda shorter: iter([audit]))
     monkeypatch.setattr(data, "PROJECT", tmp_path)
     command = ["--archive", str(archive), "--seeds", "1", "--device", "cpu"]
@@ -88,7 +88,7 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
     published(tmp_path, monkeypatch)
     archive.unlink()  # unpacked once is enough
     assert train.main([*command, "--list"]) == 0
-    assert capsys.readouterr().out.count("has begun") == 5
+    assert capsys.readouterr().out.count("complete ") == 5
 
 
 def published(tmp_path, monkeypatch):

@@ -50,7 +50,10 @@ def publish(source: Path, target: Path) -> None:
 
 
 def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataFrame:
-    """Each audit beside the row that it changes: the setting, and both last accuracies."""
+    """Each audit beside the row that it changes: the setting, and both last accuracies.
+
+    Means over the seeds that both have, and the standard deviation of their differences.
+    """
     of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h for h in rows}
     table = []
     for h in audited:
@@ -62,17 +65,20 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
         before, after = asdict(row.experiment), asdict(e)
         changed = [f"{k}: {before[k]} → {v}" for k, v in after.items()
                    if v != before[k] and k != "name"]  # fmt: skip
-        report = plots.paper("table3")["test_accuracy"]
         table.append(
             {
                 "method": row.label, "protocol": e.protocol, "changed": "; ".join(changed),
-                "report": report[name],
+                "report": plots.paper("table3")["test_accuracy"][name],
                 "row": row.final["test_accuracy"], "audit": h.final["test_accuracy"],
-                "difference": h.final["test_accuracy"] - row.final["test_accuracy"],
                 "row's best": row.best["test_accuracy"], "audit's best": h.best["test_accuracy"],
             }
         )  # fmt: skip
-    return pd.DataFrame(table)
+    each = pd.DataFrame(table)
+    each.insert(6, "difference", each["audit"] - each["row"])
+    of_setting = each.groupby(["method", "protocol", "changed"], sort=False)
+    means = of_setting.mean()
+    means.insert(4, "± difference", of_setting["difference"].std())
+    return means.assign(seeds=of_setting.size()).reset_index()
 
 
 def markdown(table: pd.DataFrame, digits: int = 4) -> str:

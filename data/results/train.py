@@ -14,6 +14,7 @@ one of them trains is left alone by the other. ``publish.py`` turns OUT into wha
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tarfile
 import time
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from hybrid_lib import EXPERIMENTS, Experiment, data, run
+from hybrid_lib import EXPERIMENTS, Experiment, History, data, run
 from hybrid_lib.study import TABLE
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +41,8 @@ def matrix(
 ) -> Iterator[tuple[str, Experiment]]:
     """(folder, experiment), the most informative first.
 
-    Both protocols with one seed, then the audit of the report's hidden settings, then more seeds.
+    Both protocols and the audit of the report's hidden settings with one seed, then both again,
+    with the others.
     """
     changes = dict(SCALES[scale])
     shorter = changes.pop("shorter")
@@ -54,32 +56,32 @@ def matrix(
         return f"{folder}/{e.name}-seed{seed}", e
 
     assert sorted(ORDER) == sorted(TABLE)
-    for protocol in ("released", "clean"):
-        yield from (row(name, protocol, 0) for name in ORDER)
-    yield from (row(*settings, **audited) for *settings, audited in audits(shorter))
-    for seed in range(1, seeds):
-        for protocol in ("released", "clean"):
-            yield from (row(name, protocol, seed) for name in ORDER)
+    protocols = ("released", "clean")
+    rows = [(name, protocol, "", {}) for protocol in protocols for name in ORDER]
+    audited = list(audits(shorter))
+    for of_these, settings in itertools.product(([0], range(1, seeds)), (rows, audited)):
+        for seed, (name, protocol, variant, changed) in itertools.product(of_these, settings):
+            yield row(name, protocol, seed, variant, **changed)
 
 
 def audits(shorter: int) -> Iterator[tuple]:
     """The hidden settings that a claim hangs on, one changed at a time."""
     adaptive_only = {"lambda_schedule": "constant", "lambda_start": (1, 0)}
     # Was Dyn. ATMO ever dynamic? Released it moves from (1, 0) the wrong way round, or not at all.
-    yield "dyn_atmo", "released", 0, "-frozen", adaptive_only
-    yield "dyn_atmo", "released", 0, "-as-written", {"lambda_direction": "report"}
+    yield "dyn_atmo", "released", "-frozen", adaptive_only
+    yield "dyn_atmo", "released", "-as-written", {"lambda_direction": "report"}
     # The direction in which Dyn. PADAM-SGD fades.
-    yield "dyn_padam_sgd", "released", 0, "-as-written", {"lambda_direction": "report"}
-    yield "dyn_padam_sgd", "clean", 0, "-reversed", {"lambda_direction": "released"}
+    yield "dyn_padam_sgd", "released", "-as-written", {"lambda_direction": "report"}
+    yield "dyn_padam_sgd", "clean", "-reversed", {"lambda_direction": "released"}
     # The fault behind AdaHessian's .8372: resumed at epoch 146 from the weights alone.
     restarted = {"restart_epoch": 146 // shorter + (shorter > 1)}
     for protocol in ("released", "clean"):
-        yield "adahessian", protocol, 0, f"-restarted-{protocol}", restarted
+        yield "adahessian", protocol, f"-restarted-{protocol}", restarted
     # Test batches normalised by their own statistics, or by the running ones.
     for name in ("sgd", "padam_sgd", "adahessian"):
-        yield name, "released", 0, "-eval-mode", {"test_mode": "eval"}
+        yield name, "released", "-eval-mode", {"test_mode": "eval"}
     # The decay of the adaptive rule, which Algorithm 2 does not have.
-    yield "atmo", "released", 0, "-decay-in-sgd", {"weight_decay_in": "sgd"}
+    yield "atmo", "released", "-decay-in-sgd", {"weight_decay_in": "sgd"}
 
 
 def unpacked(archive: Path, where: Path) -> Path:
@@ -125,7 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         if chosen.list:
             there = (out / folder / "history.json").exists()
-            print(f"{'has begun' if there else 'to do':10s} {folder}: {experiment.epochs} epochs")
+            status, done = "to do", 0
+            if there:
+                history = History.load(out / folder)
+                status, done = history.status, len(history.rows)
+            print(f"{status:10s} {folder}: {done} of {experiment.epochs} epochs")
             continue
         if time.monotonic() > end:
             left += 1
