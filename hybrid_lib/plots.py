@@ -25,7 +25,7 @@ from plotly.subplots import make_subplots
 
 from hybrid_lib import compare, data
 from hybrid_lib.compare import by_name
-from hybrid_lib.experiments import LABELS, Experiment
+from hybrid_lib.experiments import EXPERIMENTS, LABELS, Experiment
 from hybrid_lib.history import History
 
 # Okabe and Ito's four colours with a contrast of 3:1 on white; families share one.
@@ -41,6 +41,8 @@ STYLES = {
     "adasgd": (BLUE, "dashdot"),
     "padam": (PURPLE, "dot"),
 }
+MARKERS = {"solid": "circle-open", "dash": "diamond-open", "dot": "square-open",
+           "dashdot": "triangle-up-open"}  # fmt: skip
 AXES = {
     "train_loss": "train loss (nats)",
     "test_loss": "test loss (nats)",
@@ -64,7 +66,10 @@ def paper(name: str) -> pd.DataFrame:
 
 
 def curves(histories: Sequence[History], column: str = "test_accuracy", title: str = ""):
-    """One line per method over the epochs.
+    """One line per method over the epochs, and the report's own test accuracies as markers.
+
+    Markers are drawn for CIFAR-10 and copies of it: at the report's epochs where runs have its
+    length; else at theirs in proportion, and hidden until the legend's entry is clicked.
 
     Args:
         histories: any number of methods and seeds, all on one data set.
@@ -77,13 +82,15 @@ def curves(histories: Sequence[History], column: str = "test_accuracy", title: s
     figure = go.Figure()
     for name, group in by_name(histories).items():
         _add_lines(figure, name, group, column)
+    if column == "test_accuracy":
+        _add_report(figure, histories)
     _epoch_axis(figure, histories)
     figure.update_yaxes(title_text=AXES.get(column, column))
     return finished(figure, f"{title or AXES.get(column, column)}, {subject(histories)}")
 
 
 def panels(histories: Sequence[History]):
-    """Figure 1: loss and accuracy, training and test, of every method."""
+    """Figure 1: loss and accuracy, training and test, of every method; markers as in curves()."""
     columns = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     figure = make_subplots(2, 2, shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.13)
     for i, column in enumerate(columns):
@@ -93,6 +100,7 @@ def panels(histories: Sequence[History]):
         figure.update_yaxes(title_text=AXES[column], row=row, col=col)
         if column.endswith("loss"):
             figure.update_yaxes(type="log", nticks=6, tickformat="~g", row=row, col=col)
+    _add_report(figure, histories, row=2, col=2)
     _epoch_axis(figure, histories, row=2)
     return finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)
 
@@ -350,7 +358,7 @@ def show(figure) -> None:
     if watched():
         figure.show()
         return
-    still = go.Figure(figure).update_layout(width=900)
+    still = without_hidden(figure).update_layout(width=900)
     bundle = {"application/vnd.plotly.v1+json": json.loads(_light(still).to_json())}
     try:
         with warnings.catch_warnings():
@@ -364,6 +372,11 @@ def show(figure) -> None:
         image.save(small, "png", optimize=True)
         bundle["image/png"] = base64.b64encode(small.getvalue()).decode("ascii")
     display(bundle, raw=True)
+
+
+def without_hidden(figure) -> go.Figure:
+    """A copy for where nobody can click: what waits for a click in the legend is left out."""
+    return go.Figure([t for t in figure.data if t.visible != "legendonly"], figure.layout)
 
 
 def _light(figure: go.Figure) -> go.Figure:
@@ -450,6 +463,25 @@ def _add_lines(figure, name, group, column, row=None, col=None, legend=True) -> 
         line={"color": colour, "dash": dash, "width": 2}, legendgroup=name, showlegend=legend,
         hovertemplate="epoch %{x}: %{y:.4f}<extra>" + label + "</extra>", **where,
     )  # fmt: skip
+
+
+def _add_report(figure, histories: Sequence[History], **where) -> None:
+    """The report's test accuracies on CIFAR-10, where ``histories`` are of the same data set."""
+    if any(h.dataset.partition(" (")[0] != "CIFAR-10" for h in histories):
+        return
+    points = dict(list(paper("milestones").groupby("optimizer")))
+    found = {name: group[0] for name, group in by_name(histories).items() if name in points}
+    same = all(h.experiment.epochs == EXPERIMENTS[name].epochs for name, h in found.items())
+    for i, (name, h) in enumerate(found.items()):
+        shrunk = h.experiment.epochs / EXPERIMENTS[name].epochs
+        colour, dash = _style(name)
+        figure.add_scatter(
+            x=points[name]["epoch"] * shrunk, y=points[name]["test_accuracy"], mode="markers",
+            name="report (CIFAR-10)" if same else "report (CIFAR-10),<br>epochs in proportion",
+            marker={"color": colour, "symbol": MARKERS[dash], "size": 7}, legendgroup="report",
+            showlegend=i == 0, visible=True if same else "legendonly",
+            hovertemplate=f"epoch %{{x}}: %{{y}}<extra>report, {h.label}</extra>", **where,
+        )  # fmt: skip
 
 
 def _epoch_axis(figure, histories: Sequence[History], **where) -> None:

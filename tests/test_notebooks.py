@@ -240,7 +240,12 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path, monkeypatch):
     """The largest: eight methods, three seeds, hundreds of epochs, which are made up here."""
     rng = random.Random(0)
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    seen = {"dataset": "Made up", "device_name": "none", "train_images": 9, "test_images": 9}
+    seen = {
+        "dataset": "CIFAR-10 (made up)",
+        "device_name": "none",
+        "train_images": 9,
+        "test_images": 9,
+    }
     for e in plan("paper", "cifar10", seeds=range(3)):
         rows = [
             {"epoch": i, "lr": e.lr, "lambdas": (), "train_seconds": 38, "test_seconds": 3}

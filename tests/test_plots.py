@@ -176,6 +176,29 @@ def test_the_four_panels_show_their_own_columns_and_one_legend():
     assert [trace.showlegend for trace in figure.data].count(True) == 1
 
 
+@pytest.mark.parametrize("make", [plots.curves, plots.panels])
+def test_the_report_s_accuracies_are_marked_on_cifar10(make):
+    copy = "CIFAR-10 (JPEG copy)"
+    full = [history(name, dataset=copy) for name in ("sgd", "adahessian")]
+    sgd, adahessian = [t for t in make(full).data if t.legendgroup == "report"]
+    assert (sgd.visible, sgd.showlegend, adahessian.showlegend) == (True, True, False)
+    assert dict(zip(sgd.x, sgd.y))[350] == 0.8539
+    assert dict(zip(adahessian.x, adahessian.y))[160] == 0.8372
+    assert plots.without_hidden(make(full)) == make(full)
+
+    tenth = [History(h.experiment.scaled(h.experiment.epochs // 10), h.rows, h.environment)
+             for h in full]  # fmt: skip
+    sgd, adahessian = [t for t in make(tenth).data if t.legendgroup == "report"]
+    assert (sgd.x[-1], sgd.visible, adahessian.visible) == (35, "legendonly", "legendonly")
+    assert "in proportion" in sgd.name
+    assert not [t for t in plots.without_hidden(make(tenth)).data if t.legendgroup == "report"]
+
+    for other in ("Some images", "CIFAR-100"):
+        figure = make([history(dataset=other)])
+        assert not [t for t in figure.data if t.legendgroup == "report"]
+    assert not [t for t in plots.curves(full, "test_loss").data if t.legendgroup == "report"]
+
+
 def test_the_seconds_are_medians_without_the_first_epoch():
     runs = [
         history("sgd", train_seconds=[9, 1, 3], test_seconds=[9, 1, 1]),

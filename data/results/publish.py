@@ -130,8 +130,9 @@ def render(folder: Path) -> list[Path]:
             "### The report's claims", markdown(claims.table(found).reset_index(drop=True)),
         ]  # fmt: skip
         picture = folder / f"{protocol}.png"
-        figure = plots.panels(found).update_layout(paper_bgcolor="white", plot_bgcolor="white")
-        figure.update_layout(title_text=f"{figure.layout.title.text}, {protocol} protocol<br>"
+        figure = plots.without_hidden(plots.panels(found))
+        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white",
+                             title_text=f"{figure.layout.title.text}, {protocol} protocol<br>"
                              f"<sup>{_sizes(found)}</sup>")  # fmt: skip
         figure.write_image(picture, width=1000, height=700)
         written.append(picture)
