@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import types
 from collections.abc import Callable
@@ -41,20 +42,30 @@ def compiled(function: Callable, what: str, unchecked: str = "", **options) -> C
         options["guard_filter_fn"] = lambda guards: [
             not (g.guard_type == "TENSOR_MATCH" and theirs.match(g.name)) for g in guards
         ]
-    fast = torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    fast = None
 
     @functools.wraps(function)
     def call(*args):
+        nonlocal fast
         try:
+            if fast is None:
+                fast = _torch_compiled(own, options)
             return fast(*args)
         except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            module = type(error).__module__
+            if fast and not module.startswith(("torch._dynamo", "torch._inductor")):
                 raise  # not the compiler's: out of memory, say
             cause = getattr(error, "inner_exception", error)
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
             reason = f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"
             raise CannotCompile(
-                f"{what} cannot be compiled here ({reason}); do without, or install what is missing"
+                f"{what} cannot be compiled here ({reason}); do without, or mend that"
             ) from error
 
     return call
+
+
+def _torch_compiled(function: Callable, options: dict) -> Callable:
+    if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
+        raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)

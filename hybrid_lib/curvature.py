@@ -32,7 +32,8 @@ def hessian_diagonal(
     Args:
         loss: a scalar, computed from ``params`` by operations that differentiate twice, whose
             gradient is then differentiated backwards again. Or a function of the parameters that
-            answers (scalar, other) and writes nothing: :func:`forward_over_reverse` takes it.
+            answers (scalar, other) and writes nothing: :func:`forward_over_reverse` takes it, once
+            per probe, so what it draws at random (dropout) is drawn anew for each.
         params: the tensors to differentiate by, read once.
         n_samples: probes to average, at least 1; each costs about two gradients.
         generator: where probes are drawn from, on the parameters' device; None: the global one.
@@ -43,7 +44,8 @@ def hessian_diagonal(
         Of a function ``(grads, diag, other)``, with gradient 0 where it does not depend.
 
     Raises:
-        ValueError: for ``n_samples`` below 1 or a loss that is not a scalar.
+        ValueError: for ``n_samples`` below 1 or a loss that is not a scalar (of a function:
+            torch's RuntimeError).
         TypeError: if ``params`` is a single tensor.
 
     Reference: Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007.
@@ -63,7 +65,8 @@ def hessian_diagonal(
         raise ValueError(f"n_samples={n_samples!r}: at least 1")
     if callable(loss):
         probes = [rademacher(params, generator) for _ in range(n_samples)]
-        return forward_over_reverse(loss, [p.detach() for p in params], probes)
+        with torch.no_grad():  # of other tensors that the function uses
+            return forward_over_reverse(loss, [p.detach() for p in params], probes)
     if loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
 
@@ -119,9 +122,10 @@ def forward_over_reverse(
     sums = None
     for z in probes:  # a compiler sees that the gradient is the same every time
         grads, Hz, other = torch.func.jvp(gradient, (params,), (list(z),), has_aux=True)
-        terms = [zi * h for zi, h in zip(z, Hz)]
+        # Summed in at least float32: in bfloat16 many small terms would be lost.
+        terms = [(zi * h).to(torch.promote_types(h.dtype, torch.float32)) for zi, h in zip(z, Hz)]
         sums = terms if sums is None else [s + term for s, term in zip(sums, terms)]
-    return grads, [s / len(probes) for s in sums], other
+    return grads, [(s / len(probes)).to(h.dtype) for s, h in zip(sums, Hz)], other
 
 
 def rademacher(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:

@@ -11,6 +11,7 @@ not the sum of the rules' own steps. :class:`Hybrid` is that line; :func:`atmo`,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -98,12 +99,14 @@ class Hybrid(Optimizer):
         super().__init__(params, defaults)
         self._ready: dict[int, _Together] = {}  # by group: what its compiled step found
         self._made_by: dict[int, tuple] = {}  # by group: the rules that made its buffers
+        self._compiled: dict[tuple, Callable] = {}  # by group and its moving parameters
 
     def __setstate__(self, state: dict) -> None:
         """Of a copy, or of a loaded state: the buffers are others now."""
         super().__setstate__(state)
         self._ready = {}
         self._made_by = {i: group["rules"] for i, group in enumerate(self.param_groups)}
+        self._compiled = {}
 
     @property
     def needs_hessian(self) -> bool:
@@ -168,11 +171,18 @@ class Hybrid(Optimizer):
         for group, params, known in zip(self.param_groups, moving, ready):
             self._check_ready(group, params, fresh, known is not None)
         for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
-            self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
+            kept = self.state[p].get("hess_diag")
+            if kept is not None and kept.device == D.device and kept.dtype == _state_dtype(p):
+                kept.copy_(D)  # where a captured step finds it
+            else:
+                self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
         for i, group in enumerate(self.param_groups):
             self._ready.pop(i, None)  # an eager step would leave its counts behind
             if group["compile"] and self._made_by.get(i) is group["rules"]:
-                together = ready[i] or _together([(p, self.state[p]) for p in moving[i]])
+                states = [self.state[p] for p in moving[i]]
+                together = ready[i]
+                if together is None and _has_all(moving[i], states, group):
+                    together = self._together(i, moving[i], states)
                 if together is not None:
                     self._move_fused(together, group)
                     self._ready[i] = together
@@ -187,34 +197,55 @@ class Hybrid(Optimizer):
         if ready is None or self._made_by[i] is not self.param_groups[i]["rules"]:
             return None
         same = len(moving) == len(ready.params) and all(map(operator.is_, moving, ready.params))
-        same = same and all(map(operator.is_, map(self.state.get, moving), ready.states))
-        return ready if same else None
+        if same and all(map(operator.is_, map(self.state.get, moving), ready.states)):
+            held = _held(ready.states)
+            same = len(held) == len(ready.held) and all(map(operator.is_, held, ready.held))
+            return ready if same else None
+        return None
 
     def _move_each(self, params: list[Tensor], group: dict) -> None:
-        η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
+        η, λ, rules = group["lr"], group["lambdas"], group["rules"]
+        γ, maximize = group["decoupled_weight_decay"], group["maximize"]
         for w in params:
             state = self.state[w]
             state["step"] = t = int(state.get("step", 0)) + 1
-            buffers = state.setdefault("rules", [{} for _ in group["rules"]])
-            self._move(w, w.grad, state.get("hess_diag"), buffers, t, η, λ, *fixed)
+            buffers = state.setdefault("rules", [{} for _ in rules])
+            self._move(w, w.grad, state.get("hess_diag"), buffers, t, η, λ, rules, γ, maximize)
 
     def _move_fused(self, ready: _Together, group: dict) -> None:
         """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
-        η, λ, fixed = group["lr"], group["lambdas"], [group[name] for name in FIXED]
-        betas = tuple({β for r in group["rules"] for β in getattr(r, "betas", ())})
-        for params, states, buffers, layouts, t in ready.parts:
+        η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+        rules, maximize = group["rules"], group["maximize"]
+        betas = tuple({β for r in rules for β in getattr(r, "betas", ())})
+        for params, states, buffers, layouts, t, move in ready.parts:
             tensor = functools.partial(_on, t.device, t.dtype)
             diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
-            self._fused(
+            move(
                 params, [p.grad for p in params], diagonals, buffers, layouts, t, betas,
-                tensor(η), [tensor(λi) for λi in λ], *fixed,
+                tensor(η), [tensor(λi) for λi in λ], rules, tensor(γ) if γ != 0 else 0, maximize,
             )  # fmt: skip
 
-    @functools.cached_property
-    def _fused(self) -> Callable:
-        # Store what several weights need, such as 1 - β^t; sizes were checked before the call.
-        how = {"realize_reads_threshold": 0, "size_asserts": False}
-        return compiled(_move_all, "the optimizer's step", unchecked="buffers", **how)
+    def _together(self, i: int, params: list[Tensor], states: list[dict]) -> _Together:
+        """Group i as its compiled step takes it, with a step compiled for just these parameters."""
+        parts = []
+        kinds = [(p.device, _state_dtype(p)) for p in params]
+        for kind in dict.fromkeys(kinds):
+            of_kind = [k == kind for k in kinds]
+            ps = list(itertools.compress(params, of_kind))
+            some = list(itertools.compress(states, of_kind))
+            t = torch.stack([_on(*kind, state["step"]) for state in some])
+            for state, view in zip(some, t.unbind()):
+                state["step"] = view
+            buffers = [
+                {name: [state["rules"][j][name] for state in some] for name in first}
+                for j, first in enumerate(some[0]["rules"])
+            ]
+            every = [b for of_rule in buffers for of_name in of_rule.values() for b in of_name]
+            layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for b in every])
+            # torch compiles one function for a few kinds of arguments only, and then gives up.
+            move = self._compiled.setdefault((i, *map(id, ps)), _compiled_step())
+            parts.append((ps, some, buffers, layouts, t, move))
+        return _Together(params, states, _held(states), parts)
 
     @staticmethod
     def _move(
@@ -230,7 +261,7 @@ class Hybrid(Optimizer):
 
         d_merged = sum(_weighed(λi, d) for λi, (d, _) in zip(λ, answers))
         η_merged = sum(λi * ηi for λi, (_, ηi) in zip(λ, answers))
-        if γ != 0:
+        if isinstance(γ, Tensor) or γ != 0:
             x.mul_(1 - η * γ)
         x.sub_(η_merged * d_merged)
         if x is not w:
@@ -345,37 +376,48 @@ class Hybrid(Optimizer):
                 self.state[p] = _copied(state_dict["state"][key], p)
 
 
-FIXED = ("rules", "decoupled_weight_decay", "maximize")  # compiled in, when changed compiled again
-
-
 class _Together(NamedTuple):
     """What a compiled step takes that stays the same from one step to the next."""
 
     params: list[Tensor]
     states: list[dict]
+    held: list  # in those states, when they were looked at
     # By device and dtype: parameters, their states, each rule's buffers (lists by name), how those
-    # lie in memory, and the counts of steps as one vector; each state's is a view of it.
-    parts: list[tuple[list[Tensor], list[dict], list[dict[str, list[Tensor]]], str, Tensor]]
+    # lie in memory, the counts of steps as one vector (each state's is a view of it), and the step.
+    parts: list[
+        tuple[list[Tensor], list[dict], list[dict[str, list[Tensor]]], str, Tensor, Callable]
+    ]
 
 
-def _together(moving: list[tuple[Tensor, dict]]) -> _Together | None:
-    """None if a parameter has no buffers yet."""
-    if not moving or any("rules" not in state for _, state in moving):
-        return None
-    parts = []
-    for kind in dict.fromkeys((p.device, _state_dtype(p)) for p, _ in moving):
-        params, states = zip(*(ps for ps in moving if (ps[0].device, _state_dtype(ps[0])) == kind))
-        t = torch.stack([_on(*kind, state["step"]) for state in states])
-        for state, view in zip(states, t.unbind()):
-            state["step"] = view
-        buffers = [
-            {name: [state["rules"][j][name] for state in states] for name in first}
-            for j, first in enumerate(states[0]["rules"])
-        ]
-        every = [b for of_rule in buffers for of_name in of_rule.values() for b in of_name]
-        layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for b in every])
-        parts.append((list(params), list(states), buffers, layouts, t))
-    return _Together(*map(list, zip(*moving)), parts)
+def _held(states: list[dict]) -> list:
+    """Everything that rules left in the states; it must stay the same objects, moved in place."""
+    held = [state.get("step") for state in states]
+    for state in states:
+        for buffers in state.get("rules", ()):
+            held += buffers.values()
+    return held
+
+
+def _has_all(params: list[Tensor], states: list[dict], group: dict) -> bool:
+    """Whether every buffer is there that a step wants, so that a compiled one need not make it."""
+    if not params or any("rules" not in state for state in states):
+        return False
+    names = [[list(buffers) for buffers in state["rules"]] for state in states]
+    values = [b for state in states for buffers in state["rules"] for b in buffers.values()]
+    if any(of != names[0] for of in names) or not all(isinstance(b, Tensor) for b in values):
+        return False
+    like = functools.partial(torch.empty_like, device="meta")  # a step of shapes, without numbers
+    w, D = like(params[0].detach()), states[0].get("hess_diag")
+    wanted = [{name: like(b) for name, b in buffers.items()} for buffers in states[0]["rules"]]
+    rules, λ = group["rules"], [1.0] * len(group["rules"])
+    Hybrid._move(w, w.clone(), None if D is None else like(D), wanted, 2, 1.0, λ, rules, 0, False)
+    return [list(buffers) for buffers in wanted] == names[0]
+
+
+def _compiled_step() -> Callable:
+    # Store what several weights need, such as 1 - β^t; sizes were checked before the call.
+    how = {"realize_reads_threshold": 0, "size_asserts": False}
+    return compiled(_move_all, "the optimizer's step", unchecked="buffers", **how)
 
 
 def _move_all(
@@ -389,6 +431,10 @@ def _move_all(
         known = {key: correction[i] for key, correction in corrections.items()}
         D = diagonals[i] if diagonals else None
         Hybrid._move(w, g, D, mine, t[i], η, λ, rules, γ, maximize, known)
+        for of_rule, moved in zip(buffers, mine):
+            for name, b in moved.items():  # a rule may have put another tensor in its place
+                if b is not of_rule[name][i]:
+                    of_rule[name][i].copy_(b)
 
 
 def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:

@@ -133,13 +133,14 @@ def epochs(
         for group in optimizer.param_groups:
             group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
 
-        start = _now(device)
-        train_loss, train_accuracy = _train(
-            model, one_pass, optimizer, dataset, experiment, epoch, should_stop, layout
-        )
-        trained = _now(device)
-        test_loss, test_accuracy = _test(model, dataset, experiment, epoch, layout)
-        tested = _now(device)
+        with _tf32(experiment, device):
+            start = _now(device)
+            train_loss, train_accuracy = _train(
+                model, one_pass, optimizer, dataset, experiment, epoch, should_stop, layout
+            )
+            trained = _now(device)
+            test_loss, test_accuracy = _test(model, dataset, experiment, epoch, layout)
+            tested = _now(device)
 
         rows.append(
             {
@@ -242,19 +243,20 @@ def step_seconds(
     y = dataset.train_labels[: experiment.batch_size]
     parts: dict[str, list[float]] = {"gradient": [], "Hessian": [], "step": [], "evaluation": []}
     for _ in range(repeats + 2):
-        t0 = _now(device)
-        _, _, grads, hess_diag = one_pass(x, y, None)
-        t1 = _now(device)
-        if optimizer.needs_hessian:
-            _, _, grads, hess_diag = one_pass(x, y, probes)
-        t2 = _now(device)
-        for p, g in zip(model.parameters(), grads):
-            p.grad = g
-        optimizer.step(hess_diag=hess_diag)
-        t3 = _now(device)
-        with torch.no_grad():
-            model(x)
-        t4 = _now(device)
+        with _tf32(experiment, device):
+            t0 = _now(device)
+            _, _, grads, hess_diag = one_pass(x, y, None)
+            t1 = _now(device)
+            if optimizer.needs_hessian:
+                _, _, grads, hess_diag = one_pass(x, y, probes)
+            t2 = _now(device)
+            for p, g in zip(model.parameters(), grads):
+                p.grad = g
+            optimizer.step(hess_diag=hess_diag)
+            t3 = _now(device)
+            with torch.no_grad():
+                model(x)
+            t4 = _now(device)
         both = t2 - t1 if optimizer.needs_hessian else 0.0  # that pass has the gradient in it
         for name, seconds in zip(parts, (t1 - t0, both - (t1 - t0) * bool(both), t3 - t2, t4 - t3)):
             parts[name].append(seconds)
@@ -283,12 +285,17 @@ def _engine(experiment, dataset: Data, compile: bool | None, begun_with: str | N
         if why_not:
             print(f"{experiment.label}: training eagerly, since {why_not}")
             return f"eager: {why_not}"
+        if not compile and begun_with is not None:
+            return begun_with  # with the reason, if there was one
     return "compiled" if compile else "eager"
 
 
 @contextlib.contextmanager
-def _tf32(experiment: Experiment) -> Iterator[None]:
+def _tf32(experiment: Experiment, device: torch.device) -> Iterator[None]:
     """Whether NVIDIA GPUs may round to TF32 (torch lets convolutions); afterwards as before."""
+    if device.type != "cuda":
+        yield
+        return
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -317,11 +324,17 @@ def loaded(experiment: Experiment, device: str | torch.device | None = None) -> 
         ValueError, FileNotFoundError: as :func:`run` does.
     """
     try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: use cpu, cuda or cuda:N ({error})") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: no NVIDIA GPU here; use 'cpu' or leave it out")
+        if device is None or device == "":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={str(device)!r}: no NVIDIA GPU here; use 'cpu' or leave it out"
+            )
+        torch.zeros(1, device=device).item()  # there, and able to hold numbers
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device={str(device)!r}: use cpu, cuda or cuda:N ({reason})") from None
     if experiment.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision='tf32' needs an NVIDIA GPU, not {device.type!r}; use float32")
     dataset = data.load(experiment.dataset, experiment.train_limit, experiment.test_limit)
@@ -371,14 +384,13 @@ def _run(experiment, dataset, device, folder, progress, should_stop, on_epoch, e
     history = History(experiment, environment=_environment(dataset, device, engine))
     show = _Progress(experiment, progress)
     try:
-        with _tf32(experiment):
-            compile = engine == "compiled"
-            for rows in epochs(experiment, dataset, device, folder, should_stop, compile):
-                history.rows = list(rows)
-                if rows and folder is not None:
-                    history.save(folder)
-                show(rows)
-                on_epoch(history)
+        compile = engine == "compiled"
+        for rows in epochs(experiment, dataset, device, folder, should_stop, compile):
+            history.rows = list(rows)
+            if rows and folder is not None:
+                history.save(folder)
+            show(rows)
+            on_epoch(history)
         history.status = "complete"
     except Diverged as reason:
         history.status, history.note = "diverged", str(reason)

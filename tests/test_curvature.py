@@ -154,9 +154,15 @@ def test_on_a_diagonal_hessian_every_probe_is_exact(seed, n_samples, shape):
         (torch.float16, 512, 0.003),
     ],
 )
-def test_precision_follows_the_parameter_not_the_number_of_samples(dtype, n_samples, rtol):
+@pytest.mark.parametrize("of_function", [False, True])
+def test_precision_follows_the_parameter_not_the_number_of_samples(
+    dtype, n_samples, rtol, of_function
+):
     x = torch.tensor([1.0, -2.0, 0.5], dtype=dtype, requires_grad=True)
-    (g,), (D,) = hessian_diagonal((x**4).sum(), [x], n_samples)
+    if of_function:
+        (g,), (D,), _ = hessian_diagonal(lambda p: ((p[0] ** 4).sum(), ()), [x], n_samples)
+    else:
+        (g,), (D,) = hessian_diagonal((x**4).sum(), [x], n_samples)
     assert g.dtype == dtype
     assert D.dtype in (dtype, torch.float32)
     exact = torch.tensor([12.0, 48.0, 3.0], dtype=torch.float64)
@@ -253,6 +259,9 @@ def test_no_gradient_is_written_and_the_results_are_detached(n_samples):
     assert x.grad.tolist() == [5, 5, 5]
     assert w.grad is None
     assert not any(t.requires_grad or t.grad_fn for t in grads + diag)
+    of_function = hessian_diagonal(lambda p: ((p[0] ** 3 + p[0] * w).sum(), p[0] * w), [x])
+    grads, diag, other = of_function  # w is not asked for, but used
+    assert not any(t.requires_grad or t.grad_fn for t in [*grads, *diag, other])
 
 
 class Held:

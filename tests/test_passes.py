@@ -187,6 +187,14 @@ def test_a_function_that_cannot_be_compiled_is_named_in_one_line():
     assert refused.value.__cause__ is not None
 
 
+@pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_a_compiler_that_is_switched_off_is_none(monkeypatch, switch):
+    monkeypatch.setenv(switch, "1")
+    with pytest.raises(CannotCompile, match=f"{switch}.* is set") as refused:
+        compiled(lambda x: x.sin(), "my function")(torch.zeros(2))
+    assert "\n" not in str(refused.value)
+
+
 def test_errors_that_are_not_the_compiler_s_pass_through(monkeypatch):
     def out_of_memory(x):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -233,6 +241,7 @@ ENGINE_CHOICES = [
     (None, True, None, True, "compiled"),
     (None, True, None, False, "eager: no compiler"),
     (None, True, "eager", True, "eager"),
+    (None, True, "eager: no gcc then", True, "eager: no gcc then"),
     (None, False, "compiled", True, "compiled"),
     (True, False, None, False, "compiled"),  # and refused when it comes to it
     (False, True, "compiled", True, "eager"),
@@ -388,6 +397,122 @@ def test_a_compiled_step_follows_a_state_that_is_cleared_or_lies_otherwise_in_me
         optimizer.state.clear()
     take_steps((eager, fast), 3, seed=2)
     assert_twins_agree(eager, fast)
+
+
+def without_momentum(params, compile):
+    return hl.sgd(params, momentum=0, compile=compile)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, None], ids=["copied", "loaded"])
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [(without_momentum, {"momentum": 0.9}), (hl.adam, {"amsgrad": True})],
+    ids=["momentum", "amsgrad"],
+)
+def test_a_buffer_that_changed_rules_want_is_made_after_a_copy_too(make, change, again):
+    both = twins(make)
+    take_steps(both, 3)
+    for optimizer in both:
+        (group,) = optimizer.param_groups
+        group["rules"] = (dataclasses.replace(group["rules"][0], **change),)
+    if again:
+        both = list(map(again, both))
+    else:
+        for optimizer in both:
+            optimizer.load_state_dict(optimizer.state_dict())
+    take_steps(both, 5, seed=1)
+    assert_twins_agree(*both)
+    buffers = [list(o.state[o.param_groups[0]["params"][0]]["rules"][0]) for o in both]
+    assert buffers[0] == buffers[1] != []
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_rules_changed_while_a_parameter_has_no_gradient(without):
+    both = twins(hl.adam)
+    take_steps(both, 3)
+    for optimizer in both:
+        (group,) = optimizer.param_groups
+        group["rules"] = (dataclasses.replace(group["rules"][0], amsgrad=True),)
+        for i, w in enumerate(group["params"]):
+            w.grad = None if i == without else torch.ones_like(w)
+        optimizer.step()
+    take_steps(both, 4, seed=1)
+    assert_twins_agree(*both)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebinding:
+    """A rule of one's own that puts a new tensor in its buffer's place."""
+
+    needs_hessian = False
+
+    def propose(self, seen, buffers, lr, t):
+        buffers["mean"] = 0.9 * buffers.get("mean", 0) + seen.g
+        return buffers["mean"], lr
+
+
+def test_a_rule_may_replace_its_buffers():
+    both = twins(lambda params, compile: hl.Hybrid(params, [Rebinding()], 0.1, compile=compile))
+    take_steps(both, 6)
+    assert_twins_agree(*both)
+
+
+def reset_mean(state):
+    state["rules"][0]["exp_avg"] = torch.zeros_like(state["rules"][0]["exp_avg"])
+
+
+def reset_count(state):
+    state["step"] = 0
+
+
+@pytest.mark.parametrize("reset", [reset_mean, reset_count, dict.clear])
+def test_a_compiled_step_sees_what_is_put_into_a_state(reset):
+    both = twins(hl.adam)
+    take_steps(both, 4)
+    for optimizer in both:
+        reset(optimizer.state[optimizer.param_groups[0]["params"][0]])
+    take_steps(both, 3, seed=1)
+    assert_twins_agree(*both)
+    counts = [[s["step"] for s in o.state_dict()["state"].values()] for o in both]
+    assert counts[0] == counts[1]
+
+
+def test_a_new_diagonal_is_written_where_the_last_one_was():
+    """A captured step reads it there."""
+    optimizers = twins(hl.adahessian)
+    take_steps(optimizers, 3)
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    kept = [state["hess_diag"] for state in states]
+    before = [D.clone() for D in kept]
+    take_steps(optimizers, 1, seed=1)
+    assert all(D is state["hess_diag"] for D, state in zip(kept, states))
+    assert not any(torch.equal(a, b) for a, b in zip(kept, before))
+
+
+@pytest.mark.slow
+def test_many_groups_and_a_scheduled_decay_compile():
+    """torch gives up on a function after eight compilations."""
+    both = []
+    for compile in (False, True):
+        weights = [torch.linspace(-1, 1, 3 + i, dtype=torch.float64) for i in range(10)]
+        groups = [{"params": [nn.Parameter(w)], "lr": 0.1 / len(w)} for w in weights]
+        both.append(hl.adam(groups, compile=compile))
+    for step in range(4):
+        for optimizer in both:
+            for group in optimizer.param_groups:
+                (w,) = group["params"]
+                w.grad = w.detach() * (1 + step)
+            optimizer.step()
+    for a, b in zip(*[[g["params"][0] for g in o.param_groups] for o in both]):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    eager, fast = twins(hl.adam)
+    for step in range(12):
+        for optimizer in (eager, fast):
+            optimizer.param_groups[0]["decoupled_weight_decay"] = 0.01 * (step + 1)
+        take_steps((eager, fast), 1, seed=step)
+    assert_twins_agree(eager, fast)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
 def test_rates_and_weights_may_be_tensors():

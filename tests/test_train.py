@@ -181,7 +181,8 @@ def test_a_user_s_settings_of_torch_are_left_alone():
     before = flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         flags.allow_tf32 = True  # torch's default
-        trained(toy(epochs=1))
+        with train._tf32(toy(), torch.device("cuda")):
+            assert not flags.allow_tf32
         assert flags.allow_tf32
     finally:
         flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
@@ -590,6 +591,8 @@ REFUSED = [
     (toy(), {"device": "cuda"}, r"cuda.*no NVIDIA GPU"),
     (toy(), {"device": "cuda:3"}, r"cuda:3.*no NVIDIA GPU"),
     (toy(), {"device": "quantum"}, r"device='quantum'.*cpu, cuda"),
+    (toy(), {"device": "meta"}, r"device='meta'.*cpu, cuda"),
+    (toy(), {"device": "mps"}, r"device='mps'.*cpu, cuda"),
     (toy(dataset="folder:/nowhere/at/all"), {}, r"no such folder"),
 ]
 
