@@ -107,7 +107,9 @@ def published(tmp_path, monkeypatch):
     for title in ("protocol released", "protocol clean", "The report's claims", "Audit"):
         assert title in page
     assert "weight_decay_in: None → both" in page
-    assert {f.name for f in target.glob("*.png")} == {"clean.png", "released.png"}
+    assert {f.name for f in target.glob("*.png")} == {
+        f"{protocol}-figure{n}.png" for protocol in ("clean", "released") for n in range(1, 6)
+    }
 
 
 def test_a_missing_archive_is_named(tmp_path, monkeypatch):

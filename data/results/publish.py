@@ -3,8 +3,8 @@
     python data/results/publish.py runs/reproduction-cpu data/results/cpu-scale
 
 Copies the histories of ``train.py``'s runs, numbers rounded to five digits, and renders
-``TABLES.md`` (Table III redone, times, claims and the audit) and a figure per protocol beside them.
-Without the first argument it renders what is published already; that takes seconds.
+``TABLES.md`` (Table III redone, times, claims, the audit) and the report's five figures beside
+them. Without the first argument it renders what is published already; that takes seconds.
 
     python data/results/publish.py data/results/cpu-scale
 """
@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from hybrid_lib import EXPERIMENTS, History, claims, data, plots
 from hybrid_lib.history import load_all
@@ -106,8 +107,22 @@ def _sizes(histories: Sequence[History]) -> str:
     return "; ".join(sorted(sizes))
 
 
+def _figures(found: Sequence[History]) -> Iterator[go.Figure]:
+    """The report's Figures 1 to 5."""
+    yield plots.panels(found)
+    yield plots.epoch_seconds(found)
+    for title, shown in (
+        ("First-order methods", lambda e: not e.needs_hessian),
+        ("Second-order methods", lambda e: e.needs_hessian or e.name in ("sgd", "adam")),
+        ("Hybrid methods", lambda e: e.is_hybrid),
+    ):
+        runs = [h for h in found if shown(h.experiment)]
+        if runs:
+            yield plots.curves(runs, title=f"{title}: test accuracy")
+
+
 def render(folder: Path) -> list[Path]:
-    """Write ``TABLES.md`` and a picture per protocol from the histories below ``folder``."""
+    """Write ``TABLES.md`` and five pictures per protocol from the histories below ``folder``."""
     written, sections = [], []
     by_protocol = {p: load_all(folder / p) for p in PROTOCOLS}
     everything = [h for found in by_protocol.values() for h in found]
@@ -129,13 +144,15 @@ def render(folder: Path) -> list[Path]:
             "### Seconds per epoch", markdown(plots.seconds_table(found).reset_index(), 2),
             "### The report's claims", markdown(claims.table(found).reset_index(drop=True)),
         ]  # fmt: skip
-        picture = folder / f"{protocol}.png"
-        figure = plots.without_hidden(plots.panels(found))
-        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white",
-                             title_text=f"{figure.layout.title.text}, {protocol} protocol<br>"
-                             f"<sup>{_sizes(found)}</sup>")  # fmt: skip
-        figure.write_image(picture, width=1000, height=700)
-        written.append(picture)
+        for number, figure in enumerate(_figures(found), start=1):
+            picture = folder / f"{protocol}-figure{number}.png"
+            still = plots.without_hidden(figure)
+            still.update_layout(paper_bgcolor="white", plot_bgcolor="white",
+                                title_text=f"{still.layout.title.text}, {protocol} protocol<br>"
+                                f"<sup>{_sizes(found)}</sup>")  # fmt: skip
+            still.write_image(picture, width=1000, height=still.layout.height)
+            sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
+            written.append(picture)
     audits = load_all(folder / "audit") if (folder / "audit").is_dir() else []
     if audits:
         sections += ["## Audit: one hidden setting changed at a time",
@@ -145,7 +162,8 @@ def render(folder: Path) -> list[Path]:
     head = (
         f"# {plots.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
-        "Made by `publish.py` from the histories beside this page."
+        'Made by `publish.py` from the histories beside this page. "95 % from, to" is a bootstrap '
+        "interval, too narrow with three seeds; a claim's ± is half of Student's 95 % interval."
     )
     page = folder / "TABLES.md"
     page.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
