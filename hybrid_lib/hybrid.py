@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hybrid_lib import rules as rule
-from hybrid_lib.compiling import compiled
+from hybrid_lib.compiling import CannotCompile, compiled
 from hybrid_lib.rules import Number, Seen
 
 
@@ -62,7 +62,8 @@ class Hybrid(Optimizer):
         ValueError: at construction and in ``add_param_group`` for anything outside its range, and
             in ``step`` for weights or rates that were changed to something impossible.
         TypeError: for complex parameters, and for rules that are not rules.
-        CannotCompile: in the second step, if it was to be compiled and cannot be.
+        CannotCompile: in the first step that was to be compiled (of every group the second) and
+            cannot be; groups before the one that failed have moved then.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -179,10 +180,7 @@ class Hybrid(Optimizer):
         for i, group in enumerate(self.param_groups):
             self._ready.pop(i, None)  # an eager step would leave its counts behind
             if group["compile"] and self._made_by.get(i) is group["rules"]:
-                states = [self.state[p] for p in moving[i]]
-                together = ready[i]
-                if together is None and _has_all(moving[i], states, group):
-                    together = self._together(i, moving[i], states)
+                together = ready[i] or self._together(i, moving[i], group)
                 if together is not None:
                     self._move_fused(together, group)
                     self._ready[i] = together
@@ -225,9 +223,11 @@ class Hybrid(Optimizer):
                 tensor(η), [tensor(λi) for λi in λ], rules, tensor(γ) if γ != 0 else 0, maximize,
             )  # fmt: skip
 
-    def _together(self, i: int, params: list[Tensor], states: list[dict]) -> _Together:
-        """Group i as its compiled step takes it, with a step compiled for just these parameters."""
-        parts = []
+    def _together(self, i: int, params: list[Tensor], group: dict) -> _Together | None:
+        """Group i as a step compiled for these parameters takes it; None if a buffer is missing."""
+        states, parts = [self.state[p] for p in params], []
+        if not _has_all(params, states, group["rules"]):
+            return None
         kinds = [(p.device, _state_dtype(p)) for p in params]
         for kind in dict.fromkeys(kinds):
             of_kind = [k == kind for k in kinds]
@@ -398,9 +398,9 @@ def _held(states: list[dict]) -> list:
     return held
 
 
-def _has_all(params: list[Tensor], states: list[dict], group: dict) -> bool:
+def _has_all(params: list[Tensor], states: list[dict], rules: tuple) -> bool:
     """Whether every buffer is there that a step wants, so that a compiled one need not make it."""
-    if not params or any("rules" not in state for state in states):
+    if not params or any("rules" not in state or "step" not in state for state in states):
         return False
     names = [[list(buffers) for buffers in state["rules"]] for state in states]
     values = [b for state in states for buffers in state["rules"] for b in buffers.values()]
@@ -409,8 +409,12 @@ def _has_all(params: list[Tensor], states: list[dict], group: dict) -> bool:
     like = functools.partial(torch.empty_like, device="meta")  # a step of shapes, without numbers
     w, D = like(params[0].detach()), states[0].get("hess_diag")
     wanted = [{name: like(b) for name, b in buffers.items()} for buffers in states[0]["rules"]]
-    rules, λ = group["rules"], [1.0] * len(group["rules"])
-    Hybrid._move(w, w.clone(), None if D is None else like(D), wanted, 2, 1.0, λ, rules, 0, False)
+    λ, D = [1.0] * len(rules), None if D is None else like(D)
+    try:
+        Hybrid._move(w, w.clone(), D, wanted, 2, 1.0, λ, rules, 0, False)
+    except Exception as error:  # a rule of somebody's own, that looks at values
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CannotCompile(f"the optimizer's step cannot be compiled ({reason})") from error
     return [list(buffers) for buffers in wanted] == names[0]
 
 

@@ -457,6 +457,21 @@ def test_a_rule_may_replace_its_buffers():
     assert_twins_agree(*both)
 
 
+def test_a_rule_that_looks_at_values_is_refused_in_a_line():
+    @dataclasses.dataclass(frozen=True)
+    class Looking(Rebinding):
+        def propose(self, seen, buffers, lr, t):
+            return seen.g / (1 + seen.g.abs().max().item()), lr
+
+    eager, fast = twins(
+        lambda params, compile: hl.Hybrid(params, [Looking()], 0.1, compile=compile)
+    )
+    take_steps((eager, fast), 1)
+    with pytest.raises(CannotCompile, match="the optimizer's step cannot be compiled") as refused:
+        take_steps((fast,), 1)
+    assert "\n" not in str(refused.value)
+
+
 def reset_mean(state):
     state["rules"][0]["exp_avg"] = torch.zeros_like(state["rules"][0]["exp_avg"])
 
