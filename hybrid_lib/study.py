@@ -6,10 +6,7 @@ Command line: ``hybrid-study --scale demo --dataset digits`` (or ``python -m hyb
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import difflib
-import html
 import json
 import os
 import shlex
@@ -20,18 +17,19 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import pydantic
 from jupyter_client.manager import AsyncKernelManager
 
-from hybrid_lib import claims, compare, data, plots
+from hybrid_lib import data, plots
 from hybrid_lib.cluster import train_all
 from hybrid_lib.experiments import EXPERIMENTS, Experiment, faults
-from hybrid_lib.history import FILE, History, load_all, write_atomically
+from hybrid_lib.history import FILE, History, load_all
+from hybrid_lib.parameters import did_you_mean, one_of, seed_list
+from hybrid_lib.report import write_report
 from hybrid_lib.train import loaded, run
 
 NOTEBOOKS = data.PROJECT / "notebooks"
@@ -42,7 +40,6 @@ PARAMETERS = (  # of the notebook 10_train_one, among the fields of Experiment
     "lr_milestones", "momentum", "weight_decay", "partial", "hessian_power", "lambda_schedule",
     "lambda_start", "lambda_end", "lambda_epochs", "protocol", "precision",
 )  # fmt: skip
-INJECTED = "# Parameters\n"  # the first line of papermill's cell
 RESULTS = data.PROJECT / "data" / "results"  # published histories
 NOTHING_THERE = "none of these runs is there"
 
@@ -82,7 +79,7 @@ def plan(
     [2, 2]
     """
     if scale not in SCALES:
-        raise ValueError(f"scale={scale!r}: must be {_listed(SCALES)}")
+        raise ValueError(f"scale={scale!r}: must be {one_of(SCALES)}")
     small_images = scale != "demo" or dataset == "digits"
     sizes = dict(SCALES[scale] if small_images else DEMO_IMAGES)
     if dataset.startswith("folder:"):  # a scale asks for that many images at most
@@ -245,7 +242,7 @@ def row(name: str) -> Experiment:
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
     if "+" not in name:
-        raise ValueError(f"optimizer={name!r}: must be {_listed(EXPERIMENTS, name)}")
+        raise ValueError(f"optimizer={name!r}: must be {one_of(EXPERIMENTS, name)}")
     return Experiment(name=name.replace("+", "-"), optimizer=name, lr=0.01, epochs=200)
 
 
@@ -295,55 +292,6 @@ def collect(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[Histor
     return histories(wanted, out, chosen.train)
 
 
-def parameters(namespace: dict, check: Callable = asked) -> SimpleNamespace:
-    """Check a notebook's parameters: the cell after them calls this with ``globals()``.
-
-    The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
-    says that the value may be missing). Papermill injects
-    a cell behind it, warns of names that nobody reads and passes everything else on as it came,
-    text or number. Here all of it is looked at before anything is computed.
-
-    Args:
-        namespace: the notebook's globals, with IPython's list of cells ``In``.
-        check: called with the values; raises for values that are impossible.
-
-    Returns:
-        The values as attributes, converted to their types.
-
-    Raises:
-        ValueError: with one line that names every fault: names that were not declared, values
-            that do not fit their type, and whatever ``check`` found.
-    """
-    declared, given = {}, []
-    for source in namespace["In"]:
-        injected = source.startswith(INJECTED)
-        if declared and not injected:
-            continue  # the reader's own cells
-        for node in _assignments(source):
-            if isinstance(node, ast.AnnAssign):
-                kind = _TYPES[ast.unparse(node.annotation)]
-                optional = isinstance(node.value, ast.Constant) and node.value.value is None
-                declared[node.target.id] = (kind | None if optional else kind, ...)
-            else:
-                given += [target.id for target in node.targets]
-    messages = [
-        f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
-        for name in given
-        if name not in declared
-    ]
-    values = {name: namespace[name] for name in declared}
-    try:
-        values = SimpleNamespace(**dict(_model(declared)(**values)))
-        check(values)
-    except pydantic.ValidationError as error:
-        messages += faults(error)
-    except ValueError as error:
-        messages.append(str(error))
-    if messages:
-        raise ValueError(f"{'; '.join(messages)} (parameters: {', '.join(declared)})") from None
-    return values
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 0 if every run and every notebook succeeded, else 1."""
     parser = argparse.ArgumentParser("hybrid-study", description=__doc__.splitlines()[0])
@@ -365,9 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
             protocol=chosen.protocol, **changes,
         )  # fmt: skip
         for experiment in {e.batch_size: e for e in experiments}.values():
-            loaded(
-                experiment, chosen.device
-            )  # what is wrong with the data is said before a file is
+            loaded(experiment, chosen.device)  # what is wrong with the data is said at once
     except pydantic.ValidationError as error:
         return _refused("; ".join(faults(error)))
     except (ValueError, OSError, ImportError) as error:
@@ -478,92 +424,6 @@ def execute_notebooks(
     return pages, failures
 
 
-def write_report(
-    out: Path, found: list[History], pages: Iterable[Path] = (), failures: Iterable[str] = ()
-) -> Path:
-    """Write ``out/report.html``: figures and tables of the histories; it needs no network.
-
-    A method is in bold where :func:`hybrid_lib.compare.best` names it, and only there.
-    """
-    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
-    sizes = {f"{h.environment['train_images']:,} training images, width {h.experiment.width}, "
-             f"protocol {h.experiment.protocol}" for h in found}  # fmt: skip
-    sections = [
-        ("Test accuracy", _accuracies(found), TABLE_NOTE),
-        *_over_seeds(found),
-        ("Loss and accuracy (Figure 1)", plots.panels(found), ""),
-        _claims(found),
-        ("Time per epoch (Figure 2)", plots.epoch_seconds(found), TIME_NOTE),
-        ("Schedules (Table II)", plots.schedules(h.experiment for h in found), ""),
-    ]
-    links = "".join(f'<li><a href="notebooks/{p.name}">{p.stem}</a></li>' for p in pages)
-    if links:
-        sections.append(("Notebooks", f"<p>Executed on these runs:</p><ul>{links}</ul>", ""))
-    intro = f"ResNet18, {'; '.join(sorted(sizes))}. {len(found)} runs on {'; '.join(machines)}."
-    return write_page(
-        out, f"Hybrid optimizers on {plots.subject(found)}", intro, sections, failures
-    )
-
-
-def write_page(
-    out: Path, title: str, intro: str, sections: Iterable[tuple], failures: Iterable[str] = ()
-) -> Path:
-    """Write ``out/report.html`` from sections of (title, figure or HTML, note as HTML)."""
-    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(intro)}</p>"]
-    if failures:
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in failures)
-        body.append(f"<h2>What failed</h2><ul>{items}</ul>")
-    plotly_js: bool | str = True  # once, inside the page
-    for heading, content, note in sections:
-        body.append(f"<h2>{heading}</h2>")
-        if not isinstance(content, str):
-            content.update_layout(font_color="#333")
-            content = content.to_html(full_html=False, include_plotlyjs=plotly_js)
-            plotly_js = False
-        body.append(content + (f"<p>{note}</p>" if note else ""))
-    report = out / "report.html"
-    page = PAGE.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body))
-    write_atomically(report, page.encode("utf-8"))
-    return report
-
-
-def _accuracies(found: list[History]) -> str:
-    page = html_table(plots.accuracy_table(found))
-    best = compare.best(found) if any(h.status == "complete" for h in found) else None
-    label = next((h.label for h in found if h.experiment.name == best), None)
-    return page.replace(f"<td>{label}</td>", f"<td><b>{label}</b></td>") if label else page
-
-
-def _claims(found: list[History]) -> tuple:
-    table = claims.table(found)
-    words = table.astype(str).map(html.escape)
-    words["numbers"] = words["numbers"].str.replace("; ", "<br>")
-    with pd.option_context("display.max_colwidth", None):
-        content = words.to_html(index=False, border=0, classes="words", escape=False)
-    return f"The report's claims on {html.escape(table.index.name)}", content, CLAIMS_NOTE
-
-
-def _over_seeds(found: list[History]) -> Iterator[tuple]:
-    """The sections that ask how sure the order of the methods is, as far as there are runs."""
-    finished = [h for h in found if h.status == "complete"]
-    names = list(compare.by_name(found))
-    if not finished or len(names) < 2:
-        return
-    yield "Rank", plots.final_accuracies(found), RANK_NOTE
-    if len({h.experiment.seed for h in finished}) > 1:
-        baseline = "sgd" if "sgd" in names else names[0]
-        table = compare.pairs(found, baseline)
-        heading = f"Test accuracy minus that of {html.escape(_label(found, baseline))}, equal seeds"
-        yield heading, html_table(table.rename(lambda name: _label(found, name))), PAIRS_NOTE
-    accuracy = compare.typical_accuracy(finished)
-    table = compare.time_to(found, accuracy).rename(lambda name: _label(found, name))
-    yield f"Time to a test accuracy of {accuracy:.2f}", html_table(table), TIME_TO_NOTE
-
-
-def _label(found: list[History], name: str) -> str:
-    return next(h.label for h in found if h.experiment.name == name)
-
-
 class _PrivateKernelManager(AsyncKernelManager):
     """Talks to the kernel through files of this user instead of open ports."""
 
@@ -577,72 +437,6 @@ class _PrivateKernelManager(AsyncKernelManager):
             self.ip = f"{folder}/kernel"
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width">
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-       max-width: 1100px; margin: 2em auto; padding: 0 1em }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2em }
-table { border-collapse: collapse } td, th { padding: .3em .8em; text-align: right }
-th:first-child, td:first-child, .words th, .words td { text-align: left }
-.words { font-size: 14px } .words td { vertical-align: top }
-.words td:nth-child(n+4) { white-space: nowrap } .words td:nth-child(5) { font-weight: bold }
-tbody tr { border-top: 1px solid #ccc }
-</style>
-{body}
-</html>
-"""
-TABLE_NOTE = (
-    "The column of the report is its Table III: CIFAR-10 at full length, one run each. It is "
-    "comparable with the others only on that data set and at that length. &quot;best&quot; is "
-    "chosen by the test set. ± is the standard deviation over seeds; the interval of the mean is a "
-    "bootstrap's, too narrow for few seeds (with 3, at 95 %, about three in four hold the mean). "
-    "Bold: first in rank, and p &le; .05 in pairs with every other method (6 seeds or more)."
-)
-RANK_NOTE = (
-    "Ranks by the mean, in 95 % of 9,999 draws of the seeds; one seed has no such interval. A run "
-    "that diverged ranks below all others."
-)
-PAIRS_NOTE = (
-    "Methods with equal seeds share initial weights and the order of images. Effect size: mean "
-    "over standard deviation of the differences. p: over all changes of sign; with n seeds it is "
-    "never below 2/2&#8319;. p (Holm): corrected for the number of rows."
-)
-TIME_TO_NOTE = (
-    "First epoch at that accuracy or above, medians over seeds; seconds are those of training. The "
-    "level is the highest multiple of .05 that half of the methods have in the last epoch."
-)
-CLAIMS_NOTE = (
-    "Every claim of the report's discussion (sections V and VI) as an inequality, judged on the "
-    "runs of this page: with other images, networks or numbers of epochs than the report's, a "
-    "verdict is about those. ± is half of the 95 % interval over seeds or, with one seed, a margin "
-    "for the size of the test set; what does not clear it cannot be told."
-)
-TIME_NOTE = "The report's ratios come from a T4 or P100 at full width."
-
-
-def html_table(table) -> str:
-    """A table for :func:`write_page`."""
-    return table.reset_index().to_html(index=False, float_format="%.4f", na_rep="–", border=0)
-
-
-def seed_list(text: str) -> list[int]:
-    """Seeds from text.
-
-    >>> seed_list("0-2,7")
-    [0, 1, 2, 7]
-    """
-    try:
-        ranges = [part.split("-") for part in text.split(",")]
-        seeds = [s for r in ranges for s in range(int(r[0]), int(r[-1]) + 1)]
-    except ValueError:
-        seeds = []
-    if not seeds:
-        raise ValueError(f"seeds={text!r}: give numbers, as in 0,3 or 0-4")
-    return seeds
-
-
 def _refused(reason) -> int:
     print(f"hybrid-study: {reason}", file=sys.stderr)
     return 2
@@ -651,46 +445,6 @@ def _refused(reason) -> int:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1]}"
-
-
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
-
-
-def _assignments(source: str) -> list[ast.stmt]:
-    """The statements of a parameters cell, given or injected; of any other cell, none."""
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:  # a cell with shell commands, say
-        return []
-    plain = all(
-        (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
-        or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
-        for node in body
-    )
-    injected = source.startswith(INJECTED)
-    if injected and not plain:  # papermill quotes values, but writes names as they come
-        raise ValueError("papermill's cell holds more than values: give names that are declared")
-    return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
-
-
-def _model(declared: dict) -> type[pydantic.BaseModel]:
-    # Papermill turns the text 0 into a number, also where text was declared.
-    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
-    return pydantic.create_model("Parameters", __config__=config, **declared)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question after the nearest name, if one is near.
-
-    >>> did_you_mean("epoch", ["epochs", "seed"])
-    ' (did you mean epochs?)'
-    """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _listed(known: Iterable[str], given: str = "") -> str:
-    return f"one of {', '.join(known)}{did_you_mean(given, known)}"
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from scipy import stats
 from hybrid_lib import compare, data, plots, study
 from hybrid_lib.experiments import Experiment, faults
 from hybrid_lib.history import History
+from hybrid_lib.parameters import did_you_mean, seed_list
+from hybrid_lib.report import html_table, write_page
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
 MEASURED = (
@@ -110,10 +112,10 @@ class Sweep(_Strict):
             raise ValueError("grid or random: name at least one setting to vary")
         for name in (*self.varied, *self.fixed):
             if name not in FIELDS | {"lambda_sgd"}:
-                raise ValueError(f"{name} is no setting{study.did_you_mean(name, FIELDS)}")
+                raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
         for name in self.grid.keys() & self.random.keys() | self.fixed.keys() & set(self.varied):
             raise ValueError(f"{name} is given twice: once in fixed, grid and random together")
-        study.plan(self.scale, self.dataset, [self.optimizer], study.seed_list(self.seeds))
+        study.plan(self.scale, self.dataset, [self.optimizer], seed_list(self.seeds))
         return self
 
     @property
@@ -152,7 +154,7 @@ class Sweep(_Strict):
                 if "lambda_sgd" in settings:
                     sgd = float(settings.pop("lambda_sgd"))
                     settings["lambda_start"] = (1 - sgd, sgd)
-                seeds = study.seed_list(self.seeds)
+                seeds = seed_list(self.seeds)
                 for e in study.plan(self.scale, self.dataset, [optimizer], seeds, **settings):
                     planned[name, e.seed] = dataclasses.replace(e, name=name)
             except ValidationError as error:
@@ -325,12 +327,12 @@ def write_report(
     if len(cells) > 1:
         sections.append(("Two settings", plots.heat_map(runs, *cells[:2], subject), HEAT_NOTE))
     sections += [
-        ("Points", study.html_table(over_seeds(runs)), POINTS_NOTE),
-        ("Runs", study.html_table(runs), ""),
+        ("Points", html_table(over_seeds(runs)), POINTS_NOTE),
+        ("Runs", html_table(runs), ""),
     ]
     machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
     intro = f"{len(found)} runs on {'; '.join(sorted(machines))}."
-    return study.write_page(out, f"Sweep on {subject}", intro, sections, failures)
+    return write_page(out, f"Sweep on {subject}", intro, sections, failures)
 
 
 PARALLEL_NOTE = "A line is a run that finished. Drag along an axis to keep only the lines there."

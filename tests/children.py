@@ -95,7 +95,7 @@ def notebook_head(parameters: dict) -> None:
     cells = [c.source for c in parameterize_notebook(notebook, parameters).cells
              if c.cell_type == "code"]  # fmt: skip
     known: dict = {"In": [""]}
-    for cell in cells[: 1 + next(i for i, c in enumerate(cells) if "study.parameters(" in c)]:
+    for cell in cells[: 1 + next(i for i, c in enumerate(cells) if "parameters.checked(" in c)]:
         known["In"].append(cell)
         exec(cell, known)
 

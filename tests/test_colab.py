@@ -72,10 +72,10 @@ def test_it_stands_between_the_parameters_and_the_first_import():
 
 
 def test_it_is_not_mistaken_for_a_parameters_cell():
-    from hybrid_lib import study
+    from hybrid_lib.parameters import checked
 
     stamped = setup_cell().replace('REPO_URL = ""', 'REPO_URL = "https://github.com/ada/notes"')
-    chosen = study.parameters({"In": ["", "epochs: int = 3", stamped], "epochs": 3}, lambda _: None)
+    chosen = checked({"In": ["", "epochs: int = 3", stamped], "epochs": 3}, lambda _: None)
     assert vars(chosen) == {"epochs": 3}
 
 

@@ -20,7 +20,7 @@ from papermill.parameterize import parameterize_notebook
 
 import hybrid_lib as hl
 from hybrid_lib import explorer as module
-from hybrid_lib import study
+from hybrid_lib import parameters, study
 from hybrid_lib.explorer import FIELDS, METHODS, Explorer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,7 +346,7 @@ def told(command):
     namespace = {"In": cells}
     for cell in cells:
         exec(cell, namespace)
-    return study.asked_one(study.parameters(namespace, study.asked_one))
+    return study.asked_one(parameters.checked(namespace, study.asked_one))
 
 
 def test_copied_papermill_command_says_the_same(unusual):

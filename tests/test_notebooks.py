@@ -98,7 +98,7 @@ def execute(source: Path, given: dict, to_the_check: bool = False) -> dict:
     injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
     known: dict = {"In": [""], "__name__": "__main__"}
     if to_the_check:
-        rest = rest[: 1 + next(i for i, cell in enumerate(rest) if "study.parameters(" in cell)]
+        rest = rest[: 1 + next(i for i, cell in enumerate(rest) if "parameters.checked(" in cell)]
     for cell in [parameters, injected, *rest]:
         known["In"].append(cell)
         exec(compile(cell, str(source), "exec"), known)

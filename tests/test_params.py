@@ -8,7 +8,7 @@ from papermill.iorw import load_notebook_node, read_yaml_file
 from papermill.parameterize import parameterize_notebook
 
 import hybrid_lib as hl
-from hybrid_lib import study
+from hybrid_lib import parameters, study
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 FILES = sorted((NOTEBOOKS / "params").glob("*.yaml"))
@@ -23,7 +23,7 @@ def opened(path, **more):
     namespace = {"In": cells}
     for cell in cells:
         exec(cell, namespace)
-    return study.asked_one(study.parameters(namespace, study.asked_one)), given
+    return study.asked_one(parameters.checked(namespace, study.asked_one)), given
 
 
 def test_every_row_of_the_tables_has_its_file():
