@@ -10,21 +10,18 @@ not the sum of the rules' own steps. :class:`Hybrid` is that line; :func:`atmo`,
 
 from __future__ import annotations
 
-import functools
-import itertools
+import collections
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from hybrid_lib import rules as rule
-from hybrid_lib.compiling import CannotCompile, compiled
-from hybrid_lib.rules import Number, Seen
+from hybrid_lib.fused import FusedStep
+from hybrid_lib.rules import Number, Seen, state_dtype
 
 
 class Hybrid(Optimizer):
@@ -98,16 +95,18 @@ class Hybrid(Optimizer):
             compile=compile,
         )
         super().__init__(params, defaults)
-        self._ready: dict[int, _Together] = {}  # by group: what its compiled step found
-        self._made_by: dict[int, tuple] = {}  # by group: the rules that made its buffers
-        self._compiled: dict[tuple, Callable] = {}  # by group and its moving parameters
+        self._fused: dict[int, FusedStep] = self._no_steps()  # by group
 
     def __setstate__(self, state: dict) -> None:
         """Of a copy, or of a loaded state: the buffers are others now."""
         super().__setstate__(state)
-        self._ready = {}
-        self._made_by = {i: group["rules"] for i, group in enumerate(self.param_groups)}
-        self._compiled = {}
+        self._fused = self._no_steps()
+        for i, group in enumerate(self.param_groups):
+            self._fused[i].moved_eagerly(group["rules"])
+
+    @staticmethod
+    def _no_steps() -> dict[int, FusedStep]:
+        return collections.defaultdict(lambda: FusedStep(Hybrid._move))
 
     @property
     def needs_hessian(self) -> bool:
@@ -168,38 +167,20 @@ class Hybrid(Optimizer):
 
         fresh = {} if hess_diag is None else self._matched(list(hess_diag))
         moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        ready = [self._known(i, params) for i, params in enumerate(moving)]
-        for group, params, known in zip(self.param_groups, moving, ready):
-            self._check_ready(group, params, fresh, known is not None)
+        for i, (group, params) in enumerate(zip(self.param_groups, moving)):
+            known = self._fused[i].knows(params, group, self.state)
+            self._check_ready(group, params, fresh, known)
         for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
             kept = self.state[p].get("hess_diag")
-            if kept is not None and kept.device == D.device and kept.dtype == _state_dtype(p):
+            if kept is not None and kept.device == D.device and kept.dtype == state_dtype(p):
                 kept.copy_(D)  # where a captured step finds it
             else:
-                self.state[p]["hess_diag"] = D.detach().to(_state_dtype(p), copy=True)
-        for i, group in enumerate(self.param_groups):
-            self._ready.pop(i, None)  # an eager step would leave its counts behind
-            if group["compile"] and self._made_by.get(i) is group["rules"]:
-                together = ready[i] or self._together(i, moving[i], group)
-                if together is not None:
-                    self._move_fused(together, group)
-                    self._ready[i] = together
-                    continue
-            self._move_each(moving[i], group)  # the first step makes what a compiled one must find
-            self._made_by[i] = group["rules"]
+                self.state[p]["hess_diag"] = D.detach().to(state_dtype(p), copy=True)
+        for i, (group, params) in enumerate(zip(self.param_groups, moving)):
+            if not (group["compile"] and self._fused[i].move(params, group, self.state)):
+                self._move_each(params, group)
+                self._fused[i].moved_eagerly(group["rules"])
         return loss
-
-    def _known(self, i: int, moving: list[Tensor]) -> _Together | None:
-        """What the last compiled step of group i found, if it would find the same now."""
-        ready = self._ready.get(i)
-        if ready is None or self._made_by[i] is not self.param_groups[i]["rules"]:
-            return None
-        same = len(moving) == len(ready.params) and all(map(operator.is_, moving, ready.params))
-        if same and all(map(operator.is_, map(self.state.get, moving), ready.states)):
-            held = _held(ready.states)
-            same = len(held) == len(ready.held) and all(map(operator.is_, held, ready.held))
-            return ready if same else None
-        return None
 
     def _move_each(self, params: list[Tensor], group: dict) -> None:
         η, λ, rules = group["lr"], group["lambdas"], group["rules"]
@@ -210,43 +191,6 @@ class Hybrid(Optimizer):
             buffers = state.setdefault("rules", [{} for _ in rules])
             self._move(w, w.grad, state.get("hess_diag"), buffers, t, η, λ, rules, γ, maximize)
 
-    def _move_fused(self, ready: _Together, group: dict) -> None:
-        """As _move_each, with every number that changes as a tensor, so that nothing recompiles."""
-        η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
-        rules, maximize = group["rules"], group["maximize"]
-        betas = tuple({β for r in rules for β in getattr(r, "betas", ())})
-        for params, states, buffers, layouts, t, move in ready.parts:
-            tensor = functools.partial(_on, t.device, t.dtype)
-            diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
-            move(
-                params, [p.grad for p in params], diagonals, buffers, layouts, t, betas,
-                tensor(η), [tensor(λi) for λi in λ], rules, tensor(γ) if γ != 0 else 0, maximize,
-            )  # fmt: skip
-
-    def _together(self, i: int, params: list[Tensor], group: dict) -> _Together | None:
-        """Group i as a step compiled for these parameters takes it; None if a buffer is missing."""
-        states, parts = [self.state[p] for p in params], []
-        if not _has_all(params, states, group["rules"]):
-            return None
-        kinds = [(p.device, _state_dtype(p)) for p in params]
-        for kind in dict.fromkeys(kinds):
-            of_kind = [k == kind for k in kinds]
-            ps = list(itertools.compress(params, of_kind))
-            some = list(itertools.compress(states, of_kind))
-            t = torch.stack([_on(*kind, state["step"]) for state in some])
-            for state, view in zip(some, t.unbind()):
-                state["step"] = view
-            buffers = [
-                {name: [state["rules"][j][name] for state in some] for name in first}
-                for j, first in enumerate(some[0]["rules"])
-            ]
-            every = [b for of_rule in buffers for of_name in of_rule.values() for b in of_name]
-            layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for b in every])
-            # torch compiles one function for a few kinds of arguments only, and then gives up.
-            move = self._compiled.setdefault((i, *map(id, ps)), _compiled_step())
-            parts.append((ps, some, buffers, layouts, t, move))
-        return _Together(params, states, _held(states), parts)
-
     @staticmethod
     def _move(
         w: Tensor, g: Tensor, D: Tensor | None, buffers: list[dict], t: Number, η: Number,
@@ -254,7 +198,7 @@ class Hybrid(Optimizer):
     ) -> None:  # fmt: skip
         """The step of one parameter tensor: Algorithms 2 and 4, line by line."""
         # Under bfloat16 the arithmetic is float32's; otherwise x is w itself.
-        x, g = w.to(_state_dtype(w)), g.to(_state_dtype(w))
+        x, g = w.to(state_dtype(w)), g.to(state_dtype(w))
         # D enters squared: its sign is free.
         seen = Seen(x, -g if maximize else g, D, corrections)
         answers = [r.propose(seen, b, η, t) for r, b in zip(rules, buffers)]
@@ -374,86 +318,6 @@ class Hybrid(Optimizer):
         for key, p in zip(keys, params):
             if key in state_dict["state"]:
                 self.state[p] = _copied(state_dict["state"][key], p)
-
-
-class _Together(NamedTuple):
-    """What a compiled step takes that stays the same from one step to the next."""
-
-    params: list[Tensor]
-    states: list[dict]
-    held: list  # in those states, when they were looked at
-    # By device and dtype: parameters, their states, each rule's buffers (lists by name), how those
-    # lie in memory, the counts of steps as one vector (each state's is a view of it), and the step.
-    parts: list[
-        tuple[list[Tensor], list[dict], list[dict[str, list[Tensor]]], str, Tensor, Callable]
-    ]
-
-
-def _held(states: list[dict]) -> list:
-    """Everything that rules left in the states; it must stay the same objects, moved in place."""
-    held = [state.get("step") for state in states]
-    for state in states:
-        for buffers in state.get("rules", ()):
-            held += buffers.values()
-    return held
-
-
-def _has_all(params: list[Tensor], states: list[dict], rules: tuple) -> bool:
-    """Whether every buffer is there that a step wants, so that a compiled one need not make it."""
-    if not params or any("rules" not in state or "step" not in state for state in states):
-        return False
-    names = [[list(buffers) for buffers in state["rules"]] for state in states]
-    values = [b for state in states for buffers in state["rules"] for b in buffers.values()]
-    if any(of != names[0] for of in names) or not all(isinstance(b, Tensor) for b in values):
-        return False
-    like = functools.partial(torch.empty_like, device="meta")  # a step of shapes, without numbers
-    w, D = like(params[0].detach()), states[0].get("hess_diag")
-    wanted = [{name: like(b) for name, b in buffers.items()} for buffers in states[0]["rules"]]
-    λ, D = [1.0] * len(rules), None if D is None else like(D)
-    try:
-        Hybrid._move(w, w.clone(), D, wanted, 2, 1.0, λ, rules, 0, False)
-    except Exception as error:  # a rule of somebody's own, that looks at values
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CannotCompile(f"the optimizer's step cannot be compiled ({reason})") from error
-    return [list(buffers) for buffers in wanted] == names[0]
-
-
-def _compiled_step() -> Callable:
-    # Store what several weights need, such as 1 - β^t; sizes were checked before the call.
-    how = {"realize_reads_threshold": 0, "size_asserts": False}
-    return compiled(_move_all, "the optimizer's step", unchecked="buffers", **how)
-
-
-def _move_all(
-    params, grads, diagonals, buffers, layouts, t, betas, η, λ, rules, γ, maximize
-) -> None:
-    assert layouts  # read, so that a call with others compiles anew: checked in the buffers' place
-    t.add_(1)
-    corrections = _corrections(betas, t)
-    for i, (w, g) in enumerate(zip(params, grads)):
-        mine = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
-        known = {key: correction[i] for key, correction in corrections.items()}
-        D = diagonals[i] if diagonals else None
-        Hybrid._move(w, g, D, mine, t[i], η, λ, rules, γ, maximize, known)
-        for of_rule, moved in zip(buffers, mine):
-            for name, b in moved.items():  # a rule may have put another tensor in its place
-                if b is not of_rule[name][i]:
-                    of_rule[name][i].copy_(b)
-
-
-def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.to(device, dtype)
-    return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
-
-
-def _corrections(betas: tuple[float, ...], t: Tensor) -> dict[tuple[float, float], Tensor]:
-    """(1 - β^t)^power for all counts of steps t at once, by (β, power).
-
-    By expm1, since in float32 β^t has lost the digits that the difference needs.
-    """
-    biases = {β: -torch.expm1(t * math.log(β)) if β else torch.ones_like(t) for β in betas}
-    return {(β, power): c**power for β, c in biases.items() for power in rule.POWERS}
 
 
 def _weighed(λ: Number, d: Tensor) -> Number:
@@ -677,15 +541,10 @@ def _float_if_here(number: Number) -> float:
     return 1.0 if elsewhere else _float(number)
 
 
-def _state_dtype(p: Tensor) -> torch.dtype:
-    wide = p.dtype in (torch.float32, torch.float64)  # asked often, so without promote_types
-    return p.dtype if wide else torch.promote_types(p.dtype, torch.float32)
-
-
 def _copied(value, p: Tensor):
     """A copy of one parameter's state, on its device and in the dtype its buffers have."""
     if isinstance(value, Tensor):
-        return value.detach().to(p.device, _state_dtype(p), copy=True)
+        return value.detach().to(p.device, state_dtype(p), copy=True)
     if isinstance(value, dict):
         return {k: _copied(v, p) for k, v in value.items()}
     if isinstance(value, list):

@@ -22,6 +22,12 @@ from torch import Tensor
 Number = float | Tensor  # a compiled step has lr, t and the step sizes as tensors of no dimension
 
 
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of what a rule sees and keeps of a parameter: its own, but float32 at least."""
+    wide = p.dtype in (torch.float32, torch.float64)  # asked often, so without promote_types
+    return p.dtype if wide else torch.promote_types(p.dtype, torch.float32)
+
+
 class Seen(NamedTuple):
     """What a rule may look at in one step; the three tensors have the same shape.
 

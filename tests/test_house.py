@@ -28,6 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # Each module may import those of the floors below its own.
 FLOORS = [
     {"rules", "compiling", "curvature", "schedules", "models", "data", "surfaces"},
+    {"fused"},
     {"hybrid"},
     {"experiments"},
     {"history", "passes", "parameters"},
@@ -39,7 +40,8 @@ FLOORS = [
     {"playground", "explorer", "sweep"},
 ]
 FEWER = {  # and these even fewer
-    "hybrid": {"rules", "compiling"},
+    "fused": {"rules", "compiling"},
+    "hybrid": {"rules", "fused"},
     "experiments": {"hybrid", "rules", "schedules", "models", "data"},
     "history": {"experiments"},
     "compare": {"history", "experiments"},
