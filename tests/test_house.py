@@ -37,7 +37,8 @@ FLOORS = [
     {"claims", "cluster"},
     {"report"},
     {"anatomy", "study"},
-    {"playground", "explorer", "sweep"},
+    {"walks", "explorer", "sweep"},
+    {"playground"},
 ]
 FEWER = {  # and these even fewer
     "fused": {"rules", "compiling"},

@@ -11,23 +11,10 @@ import pytest
 import torch
 from plotly.basedatatypes import Undefined
 
-from hybrid_lib import anatomy, hybrid, plots, schedules
-from hybrid_lib import playground as playground_module
-from hybrid_lib.playground import (
-    ADAPTIVE,
-    METHODS,
-    STEPS,
-    Playground,
-    Setup,
-    describe,
-    draw,
-    method,
-    paths,
-    playground,
-    scan,
-    summary,
-)
+from hybrid_lib import anatomy, hybrid, plots, schedules, walks
+from hybrid_lib.playground import Playground, describe, draw, playground
 from hybrid_lib.surfaces import SURFACES
+from hybrid_lib.walks import ADAPTIVE, METHODS, STEPS, Setup, method, paths, scan, summary
 
 BEALE, SADDLE = SURFACES["beale"], SURFACES["saddle"]
 everyone = {name: method(name, lr=0.005) for name in METHODS}
@@ -170,7 +157,7 @@ def test_what_is_known_is_not_computed_again(monkeypatch):
     Setup(methods="adam, atmo").paths(known)
     walked = []
     monkeypatch.setattr(
-        playground_module, "paths", lambda s, new, *rest: walked.extend(new) or paths(s, new, *rest)
+        walks, "paths", lambda s, new, *rest: walked.extend(new) or paths(s, new, *rest)
     )
     found = Setup(methods="sgd, adam, atmo", sgd_weight=0.7).paths(known)
     assert list(found) == ["sgd", "adam", "atmo"]
