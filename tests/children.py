@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import hybrid_lib
-from hybrid_lib import data, study, train
+from hybrid_lib import checkpoint, data, study, train
 from hybrid_lib.experiments import Experiment
 
 TRAIN_ONE = data.PROJECT / "notebooks" / "10_train_one.ipynb"
@@ -159,8 +159,8 @@ PHASES = ["start-up", "restoring", "training", "evaluation", "checkpoint write",
 def tells_its_phase(phase) -> None:
     """Shared memory holds the index, in PHASES, of what the process does."""
     for owner, name, index in [
-        (train, "_restore", 1), (train, "_train", 2), (train, "_test", 3), (train, "_keep", 4),
-        (train.History, "save", 5),
+        (checkpoint, "restore", 1), (train, "_train", 2), (train, "_test", 3),
+        (checkpoint, "keep", 4), (train.History, "save", 5),
     ]:  # fmt: skip
         setattr(owner, name, _telling(getattr(owner, name), phase, index))
 
@@ -196,12 +196,12 @@ def fills_up(disk: Path) -> None:
             except OSError:
                 pass
 
-    at_call(train, "_keep", 2, fill)
+    at_call(checkpoint, "keep", 2, fill)
 
 
 def vanishes(folder: Path) -> None:
     """Somebody removes, or moves, the folder before the second epoch is written."""
-    at_call(train, "_keep", 2, lambda: folder.rename(folder.with_name("elsewhere")))
+    at_call(checkpoint, "keep", 2, lambda: folder.rename(folder.with_name("elsewhere")))
 
 
 def out_of_memory() -> None:

@@ -32,7 +32,7 @@ import torch
 from children import TRAIN_ONE, Child, outcome
 from PIL import Image
 
-from hybrid_lib import train
+from hybrid_lib import checkpoint
 from hybrid_lib.experiments import EXPERIMENTS
 from hybrid_lib.history import History
 from hybrid_lib.study import plan, run_folder
@@ -258,7 +258,7 @@ class Attack:
 def sealed(file: Path, state) -> None:
     archive = io.BytesIO()
     torch.save(state, archive)
-    file.write_bytes(train._sealed(archive.getvalue()))
+    file.write_bytes(checkpoint._sealed(archive.getvalue()))
 
 
 def attack(place):

@@ -32,7 +32,8 @@ FLOORS = [
     {"hybrid"},
     {"experiments"},
     {"history", "passes", "parameters"},
-    {"compare", "train"},
+    {"compare", "checkpoint"},
+    {"train"},
     {"plots"},
     {"claims", "cluster"},
     {"report"},
@@ -52,7 +53,8 @@ FEWER = {  # and these even fewer
     "report": {"claims", "plots", "compare", "history"},
     "cluster": {"plots", "train", "history", "experiments"},
     "passes": {"experiments", "models", "curvature", "compiling"},
-    "train": {"experiments", "data", "passes", "history"},
+    "checkpoint": {"experiments", "history"},
+    "train": {"experiments", "data", "passes", "history", "checkpoint"},
 }
 
 

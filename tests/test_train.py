@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from children import outcome
 from PIL import Image
 
-from hybrid_lib import data, passes, train
+from hybrid_lib import checkpoint, data, passes, train
 from hybrid_lib.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.history import History
 from hybrid_lib.train import epochs, run
@@ -315,7 +315,7 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
     del state["experiment"]["restart_epoch"]
     archive = io.BytesIO()
     torch.save(state, archive)
-    (tmp_path / "last.pt").write_bytes(train._sealed(archive.getvalue()))
+    (tmp_path / "last.pt").write_bytes(checkpoint._sealed(archive.getvalue()))
     trained(toy(), tmp_path)
     assert outcome(tmp_path) == straight(toy())
 
@@ -478,7 +478,7 @@ def test_whatever_is_damaged_the_state_is_the_last_or_the_one_before(stopped, ca
     def restored():
         model = e.build_model(10, 1)
         optimizer = e.build_optimizer(model.parameters())
-        rows = train._restore(folder, e, model, optimizer)
+        rows = checkpoint.restore(folder, e, model, optimizer)
         state = io.BytesIO()
         torch.save([model.state_dict(), optimizer.state_dict(), rows], state)
         return len(rows), state.getvalue()
