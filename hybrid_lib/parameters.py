@@ -113,4 +113,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(known: Iterable[str], given: str = "") -> str:
+    """What a message says is allowed.
+
+    >>> "must be " + one_of(["sgd", "adam"], "adamm")
+    'must be one of sgd, adam (did you mean adam?)'
+    """
     return f"one of {', '.join(known)}{did_you_mean(given, known)}"
