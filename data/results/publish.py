@@ -12,32 +12,29 @@ them. Without the first argument it renders what is published already; that take
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybrid_lib import EXPERIMENTS, History, claims, data, plots
+from hybrid_lib import EXPERIMENTS, History, claims, plots
 from hybrid_lib.history import load_all
 
 PROTOCOLS = ("released", "clean")
 
 
 def compact(history: History) -> History:
-    """The same history with numbers of five digits, and no path of the machine it ran on."""
+    """The same history with numbers of five digits."""
 
     def rounded(value):
         return float(f"{value:.5g}") if isinstance(value, float) else value
 
     rows = [{k: rounded(v) for k, v in row.items()} for row in history.rows]
     environment = {**history.environment, "rounded": "rows to five digits"}
-    dataset = history.experiment.dataset.replace(f"folder:{data.PROJECT}{os.sep}", "folder:")
-    experiment = replace(history.experiment, dataset=dataset)
-    return History(experiment, rows, environment, history.status, history.note)
+    return History(history.experiment, rows, environment, history.status, history.note)
 
 
 def publish(source: Path, target: Path) -> None:

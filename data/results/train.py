@@ -119,12 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
     out = chosen.out or data.PROJECT / "runs" / f"reproduction-{chosen.scale}"
-    images = unpacked(chosen.archive, data.PROJECT / "data")
+    images = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
 
     left = 0
-    for folder, experiment in matrix(
-        chosen.scale, f"folder:{images}", chosen.precision, chosen.seeds
-    ):
+    dataset = f"folder:{images.as_posix()}"  # the same experiment wherever the project lies
+    for folder, experiment in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds):
         if chosen.list:
             there = (out / folder / "history.json").exists()
             status, done = "to do", 0
