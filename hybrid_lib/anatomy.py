@@ -24,6 +24,7 @@ from hybrid_lib import data, plots
 from hybrid_lib.curvature import hessian_diagonal, rademacher
 from hybrid_lib.experiments import LABELS, Experiment
 from hybrid_lib.hybrid import Hybrid
+from hybrid_lib.models import seeded
 
 
 @dataclass
@@ -89,15 +90,13 @@ def step_sizes(make_optimizer: Callable[[list[Tensor]], Hybrid], at: Iterable[in
 
 def logistic_regression() -> nn.Module:
     """The smallest network for the digits: 64 pixels, 10 classes, 650 parameters."""
-    with torch.random.fork_rng(devices=[]):  # the global generator is left as it was
-        torch.manual_seed(0)
+    with seeded(0):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
 def perceptron() -> nn.Module:
     """One hidden layer of 64 units: 4,810 parameters, and no convexity any more."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 from pydantic.dataclasses import dataclass
 
 from hybrid_lib import data, hybrid, rules, schedules
-from hybrid_lib.models import ResNet18, resnet18
+from hybrid_lib.models import ResNet18, resnet18, seeded
 
 NAMED = ("sgd", "adam", "atmo", "padam", "padam_sgd", "adahessian", "adasgd")
 RULES = {"sgd": rules.SGD, "adam": rules.Adam, "padam": rules.Padam, "adahessian": rules.AdaHessian}
@@ -168,15 +168,17 @@ class Experiment:
             raise ValueError(
                 f"restart_epoch={self.restart_epoch}: must lie between 2 and epochs={self.epochs}"
             )
-        if self.lambda_schedule != "constant" and not self.is_hybrid:
-            raise ValueError(
-                f"lambda_schedule={self.lambda_schedule!r}: {self.optimizer} has one rule, "
-                "nothing to weigh; use atmo, padam_sgd or adasgd"
-            )
-        if not self.is_hybrid and self.lambda_start != (0.5, 0.5):
-            raise ValueError(
-                f"lambda_start={self.lambda_start}: {self.optimizer} has one rule, nothing to weigh"
-            )
+        idle = {} if self.is_hybrid else dict.fromkeys(
+            ("lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs", "lambda_direction"),
+            "has one rule, nothing to weigh; use atmo, padam_sgd or adasgd",
+        )  # fmt: skip
+        if not self.needs_hessian:
+            settings = "hessian_samples", "hessian_every", "hessian_fraction"
+            idle |= dict.fromkeys(settings, "needs no Hessian; use adahessian or adasgd")
+        for f in dataclasses.fields(self):
+            given = getattr(self, f.name)
+            if f.name in idle and given != f.default:
+                raise ValueError(f"{f.name}={given!r}: {self.optimizer} {idle[f.name]}")
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
             raise ValueError(
                 f"lambda_schedule={self.lambda_schedule!r}: the released scheduler is linear; "
@@ -238,8 +240,7 @@ class Experiment:
 
     def build_model(self, num_classes: int, in_channels: int) -> ResNet18:
         """The network with this experiment's initial weights; the global generator is untouched."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             coarse = torch.bfloat16 if self.precision == "bfloat16" else None
             return resnet18(num_classes, in_channels, self.width, self.stem, coarse)
 

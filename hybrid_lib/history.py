@@ -15,6 +15,10 @@ from pydantic import ValidationError
 from hybrid_lib.experiments import Experiment, faults
 
 FILE = "history.json"
+COLUMNS = (
+    "epoch", "lr", "lambdas", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+    "train_seconds", "test_seconds",
+)  # fmt: skip
 FORMAT = 1  # raised when a reader of today could misread the file of tomorrow
 
 
@@ -24,9 +28,8 @@ class History:
 
     Attributes:
         experiment: what was run.
-        rows: one dict per finished epoch: ``epoch`` (from 1), ``lr``, ``lambdas``, ``train_loss``
-            and ``train_accuracy`` (means over the epoch's batches, while training), ``test_loss``,
-            ``test_accuracy``, ``train_seconds`` and ``test_seconds``.
+        rows: one dict per finished epoch, with COLUMNS: ``epoch`` from 1; ``train_loss`` and
+            ``train_accuracy`` are means over the epoch's batches, while training.
         environment: data set and its checksum, device, versions.
         status: "running", "complete", "stopped" (run again to continue) or "diverged".
         note: why it stopped or diverged.
@@ -63,7 +66,7 @@ class History:
 
     def frame(self) -> pd.DataFrame:
         """The rows as a table, indexed by epoch."""
-        columns = None if self.rows else ["epoch", "test_accuracy"]  # a table, if an empty one
+        columns = None if self.rows else COLUMNS
         return pd.DataFrame(self.rows, columns=columns).set_index("epoch")
 
     def save(self, path: str | Path) -> None:

@@ -516,7 +516,7 @@ def _check_rates(group: dict) -> None:
     γ = group["decoupled_weight_decay"]
     lr, *lambdas = (_float_if_here(v) for v in (group["lr"], *group["lambdas"]))
     if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr={lr!r}: must be a finite number above 0")
+        raise ValueError(f"lr={lr!r}: must be a finite number, at least 0")
     if not (math.isfinite(γ) and γ >= 0):
         raise ValueError(f"decoupled_weight_decay={γ!r}: must be a finite number, at least 0")
     if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_drawing = threading.Lock()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Weights made inside are this seed's; torch's global generator is then as it was.
+
+    One thread at a time: all draw from that one generator.
+    """
+    with _drawing, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone, unlike torch.manual_seed
+        yield
 
 
 class Convolution(nn.Conv2d):

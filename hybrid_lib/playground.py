@@ -1,4 +1,4 @@
-"""The playground: paths of optimizers over a landscape of two weights, drawn and turned by hand.
+"""The playground: paths of optimizers over a landscape of two weights, changed by hand.
 
 :func:`draw` makes a figure of what :mod:`hybrid_lib.walks` computes, :func:`playground` is the
 widget.

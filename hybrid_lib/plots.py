@@ -8,6 +8,7 @@ lowest to the highest seed.
 from __future__ import annotations
 
 import base64
+import collections
 import functools
 import io
 import itertools
@@ -270,12 +271,15 @@ def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
 
     Columns are mean test accuracies over the seeds; ± is their standard deviation, and
     "95 % from" and "to" bound the bootstrap interval of "final" (with one seed there is neither).
-    "best" is chosen by the test set, epoch by epoch: it flatters, so it never stands alone. A run
-    that diverged is here with its last good epoch, and its status.
+    "best" is chosen by the test set, epoch by epoch: it flatters, so it never stands alone. Means
+    are over complete runs, "seeds" counts them, and "status" says what became of the others; a
+    method that has no complete run is here with the last good epochs of those it has.
     """
     report, rows = paper("table3")["test_accuracy"], {}
     for name, group in by_name(histories).items():
-        done = [h for h in group if h.rows]
+        complete = [h for h in group if h.status == "complete"]
+        done = complete or [h for h in group if h.rows]
+        statuses = collections.Counter(h.status for h in group)
         final = pd.Series([h.final["test_accuracy"] for h in done])
         best = pd.Series([h.best["test_accuracy"] for h in done])
         last = pd.Series([h.frame()["test_accuracy"].tail(10).mean() for h in done])
@@ -290,7 +294,9 @@ def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
             "best": best.mean(),
             "epochs": max((h.final["epoch"] for h in done), default=0),
             "seeds": len(done),
-            "status": ", ".join(sorted({h.status for h in group})),
+            "status": ", ".join(
+                f"{n} {s}" if len(statuses) > 1 else s for s, n in sorted(statuses.items())
+            ),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(subject(histories))
 
@@ -467,7 +473,8 @@ def _add_lines(figure, name, group, column, row=None, col=None, legend=True) -> 
 
 def _add_report(figure, histories: Sequence[History], **where) -> None:
     """The report's test accuracies on CIFAR-10, where ``histories`` are of the same data set."""
-    if any(h.dataset.partition(" (")[0] != "CIFAR-10" for h in histories):
+    titles = {h.dataset.partition(",")[0].partition(" (")[0] for h in histories}
+    if titles != {"CIFAR-10"}:  # as it is, as the JPEG copy, or of published runs
         return
     points = dict(list(paper("milestones").groupby("optimizer")))
     found = {name: group[0] for name, group in by_name(histories).items() if name in points}

@@ -40,8 +40,8 @@ RANK_NOTE = (
 )
 PAIRS_NOTE = (
     "Methods with equal seeds share initial weights and the order of images. Effect size: mean "
-    "over standard deviation of the differences. p: over all changes of sign; with n seeds it is "
-    "never below 2/2&#8319;. p (Holm): corrected for the number of rows."
+    "over standard deviation of the differences. p: over all changes of sign (or 9,999 of them); "
+    "with n seeds it is never below 2/2&#8319;. p (Holm): corrected for the number of rows."
 )
 TIME_TO_NOTE = (
     "First epoch at that accuracy or above, medians over seeds; seconds are those of training. The "

@@ -110,6 +110,8 @@ def histories(
     """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
 
     A folder with the runs directly inside, as in ``data/results``, is read and never trained in.
+    What is only read is found by name and seed; a line says where its other settings are not those
+    of ``experiments``.
 
     Raises:
         FileNotFoundError: if there is none and nothing was to be trained.
@@ -117,12 +119,17 @@ def histories(
     folders = {run_folder(out, e): e for e in experiments}
     if any((Path(out) / folder.name / FILE).exists() for folder in folders):
         folders, train = {Path(out) / folder.name: e for folder, e in folders.items()}, False
-    found = []
+    found, other = [], set()
     for folder, experiment in folders.items():
         if train:
             found.append(run(experiment, folder))
         elif (folder / FILE).exists():
-            found.append(_marked(History.load(folder), folder))
+            history = History.load(folder)
+            other |= set(_identity(history.experiment)) - set(_identity(experiment))
+            found.append(_marked(history, folder))
+    if other:
+        settings = ", ".join(sorted({name for name, _ in other}))
+        print(f"{out}: shown as they were run, with settings of their own ({settings})")
     if not found:
         raise FileNotFoundError(f"{out}: {NOTHING_THERE}; set train = True to train them")
     return found
@@ -332,8 +339,7 @@ def _carried_out(experiments: list[Experiment], chosen: argparse.Namespace) -> i
         found, failures = trained(experiments, out, **scale_out(chosen))
     except (ImportError, ValueError, RuntimeError) as error:
         return _refused(error)
-    found = [h for h in found if h.rows]
-    if not found:
+    if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks
         return _refused("; ".join(failures))
     located = chosen.dataset
     if located.startswith("folder:"):  # the notebooks run elsewhere

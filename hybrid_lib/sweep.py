@@ -115,6 +115,8 @@ class Sweep(_Strict):
                 raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
         for name in self.grid.keys() & self.random.keys() | self.fixed.keys() & set(self.varied):
             raise ValueError(f"{name} is given twice: once in fixed, grid and random together")
+        if {"lambda_sgd", "lambda_start"} <= {*self.varied, *self.fixed}:
+            raise ValueError("lambda_sgd and lambda_start are the same weights: give one of them")
         study.plan(self.scale, self.dataset, [self.optimizer], seed_list(self.seeds))
         return self
 
@@ -321,9 +323,10 @@ def write_report(
 ) -> Path:
     """Write ``out/report.html``: the sweep's figures and tables; it needs no network."""
     runs, subject = table(found), plots.subject(found)
-    axes = [name for name in sweep.varied if name in runs] or varied(runs)
+    shown = {"lambda_start": "lambda_sgd"} if "lambda_sgd" in runs else {}
+    axes = [n for n in (shown.get(n, n) for n in sweep.varied) if n in runs] or varied(runs)
     sections = [("All settings", plots.parallel(runs, axes, subject), PARALLEL_NOTE)]
-    cells = [name for name in sweep.grid if name in runs]
+    cells = [n for n in (shown.get(n, n) for n in sweep.grid) if n in runs]
     if len(cells) > 1:
         sections.append(("Two settings", plots.heat_map(runs, *cells[:2], subject), HEAT_NOTE))
     sections += [

@@ -250,11 +250,15 @@ def step_seconds(
                 p.grad = g
             optimizer.step(hess_diag=hess_diag)
             t3 = _now(device)
+            model.train(experiment.tests_in_training_mode)
+            t4 = _now(device)
             with torch.no_grad():
                 model(x)
-            t4 = _now(device)
-        both = t2 - t1 if optimizer.needs_hessian else 0.0  # that pass has the gradient in it
-        for name, seconds in zip(parts, (t1 - t0, both - (t1 - t0) * bool(both), t3 - t2, t4 - t3)):
+            t5 = _now(device)
+            model.train()
+        # The second pass has a gradient in it, too.
+        hessian = (t2 - t1) - (t1 - t0) if optimizer.needs_hessian else 0.0
+        for name, seconds in zip(parts, (t1 - t0, hessian, t3 - t2, t5 - t4)):
             parts[name].append(seconds)
     return {name: statistics.median(s[2:]) for name, s in parts.items()}  # the first two warm up
 

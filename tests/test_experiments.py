@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,12 +214,15 @@ def test_settings_of_another_optimizer_are_refused(name, field, value):
 
 
 WITHOUT_EFFECT = [
-    ("adam", {"lambda_start": (0.2, 0.8)}),
-]
+    ("adam", {"lambda_start": (0.2, 0.8)}), ("sgd", {"lambda_end": (0.5, 0.5)}),
+    ("adahessian", {"lambda_epochs": 5}), ("sgd", {"lambda_direction": "released"}),
+    ("sgd", {"hessian_every": 10}), ("atmo", {"hessian_fraction": 0.5}),
+    ("padam_sgd", {"hessian_samples": 2}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "changes"), WITHOUT_EFFECT)
-def test_weights_that_nothing_would_use_are_refused(name, changes):
+def test_settings_that_nothing_would_use_are_refused(name, changes):
     (field,) = changes
     with pytest.raises(ValidationError, match=field):
         replace(EXPERIMENTS[name], **changes)
@@ -410,6 +414,14 @@ def test_initial_weights_are_a_function_of_the_seed():
     assert torch.random.get_rng_state().equal(before)
     assert all(p.equal(q) for p, q in zip(first.parameters(), again.parameters()))
     assert not all(p.equal(q) for p, q in zip(first.parameters(), other.parameters()))
+
+
+def test_initial_weights_are_the_seed_s_in_several_threads_too():
+    small = replace(EXPERIMENTS["sgd"], width=8)
+    alone = torch.nn.utils.parameters_to_vector(small.build_model(10, 1).parameters())
+    with ThreadPoolExecutor(8) as threads:
+        models = list(threads.map(lambda _: small.build_model(10, 1), range(40)))
+    assert all(torch.nn.utils.parameters_to_vector(m.parameters()).equal(alone) for m in models)
 
 
 # --- The report's numbers. ---

@@ -309,6 +309,19 @@ def test_earlier_runs_and_the_report_are_laid_over(open_explorer):
     assert len(explorer.curves.data) == 4
 
 
+def test_an_earlier_run_that_diverged_at_once_is_an_empty_line(open_explorer):
+    explorer = open_explorer(**TINY | {"lr": 1e30})
+    explorer.start()
+    explorer.wait()
+    assert (explorer.history.status, explorer.history.rows) == ("diverged", [])
+    explorer.reset()
+    explorer.earlier.value = ["padam_sgd-1"]
+    set_to(explorer, method="sgd")
+    explorer.start()
+    explorer.wait()
+    assert explorer.history.status == "complete"
+
+
 def test_a_damaged_earlier_run_is_left_out(open_explorer, tmp_path):
     (tmp_path / "runs" / "broken").mkdir(parents=True)
     (tmp_path / "runs" / "broken" / "history.json").write_text("{")

@@ -193,6 +193,8 @@ def test_the_report_s_accuracies_are_marked_on_cifar10(make):
     assert "in proportion" in sgd.name
     assert not [t for t in plots.without_hidden(make(tenth)).data if t.legendgroup == "report"]
 
+    named = [history("sgd", dataset=f"{name}, published runs") for name in (copy, "CIFAR-10")]
+    assert all("report" in [t.legendgroup for t in make([h]).data] for h in named)
     for other in ("Some images", "CIFAR-100"):
         figure = make([history(dataset=other)])
         assert not [t for t in figure.data if t.legendgroup == "report"]
@@ -280,6 +282,16 @@ def test_the_accuracy_table_by_hand():
     assert math.isnan(atmo["final"])
     assert (atmo["epochs"], atmo["seeds"], atmo["status"]) == (0, 0, "diverged")
     assert pd.isna(table.loc["Padam", "report (CIFAR-10)"]), "not in the report"
+
+
+def test_means_are_over_complete_runs():
+    runs = [history("sgd", i, 2, test_accuracy=[0.5, 0.9]) for i in range(2)]
+    runs += [history("sgd", 2, 1, status="diverged", test_accuracy=[0.1])]
+    runs += [history("sgd", 3, 1, status="running", test_accuracy=[0.2])]
+    row = plots.accuracy_table(runs).loc["SGD"]
+    assert (row["final"], row["best"], row["seeds"], row["epochs"]) == (0.9, 0.9, 2, 2)
+    assert row["mean of last 10"] == pytest.approx(0.7)
+    assert row["status"] == "2 complete, 1 diverged, 1 running"
 
 
 def test_the_deviation_is_over_seeds():

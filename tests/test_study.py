@@ -1,6 +1,7 @@
 """A study trains what is missing, reports what failed, and refuses what it can't do in one line."""
 
 import contextlib
+import dataclasses
 import re
 import shlex
 from dataclasses import replace
@@ -147,11 +148,14 @@ def test_one_s_own_runs_come_before_published_ones(no_training, tmp_path):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_folder_of_published_runs_is_read_whatever_the_scale(no_training, train):
+def test_a_folder_of_published_runs_is_read_whatever_the_scale(no_training, train, capsys):
     asked = ASKED | {"scale": "toy", "dataset": "digits", "out": str(DEMO), "train": train}
     found = study.collect(SimpleNamespace(**asked), ["sgd", "padam", "adasgd"])
     assert [len(h.rows) for h in found] == [10, 10]
     assert plots.subject(found) == "CIFAR-10 (JPEG copy), published runs"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{DEMO}: shown as they were run, with settings of their own (batch_")
+    assert ", epochs, " in line
 
 
 # --- The command line. ---
@@ -260,6 +264,23 @@ def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks,
     monkeypatch.setattr(study, "run", real)
     assert told(*command)[0] == 0
     assert "What failed" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_run_that_diverged_at_once_counts_in_the_report(
+    tmp_path, no_notebooks, told, monkeypatch
+):
+    real = study.run
+
+    def diverging(e, *args, **how):
+        history = real(e, *args, **how)
+        diverged = e.name == "adam" and e.seed == 1
+        return dataclasses.replace(history, rows=[], status="diverged") if diverged else history
+
+    monkeypatch.setattr(study, "run", diverging)
+    told("--scale", "toy", "--only", "sgd,adam", "--seeds", "0-1", "--out", tmp_path)
+    assert "1 complete, 1 diverged" in (tmp_path / "report.html").read_text("utf-8")
+    code, _, errors = told("--scale", "toy", "--only", "adam", "--seeds", "1", "--out", tmp_path)
+    assert (code, "Adam, seed 1: diverged" in errors) == (2, True)
 
 
 def test_where_everything_fails_the_exit_code_says_so(tmp_path, told, monkeypatch):

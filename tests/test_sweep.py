@@ -137,6 +137,8 @@ def test_impossible_points_are_named_and_the_others_run():
         ("{grid: {lr: [1]}, fixed: {lr: 1}}", "lr is given twice"),
         ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
         ("{gridd: {lr: [1]}}", "gridd"),
+        ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
+        ("{optimizer: sgd, grid: {hessian_every: [10]}}", "hessian_every=10: sgd needs no Hessian"),
         ("{grid: {lr: [1]", "not YAML"),
         ("grid", r"give FILE\.yaml, or text"),
         ("", r"give FILE\.yaml, or text"),
@@ -233,6 +235,21 @@ def test_the_table_has_the_settings_that_differ_and_nothing_of_failed_runs():
 def test_pairs_that_do_not_sum_to_one_stay_pairs():
     table = sweep.table([run(lambda_start=(1, 1), lr=0.1), run(lambda_start=(0.5, 1), lr=0.2)])
     assert list(table["lambda_start"]) == [(1, 1), (0.5, 1)]
+
+
+def test_weights_are_an_axis_of_the_report_under_either_name(tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("parallel", "heat_map"):
+        monkeypatch.setattr(plots, name, lambda runs, *axes, name=name: drawn.update({name: axes}))
+    monkeypatch.setattr(sweep, "write_page", lambda *page: None)
+    asked = read("{optimizer: atmo, grid: {lr: [0.1, 0.2], lambda_start: ['1, 0', '0.5, 0.5']}}")
+    runs = [run(lambda_start=λ, lr=lr) for lr in (0.1, 0.2) for λ in ((1, 0), (0.5, 0.5))]
+    for history in runs:
+        history.environment.update(device_name="abacus", torch="2")
+    monkeypatch.setattr(plots, "subject", lambda found: "dots")
+    sweep.write_report(tmp_path, asked, runs)
+    assert drawn["parallel"] == (["lr", "lambda_sgd"], "dots")
+    assert drawn["heat_map"] == ("lr", "lambda_sgd", "dots")
 
 
 def test_points_are_means_over_seeds_with_failed_ones_last():

@@ -234,6 +234,14 @@ def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
     assert fed[3][2] == 255
 
 
+@pytest.mark.parametrize("protocol", ["clean", "released"])
+def test_the_parts_of_a_step_are_timed_in_the_mode_they_are_run_in(fed, protocol):
+    parts = train.step_seconds(toy(protocol=protocol), "cpu", repeats=1)
+    assert [mode for mode, *_ in fed] == [True, protocol == "released"] * 3
+    assert parts.pop("Hessian") == 0
+    assert all(seconds > 0 for seconds in parts.values())
+
+
 def test_batches_of_a_test_pass_in_training_mode_are_of_mixed_classes(fed, tmp_path):
     for part, name, grey in itertools.product(("train", "test"), ("black", "white"), range(16)):
         (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
