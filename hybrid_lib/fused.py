@@ -22,17 +22,24 @@ from hybrid_lib.compiling import CannotCompile, compiled
 from hybrid_lib.rules import Number, state_dtype
 
 
+class Part(NamedTuple):
+    """Parameters of one device and dtype, and what their step takes."""
+
+    params: list[Tensor]
+    states: list[dict]
+    buffers: list[dict[str, list[Tensor]]]  # of each rule, by name
+    layouts: str  # how the buffers lie in memory
+    t: Tensor  # the counts of steps, a vector; each state's is a view of it
+    move_all: Callable
+
+
 class Found(NamedTuple):
     """What a compiled step takes that stays the same from one step to the next."""
 
     params: list[Tensor]
     states: list[dict]
     held: list  # in those states, when they were looked at
-    # By device and dtype: parameters, their states, each rule's buffers (lists by name), how those
-    # lie in memory, the counts of steps as one vector (each state's is a view of it), and the step.
-    parts: list[
-        tuple[list[Tensor], list[dict], list[dict[str, list[Tensor]]], str, Tensor, Callable]
-    ]
+    parts: list[Part]
 
 
 class FusedStep:
@@ -113,7 +120,7 @@ class FusedStep:
             layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for b in every])
             # torch compiles one function for a few kinds of arguments only, and then gives up.
             move_all = self._compiled.setdefault(tuple(map(id, ps)), _compiled_step())
-            parts.append((ps, some, buffers, layouts, t, move_all))
+            parts.append(Part(ps, some, buffers, layouts, t, move_all))
         return Found(params, states, _held(states), parts)
 
 

@@ -100,7 +100,7 @@ def panels(histories: Sequence[History]):
             _add_lines(figure, name, group, column, row=row, col=col, legend=i == 0)
         figure.update_yaxes(title_text=AXES[column], row=row, col=col)
         if column.endswith("loss"):
-            figure.update_yaxes(type="log", nticks=6, tickformat="~g", row=row, col=col)
+            figure.update_yaxes(type="log", nticks=4, tickformat="~g", row=row, col=col)
     _add_report(figure, histories, row=2, col=2)
     _epoch_axis(figure, histories, row=2)
     return finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)

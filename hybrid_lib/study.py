@@ -61,6 +61,7 @@ def plan(
     dataset: str = "digits",
     only: Iterable[str] = TABLE,
     seeds: Iterable[int] = (0,),
+    epochs: int | None = None,
     **changes,
 ) -> list[Experiment]:
     """The experiments of a study: rows of ``EXPERIMENTS`` at a scale, one per name and seed.
@@ -70,7 +71,8 @@ def plan(
         dataset: see :func:`hybrid_lib.data.load`.
         only: names of :data:`~hybrid_lib.EXPERIMENTS`.
         seeds: one run per seed.
-        changes: any field of Experiment, over what the scale says; ``epochs`` rescales.
+        epochs: rescales the schedules; None: as the scale says.
+        changes: any other field of Experiment, over what the scale says.
 
     Raises:
         ValueError: for an unknown name or scale, or settings outside their range.
@@ -87,7 +89,8 @@ def plan(
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
     changes = {**sizes, **changes}
-    epochs = changes.pop("epochs", None)
+    usual = changes.pop("epochs", None)
+    epochs = usual if epochs is None else epochs
     planned = []
     for name in dict.fromkeys(only):
         experiment = row(name)
@@ -207,10 +210,16 @@ def _tried(experiment: Experiment, folder: Path, device, progress, compile):
         return error
 
 
-def default_out(scale: str, dataset: str) -> Path:
-    """Where a study is kept if nothing else is said: runs/SCALE, or runs/SCALE-DATASET."""
-    name = Path(dataset.removeprefix("folder:")).name
-    return data.PROJECT / "runs" / (scale if dataset == "digits" else f"{scale}-{name}")
+def default_out(scale: str, dataset: str, protocol: str = "clean") -> Path:
+    """Where a study is kept if nothing else is said: runs/SCALE, runs/SCALE-DATASET-PROTOCOL, …
+
+    >>> default_out("demo", "folder:my/birds").name, default_out("demo", "digits", "released").name
+    ('demo-birds', 'demo-released')
+    """
+    words = [scale]
+    words += [Path(dataset.removeprefix("folder:")).name] if dataset != "digits" else []
+    words += [protocol] if protocol != "clean" else []
+    return data.PROJECT / "runs" / "-".join(words)
 
 
 def asked(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[Experiment]:
@@ -219,8 +228,7 @@ def asked(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[Experime
     ``chosen`` has scale, dataset and seeds (as text: "0,3" or "0-4"), and epochs (None: the
     scale's).
     """
-    changes = {} if chosen.epochs is None else {"epochs": chosen.epochs}
-    return plan(chosen.scale, chosen.dataset, only, seed_list(chosen.seeds), **changes)
+    return plan(chosen.scale, chosen.dataset, only, seed_list(chosen.seeds), chosen.epochs)
 
 
 def asked_one(chosen: SimpleNamespace) -> Experiment:
@@ -310,14 +318,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", help="as in 0,3 or 0-4; default: %(default)s")
     parser.add_argument("--protocol", default="clean", help="clean or released")
     parser.add_argument("--epochs", type=int, help="other than the scale's; schedules keep shape")
-    parser.add_argument("--out", type=Path, help="default: runs/SCALE, or runs/SCALE-DATASET")
+    parser.add_argument(
+        "--out", type=Path, help="default: runs/SCALE-DATASET-PROTOCOL, without digits and clean"
+    )
     chosen = parse(parser, arguments)
 
     try:
-        changes = {} if chosen.epochs is None else {"epochs": chosen.epochs}
         experiments = plan(
             chosen.scale, chosen.dataset, chosen.only.split(","), seed_list(chosen.seeds),
-            protocol=chosen.protocol, **changes,
+            chosen.epochs, protocol=chosen.protocol,
         )  # fmt: skip
         for experiment in {e.batch_size: e for e in experiments}.values():
             loaded(experiment, chosen.device)  # what is wrong with the data is said at once
@@ -334,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _carried_out(experiments: list[Experiment], chosen: argparse.Namespace) -> int:
-    out = (chosen.out or default_out(chosen.scale, chosen.dataset)).resolve()
+    out = (chosen.out or default_out(chosen.scale, chosen.dataset, chosen.protocol)).resolve()
     try:
         found, failures = trained(experiments, out, **scale_out(chosen))
     except (ImportError, ValueError, RuntimeError) as error:

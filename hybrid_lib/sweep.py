@@ -39,10 +39,9 @@ from hybrid_lib.parameters import did_you_mean, seed_list
 from hybrid_lib.report import html_table, write_page
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
-MEASURED = (
-    "seed", "status", "epochs done", "test_accuracy", "test_loss", "train_accuracy", "train_loss",
-    "best_test_accuracy", "train_seconds",
-)  # fmt: skip
+OF_LAST_EPOCH = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+NUMBERS = (*OF_LAST_EPOCH, "best_test_accuracy", "train_seconds")
+MEASURED = ("seed", "status", "epochs done", *NUMBERS)
 
 
 class _Strict(BaseModel):
@@ -234,13 +233,13 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
             "seed": h.experiment.seed,
             "status": h.status,
             "epochs done": len(h.rows),
-            **{k: done.get(k) for k in MEASURED[3:7]},
+            **{k: done.get(k) for k in OF_LAST_EPOCH},
             "best_test_accuracy": h.best["test_accuracy"] if done else None,
             "train_seconds": sum(row["train_seconds"] for row in h.rows),
         }
         rows.append({k: s.get(k) for k in varied} | measured)
     named = pd.Index([h.experiment.name for h in histories], name="run")
-    numbers = dict.fromkeys(MEASURED[3:], float)
+    numbers = dict.fromkeys(NUMBERS, float)
     return pd.DataFrame(rows, index=named, columns=[*varied, *MEASURED]).astype(numbers)
 
 

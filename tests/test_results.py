@@ -139,6 +139,15 @@ def published(tmp_path, monkeypatch):
     }
 
 
+def test_the_images_are_one_s_own_choice(capsys):
+    out = ["--list", "--seeds", "1", "--out", "nowhere"]
+    assert train.main(["--dataset", "cifar10", *out]) == 0
+    assert capsys.readouterr().out.count("to do ") == 26
+    with pytest.raises(SystemExit):
+        train.main(out)
+    assert "--dataset --archive is required" in capsys.readouterr().err
+
+
 def test_a_missing_archive_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PROJECT", tmp_path)
     with pytest.raises(FileNotFoundError, match="no such archive"):

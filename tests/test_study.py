@@ -102,6 +102,7 @@ def test_where_a_study_is_kept():
     runs = data.PROJECT / "runs"
     assert default_out("demo", "digits") == runs / "demo"
     assert default_out("toy", "cifar10") == runs / "toy-cifar10"
+    assert default_out("toy", "cifar10", "released") == runs / "toy-cifar10-released"
     assert default_out("demo", "folder:data/cifar10-jpeg") == runs / "demo-cifar10-jpeg"
     inside = [default_out("demo", f"folder:{p}") for p in ("..", "/", "a/..", "../../etc", "~")]
     assert all(p.resolve().is_relative_to(runs) for p in inside)

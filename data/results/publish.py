@@ -21,6 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from hybrid_lib import EXPERIMENTS, History, claims, plots
+from hybrid_lib.compare import by_name
 from hybrid_lib.history import load_all
 
 PROTOCOLS = ("released", "clean")
@@ -104,6 +105,13 @@ def _sizes(histories: Sequence[History]) -> str:
     return "; ".join(sorted(sizes))
 
 
+def _seeds(histories: Sequence[History]) -> str:
+    counts = sorted({len(group) for group in by_name(histories).values()})
+    return "one seed" if counts == [1] else (
+        f"mean of {' or '.join(map(str, counts))} seeds, band from the lowest to the highest"
+    )  # fmt: skip
+
+
 def _figures(found: Sequence[History]) -> Iterator[go.Figure]:
     """The report's Figures 1 to 5."""
     yield plots.panels(found)
@@ -130,8 +138,7 @@ def render(folder: Path) -> list[Path]:
         if not found:
             continue
         accuracies = plots.accuracy_table(found)
-        if all(_is_the_report_s(h) for h in found):  # elsewhere a difference says nothing
-            accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
+        accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
         for rank, column in {"rank": "final", "report's rank": "report (CIFAR-10)"}.items():
             accuracies[rank] = (
                 accuracies[column].rank(ascending=False, method="min").astype("Int64")
@@ -146,7 +153,7 @@ def render(folder: Path) -> list[Path]:
             still = plots.without_hidden(figure)
             still.update_layout(paper_bgcolor="white", plot_bgcolor="white",
                                 title_text=f"{still.layout.title.text}, {protocol} protocol<br>"
-                                f"<sup>{_sizes(found)}</sup>")  # fmt: skip
+                                f"<sup>{_sizes(found)}; {_seeds(found)}</sup>")  # fmt: skip
             still.write_image(picture, width=1000, height=still.layout.height)
             sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
             written.append(picture)
@@ -160,8 +167,12 @@ def render(folder: Path) -> list[Path]:
         f"# {plots.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
         'Made by `publish.py` from the histories beside this page. "95 % from, to" is a bootstrap '
-        "interval, too narrow with three seeds; a claim's ± is half of Student's 95 % interval."
+        "interval, too narrow for few seeds; a claim's ± is half of Student's 95 % interval, its "
+        '"tenth of the epochs" at least three epochs. Seconds of the two protocols do not compare '
+        "where the machine did other work beside."
     )
+    if not all(_is_the_report_s(h) for h in everything):
+        head += " These runs are smaller than the report's: final − report is mostly that."
     page = folder / "TABLES.md"
     page.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     return [page, *written]

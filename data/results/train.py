@@ -1,7 +1,8 @@
 """Train the matrix that the published results come from: one command, resumable, in slices.
 
-    python data/results/train.py --archive cifar10-jpeg.tar.xz             # a GPU: full length
-    python data/results/train.py --archive cifar10-jpeg.tar.xz --scale cpu # a tenth of it, small
+    python data/results/train.py --dataset cifar10               # a GPU: full length; downloads
+    python data/results/train.py --archive cifar10-jpeg.tar.xz   # images as train/CLASS/*, test/…
+    python data/results/train.py --dataset cifar10 --scale cpu   # a tenth of it, small
 
 Runs are trained in the order of :func:`matrix`, the most informative first, into
 ``OUT/PROTOCOL/RUN/``; what is complete is not trained again, what was interrupted goes on after its
@@ -106,7 +107,9 @@ def unpacked(archive: Path, where: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archive", type=Path, required=True, help="images as train/CLASS/*, …")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--dataset", help="cifar10, downloaded if need be, or folder:PATH")
+    images.add_argument("--archive", type=Path, help="a tar of train/CLASS/* and test/CLASS/*")
     parser.add_argument("--scale", choices=SCALES, default="paper")
     parser.add_argument("--precision", default="float32", help="tf32 or bfloat16: faster on GPUs")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
@@ -119,10 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
     out = chosen.out or data.PROJECT / "runs" / f"reproduction-{chosen.scale}"
-    images = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
+    dataset = chosen.dataset
+    if chosen.archive:  # named from the project: the same experiment wherever that lies
+        unpacked_to = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
+        dataset = f"folder:{unpacked_to.as_posix()}"
 
     left = 0
-    dataset = f"folder:{images.as_posix()}"  # the same experiment wherever the project lies
     for folder, experiment in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds):
         if chosen.list:
             there = (out / folder / "history.json").exists()
