@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ class CannotCompile(RuntimeError):
     """There is no compiler on the machine, or it cannot take this function."""
 
 
-def compiled(function: Callable, what: str, unchecked: str = "", **options) -> Callable:
+def compiled(function: Callable, what: str, only: Sequence[str] = (), **options) -> Callable:
     """``function``, compiled at its first call; it must not branch on the values of tensors.
 
     Tensors may change between calls, but not their shapes, dtypes, devices or strides: a call
@@ -24,8 +24,8 @@ def compiled(function: Callable, what: str, unchecked: str = "", **options) -> C
     Args:
         function: takes and returns tensors, in lists, tuples and dicts as it likes.
         what: names the function in errors, as in "the optimizer's step".
-        unchecked: the argument whose tensors the caller promises to be the same, or alike, unless
-            other arguments differ as well; a call checks hundreds of tensors otherwise.
+        only: arguments in whose tensors alone calls differ: the caller promises that everything
+            else, in all others, stays as it is. Looking there would take a short function's time.
         options: of torch's inductor.
 
     Raises:
@@ -37,10 +37,10 @@ def compiled(function: Callable, what: str, unchecked: str = "", **options) -> C
         function.__defaults__, function.__closure__,
     )  # fmt: skip
     filters = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # from torch 2.8
-    if unchecked and filters:
-        theirs = re.compile(rf"(L\[')?{unchecked}\b")
+    if only and filters:
+        looked_at = re.compile(rf"(L\[')?({'|'.join(only)})\b")
         options["guard_filter_fn"] = lambda guards: [
-            not (g.guard_type == "TENSOR_MATCH" and theirs.match(g.name)) for g in guards
+            g.guard_type == "TENSOR_MATCH" and bool(looked_at.match(g.name)) for g in guards
         ]
     fast = None
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,9 +28,8 @@ class Part(NamedTuple):
     params: list[Tensor]
     states: list[dict]
     buffers: list[dict[str, list[Tensor]]]  # of each rule, by name
-    layouts: str  # how the buffers lie in memory
+    kind: str  # of parameters: which; of buffers: all that one compiled function depends on
     t: Tensor  # the counts of steps, a vector; each state's is a view of it
-    move_all: Callable
 
 
 class Found(NamedTuple):
@@ -54,7 +53,8 @@ class FusedStep:
         self._move = move
         self._made_by: tuple | None = None  # the rules that made the buffers, in an eager step
         self._found: Found | None = None
-        self._compiled: dict[tuple, Callable] = {}  # by the parameters that move
+        # What these rules were compiled to, by all else that torch does not look at in each call.
+        self._compiled: dict[tuple, Callable] = {}
 
     def knows(self, params: list[Tensor], group: dict, state: dict) -> bool:
         """Whether the last step was compiled, and this one would find the same."""
@@ -70,6 +70,8 @@ class FusedStep:
 
     def moved_eagerly(self, rules: tuple) -> None:
         """To be said after an eager step: these rules have made the buffers and the counts."""
+        if self._made_by is not rules:
+            self._compiled.clear()
         self._made_by, self._found = rules, None
 
     def move(self, params: list[Tensor], group: dict, state: dict) -> bool:
@@ -88,13 +90,15 @@ class FusedStep:
             return False
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
         rules, maximize = group["rules"], group["maximize"]
-        betas = tuple({β for r in rules for β in getattr(r, "betas", ())})
-        for ps, states, buffers, layouts, t, move_all in found.parts:
+        for ps, states, buffers, kind, t in found.parts:
             tensor = functools.partial(_on, t.device, t.dtype)  # numbers would be compiled in
             diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
-            move_all(
-                self._move, ps, [p.grad for p in ps], diagonals, buffers, layouts, t, betas,
-                tensor(η), [tensor(λi) for λi in λ], rules, tensor(γ) if γ != 0 else 0, maximize,
+            alike = (kind, not diagonals, len(λ), γ == 0, maximize)
+            if alike not in self._compiled:
+                self._compiled[alike] = _compiled_step()
+            self._compiled[alike](
+                self._move, ps, [p.grad for p in ps], diagonals, buffers, t, tensor(η),
+                [tensor(λi) for λi in λ], rules, tensor(γ) if γ != 0 else 0, maximize,
             )  # fmt: skip
         self._found = found
         return True
@@ -117,10 +121,8 @@ class FusedStep:
                 for j, first in enumerate(some[0]["rules"])
             ]
             every = [b for of_rule in buffers for of_name in of_rule.values() for b in of_name]
-            layouts = str([(b.dtype, b.device, *b.shape, b.stride()) for b in every])
-            # torch compiles one function for a few kinds of arguments only, and then gives up.
-            move_all = self._compiled.setdefault(tuple(map(id, ps)), _compiled_step())
-            parts.append(Part(ps, some, buffers, layouts, t, move_all))
+            looks = [(b.dtype, b.device, *b.shape, b.stride()) for b in every]
+            parts.append(Part(ps, some, buffers, str([*map(id, ps), *looks]), t))
         return Found(params, states, _held(states), parts)
 
 
@@ -160,16 +162,15 @@ def _has_all(move: Callable, params: list[Tensor], states: list[dict], rules: tu
 
 
 def _compiled_step() -> Callable:
-    # Store what several weights need, such as 1 - β^t; sizes were checked before the call.
+    # Store what several weights need, such as 1 - β^t; sizes are checked before the call.
     how = {"realize_reads_threshold": 0, "size_asserts": False}
-    return compiled(_move_all, "the optimizer's step", unchecked="buffers", **how)
+    changing = ("params", "grads", "diagonals")
+    return compiled(_move_all, "the optimizer's step", only=changing, **how)
 
 
-def _move_all(
-    move, params, grads, diagonals, buffers, layouts, t, betas, η, λ, rules, γ, maximize
-) -> None:
-    assert layouts  # read, so that a call with others compiles anew: checked in the buffers' place
+def _move_all(move, params, grads, diagonals, buffers, t, η, λ, rules, γ, maximize) -> None:
     t.add_(1)
+    betas = dict.fromkeys(β for r in rules for β in getattr(r, "betas", ()))
     corrections = _corrections(betas, t)
     for i, (w, g) in enumerate(zip(params, grads)):
         mine = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
@@ -188,7 +189,7 @@ def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
     return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
 
 
-def _corrections(betas: tuple[float, ...], t: Tensor) -> dict[tuple[float, float], Tensor]:
+def _corrections(betas: Iterable[float], t: Tensor) -> dict[tuple[float, float], Tensor]:
     """(1 - β^t)^power for all counts of steps t at once, by (β, power).
 
     By expm1, since in float32 β^t has lost the digits that the difference needs.
