@@ -105,11 +105,11 @@ def _sizes(histories: Sequence[History]) -> str:
     return "; ".join(sorted(sizes))
 
 
-def _seeds(histories: Sequence[History]) -> str:
+def _seeds(histories: Sequence[History], figure: go.Figure) -> str:
     counts = sorted({len(group) for group in by_name(histories).values()})
-    return "one seed" if counts == [1] else (
-        f"mean of {' or '.join(map(str, counts))} seeds, band from the lowest to the highest"
-    )  # fmt: skip
+    seeds = "one seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
+    has_bands = any(getattr(trace, "fill", None) for trace in figure.data)
+    return f"mean of {seeds}, bands from the lowest to the highest" if has_bands else seeds
 
 
 def _figures(found: Sequence[History]) -> Iterator[go.Figure]:
@@ -153,7 +153,7 @@ def render(folder: Path) -> list[Path]:
             still = plots.without_hidden(figure)
             still.update_layout(paper_bgcolor="white", plot_bgcolor="white",
                                 title_text=f"{still.layout.title.text}, {protocol} protocol<br>"
-                                f"<sup>{_sizes(found)}; {_seeds(found)}</sup>")  # fmt: skip
+                                f"<sup>{_sizes(found)}; {_seeds(found, still)}</sup>")  # fmt: skip
             still.write_image(picture, width=1000, height=still.layout.height)
             sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
             written.append(picture)
