@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,7 @@ class FusedStep:
             return False
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
         rules, maximize = group["rules"], group["maximize"]
+        betas = tuple({β for r in rules for β in getattr(r, "betas", ())})
         for ps, states, buffers, kind, t in found.parts:
             tensor = functools.partial(_on, t.device, t.dtype)  # numbers would be compiled in
             diagonals = [s["hess_diag"] for s in states] if "hess_diag" in states[0] else []
@@ -97,7 +98,7 @@ class FusedStep:
             if alike not in self._compiled:
                 self._compiled[alike] = _compiled_step()
             self._compiled[alike](
-                self._move, ps, [p.grad for p in ps], diagonals, buffers, t, tensor(η),
+                self._move, ps, [p.grad for p in ps], diagonals, buffers, t, betas, tensor(η),
                 [tensor(λi) for λi in λ], rules, tensor(γ) if γ != 0 else 0, maximize,
             )  # fmt: skip
         self._found = found
@@ -168,9 +169,8 @@ def _compiled_step() -> Callable:
     return compiled(_move_all, "the optimizer's step", only=changing, **how)
 
 
-def _move_all(move, params, grads, diagonals, buffers, t, η, λ, rules, γ, maximize) -> None:
+def _move_all(move, params, grads, diagonals, buffers, t, betas, η, λ, rules, γ, maximize) -> None:
     t.add_(1)
-    betas = dict.fromkeys(β for r in rules for β in getattr(r, "betas", ()))
     corrections = _corrections(betas, t)
     for i, (w, g) in enumerate(zip(params, grads)):
         mine = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
@@ -189,7 +189,7 @@ def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
     return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
 
 
-def _corrections(betas: Iterable[float], t: Tensor) -> dict[tuple[float, float], Tensor]:
+def _corrections(betas: tuple[float, ...], t: Tensor) -> dict[tuple[float, float], Tensor]:
     """(1 - β^t)^power for all counts of steps t at once, by (β, power).
 
     By expm1, since in float32 β^t has lost the digits that the difference needs.
