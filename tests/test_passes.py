@@ -370,6 +370,17 @@ def test_a_compiled_step_follows_changes_of_its_group_and_mixed_precisions():
     assert {s["step"] for s in fast.state_dict()["state"].values()} == {6}
 
 
+def test_a_compiled_step_follows_settings_that_torch_does_not_look_at():
+    eager, fast = twins(hl.atmo)
+    for step in range(8):
+        for optimizer in (eager, fast):
+            (group,) = optimizer.param_groups
+            group["maximize"] = 3 <= step < 5
+            group["decoupled_weight_decay"] = 0.5 if step >= 6 else 0.0
+        take_steps((eager, fast), 1, seed=step)
+        assert_twins_agree(eager, fast)
+
+
 def test_rules_changed_after_a_load_are_not_compiled_into_the_old_buffers():
     eager, fast = twins(hl.atmo)
     take_steps((eager, fast), 2)
