@@ -150,8 +150,7 @@ class Explorer:
         self.start_button.disabled, self.stop_button.disabled = True, False
         self._say(f"loading {experiment.dataset} …")
         if self.foreground:
-            with self.output:
-                self._train(experiment, folder)
+            self._train(experiment, folder)
         else:
             self._thread = threading.Thread(
                 target=self._train, args=(experiment, folder), daemon=True
@@ -216,9 +215,8 @@ class Explorer:
 
         try:
             arrived(
-                run(experiment, folder, progress=self.foreground, should_stop=should_stop,
-                    on_epoch=arrived)
-            )  # fmt: skip
+                run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=arrived)
+            )
             self._say(_outcome(self.history))
         except KeyboardInterrupt:
             self._say("stopped by an interrupt; Start goes on after the last finished epoch")
@@ -392,7 +390,6 @@ class Explorer:
         self.python = widgets.Textarea(
             description="With Python", rows=8, layout={"width": f"{LEFT + RIGHT}px"}, **look
         )
-        self.output = widgets.Output()
         self.preview, self.curves = _preview_figure(), _curves_figure()
         self.view = self._arranged()
 
@@ -428,7 +425,7 @@ class Explorer:
         )
         again = widgets.HTML("<b>The same again</b> (click into a box, Ctrl+A, Ctrl+C)")
         return widgets.VBox(
-            [top, columns, again, self.papermill, self.python, self.output],
+            [top, columns, again, self.papermill, self.python],
         )  # fmt: skip
 
 

@@ -458,6 +458,17 @@ def test_an_executed_copy_has_figures_and_no_widget_state(tmp_path, monkeypatch)
     assert not any("widget" in kind for kind in kinds)
 
 
+def test_a_front_end_for_ipywidgets_7_can_show_it(open_explorer):
+    """Colab's cannot make an Output, and a view that holds one stays blank as a whole."""
+    found, waiting = [], [open_explorer().view]
+    while waiting:
+        widget = waiting.pop()
+        found.append(type(widget).__name__)
+        waiting += getattr(widget, "children", ())
+    assert len(found) > 30
+    assert "Output" not in found
+
+
 def test_every_control_has_a_label_and_a_message(open_explorer):
     explorer = open_explorer()
     assert {*FIELDS, "method", "run_name"} == set(explorer.controls) == set(explorer.messages)

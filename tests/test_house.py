@@ -107,6 +107,14 @@ def test_every_package_that_is_imported_is_declared():
     assert {DISTRIBUTIONS.get(name, BROUGHT.get(name, name)) for name in used} <= declared
 
 
+def test_what_colab_has_is_new_enough():
+    """Its front end shows no other widgets than 7.7.1's: an upgrade would leave them blank."""
+    asked = [re.match(r"([\w-]+)>=([\d.]+)", line) for line in PROJECT["dependencies"]]
+    floors = dict(match.groups() for match in asked)
+    assert floors["ipywidgets"] == "7.7.1"
+    assert floors["jupyter-client"] == "7.4.9"
+
+
 def test_dask_is_optional():
     """Only one module uses it, and only once it is called."""
     assert {
