@@ -17,7 +17,7 @@ import statistics
 
 from benchmarks.timing import machine
 from hybrid_lib import run
-from hybrid_lib.study import plan
+from hybrid_lib.study.planning import plan
 
 VARIANTS = {
     "eager": ({}, False),

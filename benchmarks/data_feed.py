@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.timing import interleaved, show
-from hybrid_lib import data
+from hybrid_lib.training import data
 
 
 class Pictures(Dataset):

@@ -22,8 +22,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import machine
-from hybrid_lib import EXPERIMENTS, data, run, train
-from hybrid_lib.study import TABLE
+from hybrid_lib import EXPERIMENTS, run
+from hybrid_lib.study.planning import TABLE
+from hybrid_lib.training import data, loop
 
 
 def random_images(n: int) -> data.Data:
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()
     images = random_images(chosen.images)
-    train.data.load = lambda *_: images  # random images are no data set that users can name
+    loop.data.load = lambda *_: images  # random images are no data set that users can name
     rows = []
     for name in chosen.only.split(","):
         experiment = dataclasses.replace(

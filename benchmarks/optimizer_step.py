@@ -18,8 +18,9 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.timing import interleaved, show
-from hybrid_lib import hybrid, resnet18
-from hybrid_lib.compiling import compiled
+from hybrid_lib import resnet18
+from hybrid_lib.optim import hybrid
+from hybrid_lib.optim.compiling import compiled
 
 # Arrays that a step must read, and of those how many it must write back.
 STREAMS = {"sgd": (3, 2), "adam": (4, 3), "atmo": (5, 4), "adahessian": (5, 3), "adasgd": (6, 4)}

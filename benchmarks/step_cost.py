@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from benchmarks.timing import interleaved, show
 from hybrid_lib import EXPERIMENTS, resnet18
-from hybrid_lib.passes import compiled_pass, eager_pass
+from hybrid_lib.training.engines import compiled_pass, eager_pass
 
 LAZY = {"hessian_every": 10, "hessian_fraction": 0.25}
 COMPILED = {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from hybrid_lib.train import _cpu_name
+from hybrid_lib.training.loop import _cpu_name
 
 
 def interleaved(

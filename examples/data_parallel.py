@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hybrid_lib import adasgd, data, hessian_diagonal
+from hybrid_lib import adasgd, hessian_diagonal
+from hybrid_lib.training import data
 
 
 def main(steps: int = 10, batch: int = 33) -> dict:

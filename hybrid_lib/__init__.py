@@ -4,42 +4,47 @@
 >>> model = hl.resnet18(num_classes=10, in_channels=1, width=4)
 >>> optimizer = hl.padam_sgd(model.parameters(), lr=0.01, lambdas=(0.5, 0.5))
 
-Optimizers: :class:`Hybrid` with :mod:`hybrid_lib.rules`; :func:`sgd`, :func:`adam`, :func:`atmo`,
-:func:`padam`, :func:`padam_sgd`, :func:`adahessian`, :func:`adasgd`; :func:`hessian_diagonal`.
-Experiments: :data:`EXPERIMENTS`, :func:`run`, :class:`History`. Figures are in
-:mod:`hybrid_lib.plots`, whole studies in :mod:`hybrid_lib.study`.
+Four rooms, each of which imports from those before it alone: :mod:`hybrid_lib.optim` (the
+optimizers; needs torch), :mod:`hybrid_lib.training` (the training loop), :mod:`hybrid_lib.study`
+(many runs, and what they say) and :mod:`hybrid_lib.widgets`. The names below are loaded from them
+when they are first used, so that an optimizer alone imports no more than it needs.
 """
+
+import importlib
 
 import torch
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
     raise ImportError(f"hybrid_lib needs torch 2.6 or newer, here is {torch.__version__}")
 
-from hybrid_lib import rules, schedules
-from hybrid_lib.compiling import CannotCompile
-from hybrid_lib.curvature import hessian_diagonal
-from hybrid_lib.experiments import EXPERIMENTS, Experiment
-from hybrid_lib.history import History
-from hybrid_lib.hybrid import Hybrid, adahessian, adam, adasgd, atmo, padam, padam_sgd, sgd
-from hybrid_lib.models import resnet18
-from hybrid_lib.train import run
+_HOMES = {
+    "rules": "optim.rules",
+    "schedules": "optim.schedules",
+    "CannotCompile": "optim.compiling",
+    "Hybrid": "optim.hybrid",
+    "adahessian": "optim.hybrid",
+    "adam": "optim.hybrid",
+    "adasgd": "optim.hybrid",
+    "atmo": "optim.hybrid",
+    "hessian_diagonal": "optim.curvature",
+    "padam": "optim.hybrid",
+    "padam_sgd": "optim.hybrid",
+    "sgd": "optim.hybrid",
+    "EXPERIMENTS": "training.experiments",
+    "Experiment": "training.experiments",
+    "History": "training.history",
+    "resnet18": "training.models",
+    "run": "training.loop",
+}
+__all__ = sorted(_HOMES)
 
-__all__ = [
-    "EXPERIMENTS",
-    "CannotCompile",
-    "Experiment",
-    "History",
-    "Hybrid",
-    "adahessian",
-    "adam",
-    "adasgd",
-    "atmo",
-    "hessian_diagonal",
-    "padam",
-    "padam_sgd",
-    "resnet18",
-    "rules",
-    "run",
-    "schedules",
-    "sgd",
-]
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    return home if _HOMES[name].endswith(f".{name}") else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import hybrid_lib as hl
-from hybrid_lib import study
+from hybrid_lib.study import planning
 
 try:
     import tomllib
@@ -20,42 +20,15 @@ except ImportError:  # Python 3.10, where pytest brings its twin
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = {file.stem: file for file in (ROOT / "hybrid_lib").glob("*.py")}
+LIBRARY = {
+    str(file.relative_to(ROOT / "hybrid_lib").with_suffix("")): file
+    for file in (ROOT / "hybrid_lib").rglob("*.py")
+}
 README = ROOT / "README.md"
 needs_readme = pytest.mark.skipif(not README.exists(), reason="there is no README.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
-# Each module may import those of the floors below its own.
-FLOORS = [
-    {"rules", "compiling", "curvature", "schedules", "models", "data", "surfaces"},
-    {"fused"},
-    {"hybrid"},
-    {"experiments"},
-    {"history", "passes", "parameters"},
-    {"compare", "checkpoint"},
-    {"train"},
-    {"plots"},
-    {"claims", "cluster"},
-    {"report"},
-    {"anatomy", "study"},
-    {"walks", "explorer", "sweep"},
-    {"playground"},
-]
-FEWER = {  # and these even fewer
-    "fused": {"rules", "compiling"},
-    "hybrid": {"rules", "fused"},
-    "experiments": {"hybrid", "rules", "schedules", "models", "data"},
-    "history": {"experiments"},
-    "compare": {"history", "experiments"},
-    "plots": {"compare", "history", "experiments", "data"},
-    "claims": {"plots", "compare", "history", "experiments"},
-    "parameters": {"experiments"},
-    "report": {"claims", "plots", "compare", "history"},
-    "cluster": {"plots", "train", "history", "experiments"},
-    "passes": {"experiments", "models", "curvature", "compiling"},
-    "checkpoint": {"experiments", "history"},
-    "train": {"experiments", "data", "passes", "history", "checkpoint"},
-}
+ROOMS = ["optim", "training", "study", "widgets"]  # each may import from those before it
 
 
 # --- Who imports whom. ---
@@ -74,21 +47,20 @@ def imports(file: Path) -> set[str]:
 
 
 def of_ours(file: Path) -> set[str]:
-    """Which modules of the library a file imports."""
+    """Which rooms of the library a file imports from."""
     parts = [name.split(".") for name in imports(file) if name.split(".")[0] == "hybrid_lib"]
-    assert all(len(part) > 1 for part in parts), f"{file} imports the whole library"
+    assert all(part[1] in ROOMS for part in parts), f"{file}: name the room in imports"
     return {part[1] for part in parts}
 
 
-def test_every_module_has_its_floor():
-    assert set.union(*FLOORS) == LIBRARY.keys() - {"__init__"}
+def test_every_module_has_its_room():
+    assert {name.partition("/")[0] for name in LIBRARY} == {*ROOMS, "__init__"}
 
 
-@pytest.mark.parametrize("name", sorted(set.union(*FLOORS)))
-def test_a_module_imports_from_lower_floors_only(name):
-    floor = next(i for i, floor in enumerate(FLOORS) if name in floor)
-    lower = set().union(*FLOORS[:floor])
-    assert of_ours(LIBRARY[name]) <= FEWER.get(name, lower)
+@pytest.mark.parametrize("name", sorted(LIBRARY.keys() - {"__init__"}))
+def test_imports_go_down_only(name):
+    room = ROOMS.index(name.partition("/")[0])
+    assert of_ours(LIBRARY[name]) <= {*ROOMS[: room + 1]}
 
 
 DASK = {"dask", "distributed", "dask_jobqueue"}
@@ -119,14 +91,14 @@ def test_dask_is_optional():
     """Only one module uses it, and only once it is called."""
     assert {
         n for n, file in LIBRARY.items() if DASK & {name.split(".")[0] for name in imports(file)}
-    } == {"cluster"}
-    tree = ast.parse(LIBRARY["cluster"].read_text("utf-8"))
+    } == {"study/cluster"}
+    tree = ast.parse(LIBRARY["study/cluster"].read_text("utf-8"))
     at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not [line for line in map(ast.unparse, at_once) if any(name in line for name in DASK)]
 
 
 def test_the_cluster_s_code_stays_small():
-    text = LIBRARY["cluster"].read_text("utf-8")
+    text = LIBRARY["study/cluster"].read_text("utf-8")
     documented = sum(
         node.body[0].end_lineno - node.body[0].lineno + 1
         for node in ast.walk(ast.parse(text))
@@ -246,7 +218,7 @@ def test_the_readme_s_python_runs():
 @needs_readme
 def test_every_option_of_the_readme_s_commands_exists(capsys):
     with pytest.raises(SystemExit):
-        study.main(["--help"])
+        planning.main(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     lines = [
         line for block in blocks("sh") for line in block.splitlines() if "hybrid-study" in line
@@ -260,7 +232,8 @@ def test_the_readme_names_every_notebook_and_every_module():
     text = README.read_text("utf-8")
     notebooks = {file.stem for file in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
     assert {name for name in notebooks if f"`{name}`" not in text} == set()
-    assert {name for name in LIBRARY if f"`{name}.py`" not in text} - {"__init__"} == set()
+    rooms = {f"`{name}.py`" for name in LIBRARY if "__" not in name}
+    assert {name for name in rooms if name.split("/")[1] not in text} == set()
 
 
 # --- What is committed. ---

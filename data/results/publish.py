@@ -20,9 +20,10 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from hybrid_lib import EXPERIMENTS, History, claims, plots
-from hybrid_lib.compare import by_name
-from hybrid_lib.history import load_all
+from hybrid_lib import EXPERIMENTS, History
+from hybrid_lib.study import claims, figures
+from hybrid_lib.study.statistics import by_name
+from hybrid_lib.training.history import load_all
 
 PROTOCOLS = ("released", "clean")
 
@@ -67,7 +68,7 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
         table.append(
             {
                 "method": row.label, "protocol": e.protocol, "changed": "; ".join(changed),
-                "report": plots.paper("table3")["test_accuracy"][name],
+                "report": figures.paper("table3")["test_accuracy"][name],
                 "row": row.final["test_accuracy"], "audit": h.final["test_accuracy"],
                 "row's best": row.best["test_accuracy"], "audit's best": h.best["test_accuracy"],
             }
@@ -114,8 +115,8 @@ def _seeds(histories: Sequence[History], figure: go.Figure) -> str:
 
 def _figures(found: Sequence[History]) -> Iterator[go.Figure]:
     """The report's Figures 1 to 5."""
-    yield plots.panels(found)
-    yield plots.epoch_seconds(found)
+    yield figures.panels(found)
+    yield figures.epoch_seconds(found)
     for title, shown in (
         ("First-order methods", lambda e: not e.needs_hessian),
         ("Second-order methods", lambda e: e.needs_hessian or e.name in ("sgd", "adam")),
@@ -123,7 +124,7 @@ def _figures(found: Sequence[History]) -> Iterator[go.Figure]:
     ):
         runs = [h for h in found if shown(h.experiment)]
         if runs:
-            yield plots.curves(runs, title=f"{title}: test accuracy")
+            yield figures.curves(runs, title=f"{title}: test accuracy")
 
 
 def render(folder: Path) -> list[Path]:
@@ -137,7 +138,7 @@ def render(folder: Path) -> list[Path]:
         found.sort(key=lambda h: (list(EXPERIMENTS).index(h.experiment.name), h.experiment.seed))
         if not found:
             continue
-        accuracies = plots.accuracy_table(found)
+        accuracies = figures.accuracy_table(found)
         accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
         for rank, column in {"rank": "final", "report's rank": "report (CIFAR-10)"}.items():
             accuracies[rank] = (
@@ -145,12 +146,12 @@ def render(folder: Path) -> list[Path]:
             )
         sections += [
             f"## Table III, protocol {protocol}", markdown(accuracies.reset_index()),
-            "### Seconds per epoch", markdown(plots.seconds_table(found).reset_index(), 2),
+            "### Seconds per epoch", markdown(figures.seconds_table(found).reset_index(), 2),
             "### The report's claims", markdown(claims.table(found).reset_index(drop=True)),
         ]  # fmt: skip
         for number, figure in enumerate(_figures(found), start=1):
             picture = folder / f"{protocol}-figure{number}.png"
-            still = plots.without_hidden(figure)
+            still = figures.without_hidden(figure)
             still.update_layout(paper_bgcolor="white", plot_bgcolor="white",
                                 title_text=f"{still.layout.title.text}, {protocol} protocol<br>"
                                 f"<sup>{_sizes(found)}; {_seeds(found, still)}</sup>")  # fmt: skip
@@ -164,7 +165,7 @@ def render(folder: Path) -> list[Path]:
     machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}"
                 for h in everything}  # fmt: skip
     head = (
-        f"# {plots.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
+        f"# {figures.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
         'Made by `publish.py` from the histories beside this page. "95 % from, to" is a bootstrap '
         "interval, too narrow for few seeds; a claim's ± is half of Student's 95 % interval, its "

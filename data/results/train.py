@@ -23,8 +23,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from hybrid_lib import EXPERIMENTS, Experiment, History, data, run
-from hybrid_lib.study import TABLE
+from hybrid_lib import EXPERIMENTS, Experiment, History, run
+from hybrid_lib.study.planning import TABLE
+from hybrid_lib.training import data
 
 HERE = Path(__file__).resolve().parent
 # At full length as in Table II; on a CPU a tenth of the epochs, a fifth of the images.

@@ -1,0 +1,336 @@
+"""Update rules: SGD, Adam, Padam and AdaHessian, each reduced to what a hybrid needs of it.
+
+A rule looks at one parameter tensor (:class:`Seen`), moves its own buffers and answers with a
+direction d and a step size eta. Used alone, a rule would move the weights by ``-eta * d``; the
+merge of several answers, and the only place where weights move, is :mod:`hybrid_lib.optim.hybrid`.
+
+Rules are frozen dataclasses of hyper-parameters. What changes while training (buffers, the step
+count t, the learning rate) is handed in, so one rule can serve any number of parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Number = float | Tensor  # a compiled step has lr, t and the step sizes as tensors of no dimension
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of what a rule sees and keeps of a parameter: its own, but float32 at least."""
+    wide = p.dtype in (torch.float32, torch.float64)  # asked often, so without promote_types
+    return p.dtype if wide else torch.promote_types(p.dtype, torch.float32)
+
+
+class Seen(NamedTuple):
+    """What a rule may look at in one step; the three tensors have the same shape.
+
+    Attributes:
+        w: the weights, before this step.
+        g: the gradient of the loss at ``w`` (already negated where the loss is maximised).
+        hess_diag: an estimate of the diagonal of the Hessian at ``w``, or None if no rule asked.
+        corrections: (1 - beta^t)^power by (beta, power), each of POWERS, where they are known: a
+            compiled step computes them once, and not for every weight.
+    """
+
+    w: Tensor
+    g: Tensor
+    hess_diag: Tensor | None = None
+    corrections: Mapping[tuple[float, float], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class SGD:
+    r"""Stochastic gradient descent with momentum, the :math:`\Delta_{SGD}` of Algorithms 2 and 4.
+
+    .. math:: g' = g + \gamma w, \quad b_1 = g'_1, \quad b_t = \mu b_{t-1} + (1 - d)\, g'_t,
+              \quad \text{direction } b_t \;(\text{Nesterov: } g'_t + \mu b_t), \quad \eta_t = \eta
+
+    As in :class:`torch.optim.SGD`, the first buffer is not dampened. With momentum .95 the
+    direction grows to about 20 gradients, so half of SGD and half of Adam is not half the movement.
+
+    Args:
+        momentum: :math:`\mu \ge 0`.
+        dampening: d, in [0, 1].
+        nesterov: look one momentum step ahead; needs momentum > 0 and no dampening.
+        weight_decay: :math:`\gamma \ge 0`, an L2 term added to the gradient.
+
+    Raises:
+        ValueError: for a hyper-parameter outside its range.
+    """
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    needs_hessian = False
+
+    def __post_init__(self):
+        _check_at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
+        if not 0 <= self.dampening <= 1:
+            raise ValueError(f"dampening={self.dampening!r}: must lie in [0, 1]")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                f"nesterov=True with momentum={self.momentum!r}, dampening={self.dampening!r}: "
+                "Nesterov's step needs momentum > 0 and dampening = 0"
+            )
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+        """Move the momentum buffer and answer (direction, step size)."""
+        g = _with_l2(seen, self.weight_decay)
+        if self.momentum == 0:
+            return g, lr
+        if not buffers:
+            buffers["momentum_buffer"] = g.clone()
+        else:
+            buffers["momentum_buffer"].mul_(self.momentum).add_(g, alpha=1 - self.dampening)
+        b = buffers["momentum_buffer"]
+        return (g.add(b, alpha=self.momentum) if self.nesterov else b), lr
+
+
+@dataclass(frozen=True)
+class Adam:
+    r"""Adam, the :math:`\Delta_{Adam}` of Algorithm 2.
+
+    .. math:: m_t = \beta_1 m_{t-1} + (1 - \beta_1) g'_t, \quad
+              v_t = \beta_2 v_{t-1} + (1 - \beta_2) {g'_t}^2, \quad
+              \text{direction } \frac{m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \varepsilon}, \quad
+              \eta_t = \frac{\eta}{1 - \beta_1^t}
+
+    The bias correction of m sits in the step size, not in the direction. Alone that changes
+    nothing (it is :class:`torch.optim.Adam`); merged with SGD, it scales SGD's direction too.
+
+    Args:
+        betas: decay rates of m and v, each in [0, 1).
+        eps: :math:`\varepsilon \ge 0`, added to the root.
+        weight_decay: L2 term added to the gradient. Algorithm 2 writes none here; the released
+            code has it, and so do the defaults of :func:`hybrid_lib.atmo`.
+        amsgrad: divide by the running maximum of v.
+
+    Raises:
+        ValueError: for a hyper-parameter outside its range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+
+    needs_hessian = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", _checked_betas(self.betas))
+        _check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+        """Move m and v and answer (direction, step size)."""
+        beta1, beta2 = self.betas
+        g = _with_l2(seen, self.weight_decay)
+        m, v = _moments(buffers, g, g, self.betas)
+        root = _second_moment(buffers, v, self.amsgrad).sqrt()
+        root.mul_(_correction(beta2, t, seen, -0.5))
+        return m / root.add_(self.eps), lr * _correction(beta1, t, seen, -1)
+
+
+@dataclass(frozen=True)
+class Padam:
+    r"""Partially adaptive Adam (Algorithm 1; Chen et al. 2018).
+
+    .. math:: \text{direction } \frac{m_t}{(\sqrt{\hat v_t} + \varepsilon)^{2p}}, \quad
+              \hat v_t = \max(\hat v_{t-1}, v_t)
+
+    p = 1/2 divides by the root as Adam does, p towards 0 approaches SGD with momentum. Published
+    versions disagree on the bias correction; ``bias_correction`` chooses among them:
+
+    ============== ============================================== ===============================
+    reading        step size                                      where
+    ============== ============================================== ===============================
+    "released"     :math:`\eta\sqrt{1-\beta_2^t}/(1-\beta_1^t)`   the authors of Padam and of the
+                   whatever p is                                  report; the default
+    "none"         :math:`\eta`                                   Algorithm 1, to the letter
+    "consistent"   :math:`\eta / (1-\beta_1^t)`, with             corrects v before the power:
+                   :math:`\hat v_t/(1-\beta_2^t)` in the root     equals Adam at p = 1/2
+    ============== ============================================== ===============================
+
+    Args:
+        betas: decay rates of m and v, each in [0, 1).
+        eps: :math:`\varepsilon \ge 0`, added before the power is taken.
+        weight_decay: L2 term added to the gradient.
+        amsgrad: divide by the running maximum of v (Algorithm 1). The released PADAM-SGD does not.
+        partial: p in (0, 1/2]; the exponent on the root of v is 2p.
+        bias_correction: "released", "none" or "consistent".
+
+    Raises:
+        ValueError: for a hyper-parameter outside its range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = True
+    partial: float = 1 / 8
+    bias_correction: str = "released"
+
+    needs_hessian = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", _checked_betas(self.betas))
+        _check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
+        if not 0 < self.partial <= 0.5:
+            raise ValueError(
+                f"partial={self.partial!r}: Padam's p must lie in (0, 1/2]; 1/2 is Adam's root"
+            )
+        if self.bias_correction not in ("released", "none", "consistent"):
+            raise ValueError(
+                f"bias_correction={self.bias_correction!r}: "
+                'must be "released", "none" or "consistent"'
+            )
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+        """Move m and v and answer (direction, step size)."""
+        beta1, beta2 = self.betas
+        g = _with_l2(seen, self.weight_decay)
+        m, v = _moments(buffers, g, g, self.betas)
+        root = _second_moment(buffers, v, self.amsgrad).sqrt()
+        step_size = lr
+        if self.bias_correction == "released":
+            step_size = lr * _correction(beta2, t, seen, 0.5) * _correction(beta1, t, seen, -1)
+        elif self.bias_correction == "consistent":
+            root.mul_(_correction(beta2, t, seen, -0.5))
+            step_size = lr * _correction(beta1, t, seen, -1)
+        return m / root.add_(self.eps).pow_(2 * self.partial), step_size
+
+
+@dataclass(frozen=True)
+class AdaHessian:
+    r"""AdaHessian (Algorithm 3; Yao et al. 2020): Adam with the Hessian diagonal D inside v.
+
+    .. math:: v_t = \beta_2 v_{t-1} + (1 - \beta_2) {D^{(s)}_t}^2, \quad
+              \text{direction } \frac{m_t}{(v_t / (1 - \beta_2^t))^{k/2} + \varepsilon}, \quad
+              \eta_t = \frac{\eta}{1 - \beta_1^t}
+
+    m averages the plain gradient; weight decay, if any, is decoupled and belongs to
+    :class:`~hybrid_lib.Hybrid`. v moves on every step, also when the last D is used again.
+
+    Args:
+        betas: decay rates of m and v, each in [0, 1).
+        eps: :math:`\varepsilon \ge 0`, added after the power is taken.
+        hessian_power: k in (0, 1]; 1 is a Newton-like scaling, towards 0 plain momentum.
+        spatial_average: how :math:`D^{(s)}` is made from D. None: :math:`D^{(s)} = D`. "kernel":
+            mean of \|D\| over the last two dimensions of 4-D tensors. "auto": also over the last
+            dimension of 2-D and 3-D tensors. An integer b: over runs of b entries in row-major
+            order (Algorithm 3's block size; a last, shorter run is averaged over its own length).
+        signed_average: average D itself instead of \|D\|, as Algorithm 3 is printed. Both public
+            implementations take \|D\|: entries of opposite sign would cancel.
+
+    Raises:
+        ValueError: for a hyper-parameter outside its range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    hessian_power: float = 1.0
+    spatial_average: str | int | None = None
+    signed_average: bool = False
+
+    needs_hessian = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", _checked_betas(self.betas))
+        _check_at_least_zero(eps=self.eps)
+        if not 0 < self.hessian_power <= 1:
+            raise ValueError(f"hessian_power={self.hessian_power!r}: must lie in (0, 1]")
+        block = self.spatial_average
+        if not (block in (None, "kernel", "auto") or (type(block) is int and block >= 1)):
+            raise ValueError(
+                f'spatial_average={block!r}: must be None, "kernel", "auto" '
+                "or a block size of at least 1"
+            )
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+        """Move m and v and answer (direction, step size)."""
+        beta1, beta2 = self.betas
+        D = seen.hess_diag
+        if self.spatial_average is not None:
+            D = spatial_average(D if self.signed_average else D.abs(), self.spatial_average)
+        m, v = _moments(buffers, seen.g, D, self.betas)
+        scale = v.mul(_correction(beta2, t, seen, -1)).pow_(self.hessian_power / 2)
+        return m / scale.add_(self.eps), lr * _correction(beta1, t, seen, -1)
+
+
+def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
+    """Replace every entry by the mean of its block (:class:`AdaHessian` says which blocks).
+
+    >>> spatial_average(torch.tensor([1.0, 3.0, 5.0, 7.0, 10.0]), 2)
+    tensor([ 2.,  2.,  6.,  6., 10.])
+    """
+    if block is None:
+        return values
+    if isinstance(block, int):
+        flat = values.flatten()
+        if flat.numel() == 0:
+            return values
+        n_blocks = -(-flat.numel() // block)
+        padded = F.pad(flat, (0, n_blocks * block - flat.numel())).view(n_blocks, block)
+        sizes = torch.full((n_blocks, 1), block, dtype=flat.dtype, device=flat.device)
+        sizes[-1] = flat.numel() - (n_blocks - 1) * block
+        means = padded.sum(dim=1, keepdim=True) / sizes
+        return means.expand_as(padded).flatten()[: flat.numel()].view_as(values)
+    averaged_dims = {4: (2, 3)} if block == "kernel" else {2: (1,), 3: (2,), 4: (2, 3)}
+    if values.dim() not in averaged_dims:
+        return values
+    return values.mean(dim=averaged_dims[values.dim()], keepdim=True).expand_as(values)
+
+
+def _with_l2(seen: Seen, weight_decay: float) -> Tensor:
+    return seen.g if weight_decay == 0 else seen.g.add(seen.w, alpha=weight_decay)
+
+
+def _moments(buffers: dict, first: Tensor, second: Tensor, betas: tuple[float, float]):
+    """Exponential moving averages m of ``first`` and v of ``second`` squared."""
+    if not buffers:
+        buffers["exp_avg"] = torch.zeros_like(first)
+        buffers["exp_avg_sq"] = torch.zeros_like(first)
+    beta1, beta2 = betas
+    m = buffers["exp_avg"].lerp_(first, 1 - beta1)
+    v = buffers["exp_avg_sq"].mul_(beta2).addcmul_(second, second, value=1 - beta2)
+    return m, v
+
+
+POWERS = (-1, -0.5, 0.5)  # of corrections, that rules ask for
+
+
+def _correction(beta: float, t: Number, seen: Seen, power: float) -> Number:
+    """(1 - beta^t)^power: 1 - beta^t is the bias of a moving average that started at zero."""
+    if seen.corrections is None:
+        return (1 - beta**t) ** power
+    return seen.corrections[beta, power]
+
+
+def _second_moment(buffers: dict, v: Tensor, amsgrad: bool) -> Tensor:
+    if not amsgrad:
+        return v
+    if "max_exp_avg_sq" not in buffers:
+        buffers["max_exp_avg_sq"] = v.clone()
+    largest = buffers["max_exp_avg_sq"]
+    return largest.copy_(torch.maximum(largest, v))
+
+
+def _check_at_least_zero(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}={value!r}: must be a finite number, at least 0")
+
+
+def _checked_betas(betas) -> tuple[float, float]:
+    betas = tuple(betas)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas!r}: must be two numbers in [0, 1)")
+    return betas

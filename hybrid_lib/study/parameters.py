@@ -1,0 +1,121 @@
+"""What a reader asks for: a notebook's parameters, checked before anything is computed."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+
+import pydantic
+
+from hybrid_lib.training.experiments import faults
+
+INJECTED = "# Parameters\n"  # the first line of papermill's cell
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> SimpleNamespace:
+    """Check a notebook's parameters: the cell after them calls this with ``globals()``.
+
+    The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
+    says that the value may be missing). Papermill injects a cell behind it, warns of names that
+    nobody reads and passes everything else on as it came, text or number.
+
+    Args:
+        namespace: the notebook's globals, with IPython's list of cells ``In``.
+        check: called with the values; raises for values that are impossible.
+
+    Returns:
+        The values as attributes, converted to their types.
+
+    Raises:
+        ValueError: with one line that names every fault: names that were not declared, values
+            that do not fit their type, and whatever ``check`` found.
+    """
+    declared, given = {}, []
+    for source in namespace["In"]:
+        injected = source.startswith(INJECTED)
+        if declared and not injected:
+            continue  # the reader's own cells
+        for node in _assignments(source):
+            if isinstance(node, ast.AnnAssign):
+                kind = _TYPES[ast.unparse(node.annotation)]
+                optional = isinstance(node.value, ast.Constant) and node.value.value is None
+                declared[node.target.id] = (kind | None if optional else kind, ...)
+            else:
+                given += [target.id for target in node.targets]
+    messages = [
+        f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
+        for name in given
+        if name not in declared
+    ]
+    values = {name: namespace[name] for name in declared}
+    try:
+        values = SimpleNamespace(**dict(_model(declared)(**values)))
+        check(values)
+    except pydantic.ValidationError as error:
+        messages += faults(error)
+    except ValueError as error:
+        messages.append(str(error))
+    if messages:
+        raise ValueError(f"{'; '.join(messages)} (parameters: {', '.join(declared)})") from None
+    return values
+
+
+def _assignments(source: str) -> list[ast.stmt]:
+    """The statements of a parameters cell, given or injected; of any other cell, none."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a cell with shell commands, say
+        return []
+    plain = all(
+        (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
+        or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
+        for node in body
+    )
+    injected = source.startswith(INJECTED)
+    if injected and not plain:  # papermill quotes values, but writes names as they come
+        raise ValueError("papermill's cell holds more than values: give names that are declared")
+    return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
+
+
+def _model(declared: dict) -> type[pydantic.BaseModel]:
+    # Papermill turns the text 0 into a number, also where text was declared.
+    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    return pydantic.create_model("Parameters", __config__=config, **declared)
+
+
+def seed_list(text: str) -> list[int]:
+    """Seeds from text.
+
+    >>> seed_list("0-2,7")
+    [0, 1, 2, 7]
+    """
+    try:
+        ranges = [part.split("-") for part in text.split(",")]
+        seeds = [s for r in ranges for s in range(int(r[0]), int(r[-1]) + 1)]
+    except ValueError:
+        seeds = []
+    if not seeds:
+        raise ValueError(f"seeds={text!r}: give numbers, as in 0,3 or 0-4")
+    return seeds
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question after the nearest name, if one is near.
+
+    >>> did_you_mean("epoch", ["epochs", "seed"])
+    ' (did you mean epochs?)'
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def one_of(known: Iterable[str], given: str = "") -> str:
+    """What a message says is allowed.
+
+    >>> "must be " + one_of(["sgd", "adam"], "adamm")
+    'must be one of sgd, adam (did you mean adam?)'
+    """
+    return f"one of {', '.join(known)}{did_you_mean(given, known)}"

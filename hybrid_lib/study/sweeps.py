@@ -1,0 +1,360 @@
+"""Sweeps: a grid or random draws over any setting of an experiment, and one tidy table of the runs.
+
+A sweep is a few lines of YAML, in a file, on the command line or in a notebook's parameter::
+
+    optimizer: atmo
+    scale: demo
+    seeds: 0-2
+    fixed: {epochs: 6}
+    grid:
+      lr: [0.003, 0.03]
+      lambda_sgd: [0, 0.5, 1]
+
+Command line: ``hybrid-sweep FILE.yaml``, or its text, as in
+``hybrid-sweep '{optimizer: sgd, grid: {momentum: [0, 0.9]}}'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from scipy import stats
+
+from hybrid_lib.study import figures, planning, statistics
+from hybrid_lib.study.parameters import did_you_mean, seed_list
+from hybrid_lib.study.report import html_table, write_page
+from hybrid_lib.training import data
+from hybrid_lib.training.experiments import Experiment, faults
+from hybrid_lib.training.history import History
+
+FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
+OF_LAST_EPOCH = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+NUMBERS = (*OF_LAST_EPOCH, "best_test_accuracy", "train_seconds")
+MEASURED = ("seed", "status", "epochs done", *NUMBERS)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+
+class Range(_Strict):
+    """Where a setting is drawn from: evenly, or evenly in its logarithm; whole numbers stay whole.
+
+    Attributes:
+        low, high: both can be drawn.
+        log: the logarithm is even; the draws are not whole then.
+    """
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_one(self):
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"low={self.low}, high={self.high}: low < high, and above 0 for log")
+        return self
+
+    def distribution(self):
+        """The same as a distribution of scipy's."""
+        if self.log:
+            return stats.loguniform(self.low, self.high)
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return stats.randint(self.low, self.high + 1)
+        return stats.uniform(self.low, self.high - self.low)
+
+
+class Sweep(_Strict):
+    """What to vary, and around what.
+
+    ``fixed``, ``grid`` and ``random`` name fields of :class:`hybrid_lib.Experiment`, or
+    ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule (``lambda_start``).
+
+    Attributes:
+        optimizer: a row of :data:`hybrid_lib.EXPERIMENTS`, whose settings everything starts from;
+            "optimizer" may also be varied.
+        scale, dataset: as for :func:`hybrid_lib.study.planning.plan`.
+        seeds: as in "0,3" or "0-4": each point runs with all of them.
+        fixed: settings of every run.
+        grid: lists of values; every combination is run.
+        random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), and how
+            many combinations to draw of them. With a grid, each draw runs at each of its points.
+
+    Raises:
+        pydantic.ValidationError: a ValueError that lists every fault.
+    """
+
+    optimizer: str = "sgd"
+    scale: str = "demo"
+    dataset: str = "digits"
+    seeds: str = "0"
+    fixed: dict[str, Any] = {}
+    grid: dict[str, Annotated[list, Field(min_length=1)]] = {}
+    random: dict[str, Annotated[list, Field(min_length=1)] | Range] = {}
+    draws: Annotated[int, Field(ge=1)] = 10
+    draw_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _is_possible(self):
+        if not self.varied:
+            raise ValueError("grid or random: name at least one setting to vary")
+        for name in (*self.varied, *self.fixed):
+            if name not in FIELDS | {"lambda_sgd"}:
+                raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
+        for name in self.grid.keys() & self.random.keys() | self.fixed.keys() & set(self.varied):
+            raise ValueError(f"{name} is given twice: once in fixed, grid and random together")
+        if {"lambda_sgd", "lambda_start"} <= {*self.varied, *self.fixed}:
+            raise ValueError("lambda_sgd and lambda_start are the same weights: give one of them")
+        planning.plan(self.scale, self.dataset, [self.optimizer], seed_list(self.seeds))
+        return self
+
+    @property
+    def varied(self) -> list[str]:
+        """The settings that the runs differ in."""
+        return [*self.grid, *self.random]
+
+    def points(self) -> list[dict]:
+        """The settings of each point, without ``fixed``.
+
+        >>> Sweep(grid={"lr": [0.1, 0.2], "width": [4]}).points()
+        [{'lr': 0.1, 'width': 4}, {'lr': 0.2, 'width': 4}]
+        """
+        from sklearn.model_selection import ParameterGrid, ParameterSampler
+
+        drawn = [{}]
+        if self.random:
+            spaces = {
+                k: v.distribution() if isinstance(v, Range) else v for k, v in self.random.items()
+            }
+            drawn = ParameterSampler(spaces, self.draws, random_state=self.draw_seed)
+        return [{**point, **draw} for draw in drawn for point in ParameterGrid(self.grid)]
+
+    def plan(self) -> tuple[list[Experiment], list[str]]:
+        """The experiments, named after their settings, and a line per point that is impossible.
+
+        Raises:
+            ValueError: if all of them are.
+        """
+        planned, refused = {}, []
+        for point in self.points():
+            settings = {"optimizer": self.optimizer, **self.fixed, **point}
+            optimizer = settings.pop("optimizer")
+            name = _name(optimizer, {k: v for k, v in point.items() if k != "optimizer"})
+            try:
+                if "lambda_sgd" in settings:
+                    sgd = float(settings.pop("lambda_sgd"))
+                    settings["lambda_start"] = (1 - sgd, sgd)
+                seeds = seed_list(self.seeds)
+                for e in planning.plan(self.scale, self.dataset, [optimizer], seeds, **settings):
+                    planned[name, e.seed] = dataclasses.replace(e, name=name)
+            except ValidationError as error:
+                refused.append(f"{name}: refused, {'; '.join(faults(error))}")
+            except (TypeError, ValueError) as error:
+                refused.append(f"{name}: refused, {error}")
+        if not planned:
+            raise ValueError(f"every point of the sweep is impossible: {'; '.join(refused)}")
+        return list(planned.values()), refused
+
+
+def read(space: str | Path, **given) -> Sweep:
+    """A sweep from a YAML file, or from its text; ``given`` goes over what is written there.
+
+    >>> read("{optimizer: atmo, grid: {lr: [0.01, 0.1]}}", scale="toy").scale
+    'toy'
+
+    Raises:
+        ValueError: if it is no sweep, with every fault in one line.
+        FileNotFoundError: if the file is not there.
+    """
+    text = str(space)
+    if text.endswith((".yaml", ".yml")):
+        text = Path(space).read_text("utf-8")
+    try:
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError(
+                "give FILE.yaml, or text as {optimizer: atmo, grid: {lr: [0.01, 0.1]}}"
+            )
+        return Sweep(**{**content, **given})
+    except yaml.YAMLError as error:
+        raise ValueError(f"{space}: not YAML ({' '.join(str(error).split())})") from None
+    except ValidationError as error:
+        raise ValueError(f"{space}: {'; '.join(faults(error))}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{space}: {error}") from None
+
+
+def asked(chosen: SimpleNamespace) -> Sweep:
+    """The sweep that a notebook's parameters ask for.
+
+    ``chosen`` has space, and scale, dataset and epochs, which go over what is written there unless
+    they are None.
+    """
+    given = {k: getattr(chosen, k) for k in ("scale", "dataset") if getattr(chosen, k) is not None}
+    sweep = read(chosen.space, **given)
+    if chosen.epochs is not None:
+        sweep = read(chosen.space, **given, fixed={**sweep.fixed, "epochs": chosen.epochs})
+    return sweep
+
+
+def default_out(space: str | Path) -> Path:
+    """Where a sweep is kept if nothing else is said: runs/sweep-FILE, or -CHECKSUM of its text."""
+    text = str(space)
+    is_file = text.endswith((".yaml", ".yml"))
+    name = Path(text).stem if is_file else f"{zlib.crc32(text.encode('utf-8')):08x}"
+    return data.PROJECT / "runs" / f"sweep-{name}"
+
+
+def table(histories: Iterable[History]) -> pd.DataFrame:
+    """One row per run: the settings in which the runs differ, then what was measured.
+
+    Weights that sum to 1 are shown as ``lambda_sgd``. Accuracies and losses are those of the last
+    epoch, "best" the best epoch's; they are missing where a run did not finish.
+    """
+    histories = list(histories)
+    settings = [_settings(h.experiment) for h in histories]
+    varied = [k for k in dict.fromkeys(k for s in settings for k in s)
+              if len({repr(s.get(k)) for s in settings}) > 1]  # fmt: skip
+    rows = []
+    for h, s in zip(histories, settings):
+        done = h.final if h.status == "complete" else {}
+        measured = {
+            "seed": h.experiment.seed,
+            "status": h.status,
+            "epochs done": len(h.rows),
+            **{k: done.get(k) for k in OF_LAST_EPOCH},
+            "best_test_accuracy": h.best["test_accuracy"] if done else None,
+            "train_seconds": sum(row["train_seconds"] for row in h.rows),
+        }
+        rows.append({k: s.get(k) for k in varied} | measured)
+    named = pd.Index([h.experiment.name for h in histories], name="run")
+    numbers = dict.fromkeys(NUMBERS, float)
+    return pd.DataFrame(rows, index=named, columns=[*varied, *MEASURED]).astype(numbers)
+
+
+def _settings(experiment: Experiment) -> dict:
+    settings = dataclasses.asdict(experiment)
+    for k in ("name", "seed"):
+        del settings[k]
+    if abs(sum(experiment.lambda_start) - 1) < 1e-9:
+        settings["lambda_sgd"] = settings.pop("lambda_start")[1]
+    return settings
+
+
+def varied(runs: pd.DataFrame) -> list[str]:
+    """The columns of :func:`table` that are settings."""
+    return [column for column in runs if column not in MEASURED]
+
+
+def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per point of :func:`table`: mean test accuracy, its interval at 95 %, and counts.
+
+    Sorted by the mean. Points with a run that diverged stand last: their mean is that of the seeds
+    that were lucky.
+    """
+    rows = {}
+    for name, group in runs.groupby("run", sort=False):
+        done = group["test_accuracy"].dropna()
+        low, high = statistics.interval(done)
+        rows[name] = {
+            **group.iloc[0][varied(runs)],
+            "test_accuracy": done.mean(),
+            "from": low,
+            "to": high,
+            "seeds": len(done),
+            "diverged": (group["status"] == "diverged").sum(),
+        }
+    points = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    order = points.assign(failed=points["diverged"] > 0)
+    order = order.sort_values(["failed", "test_accuracy"], ascending=[True, False], kind="stable")
+    return points.loc[order.index]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 0 if every run succeeded, else 1; 2 if there was nothing to do."""
+    parser = argparse.ArgumentParser("hybrid-sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
+    parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
+    chosen = planning.parse(parser, arguments)
+    out = (chosen.out or default_out(chosen.space)).resolve()
+    try:
+        sweep = read(chosen.space)
+        experiments, refused = sweep.plan()
+        first = experiments[0]
+        with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
+            data.load(first.dataset, first.train_limit, first.test_limit)
+        found, failures = planning.trained(
+            experiments, out, **planning.scale_out(chosen), progress=sys.stderr.isatty()
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        print(f"hybrid-sweep: {error}", file=sys.stderr)
+        return 2
+    failures = refused + failures
+    if not found:
+        print(f"hybrid-sweep: {'; '.join(failures)}", file=sys.stderr)
+        return 2
+    runs = table(found)
+    runs.to_csv(out / "table.csv")
+    report = write_report(out, sweep, found, failures)
+    print(f"\n{over_seeds(runs).round(4).to_string(na_rep='-')}\n")
+    for failure in failures:
+        print(f"failed: {failure}")
+    print(f"table: {out / 'table.csv'}\nreport: {report}")
+    return 1 if failures else 0
+
+
+def write_report(
+    out: Path, sweep: Sweep, found: Sequence[History], failures: Sequence[str] = ()
+) -> Path:
+    """Write ``out/report.html``: the sweep's figures and tables; it needs no network."""
+    runs, subject = table(found), figures.subject(found)
+    shown = {"lambda_start": "lambda_sgd"} if "lambda_sgd" in runs else {}
+    axes = [n for n in (shown.get(n, n) for n in sweep.varied) if n in runs] or varied(runs)
+    sections = [("All settings", figures.parallel(runs, axes, subject), PARALLEL_NOTE)]
+    cells = [n for n in (shown.get(n, n) for n in sweep.grid) if n in runs]
+    if len(cells) > 1:
+        sections.append(("Two settings", figures.heat_map(runs, *cells[:2], subject), HEAT_NOTE))
+    sections += [
+        ("Points", html_table(over_seeds(runs)), POINTS_NOTE),
+        ("Runs", html_table(runs), ""),
+    ]
+    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
+    intro = f"{len(found)} runs on {'; '.join(sorted(machines))}."
+    return write_page(out, f"Sweep on {subject}", intro, sections, failures)
+
+
+PARALLEL_NOTE = "A line is a run that finished. Drag along an axis to keep only the lines there."
+HEAT_NOTE = "Means over seeds and over all settings but these two."
+POINTS_NOTE = (
+    "The first of many points is partly first by luck, and the test set has chosen it: run it with "
+    "other seeds before quoting its accuracy."
+)
+
+
+def _name(optimizer: str, point: dict) -> str:
+    """A name that tells the settings, made of what folders may be called."""
+    words = [
+        optimizer,
+        *(f"{k}{v:.6g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items()),
+    ]
+    text = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in words)
+    return text if len(text) <= 80 else f"{text[:71]}-{zlib.crc32(text.encode('utf-8')):08x}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""Data sets as one uint8 tensor each, and the batches made from them on the device.
+
+Images stay resident as (n, channels, height, width) uint8; cropping, flipping and normalising
+happen per batch on whatever device holds them. There is no data loader and no worker process.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TITLES = {
+    "digits": "handwritten digits",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "mnist": "MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+}
+NAMES = tuple(TITLES)
+_CHECKOUT = Path(__file__).resolve().parents[2]
+# Where data/, notebooks/ and runs/ are: the checkout; for an installed package the working folder.
+PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+# A copy of a known data set is named for what it is: never mistake it for the original.
+FOLDER_TITLES = {"cifar10-jpeg": "CIFAR-10 (JPEG copy)"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test images with their labels.
+
+    Attributes:
+        title: the name that figures and tables show.
+        classes: names of the classes; label i is ``classes[i]``.
+        train_images, test_images: uint8, (n, channels, height, width).
+        train_labels, test_labels: int64, (n,).
+        mean, std: per channel, of the training images scaled to [0, 1]; float32, (channels,).
+        checksum: SHA-256 over images and labels, first 16 hexadecimal digits.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+    checksum: str
+
+    def to(self, device) -> Data:
+        """The same data with all tensors on ``device``."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def check_name(dataset: str) -> None:
+    """Refuse what can't name a data set; whether its files exist is seen when it is loaded.
+
+    Raises:
+        ValueError: with the names that exist.
+    """
+    if dataset.startswith("folder:") and not dataset.removeprefix("folder:").strip():
+        raise ValueError(f"dataset={dataset!r}: name the folder, as in folder:data/cifar10-jpeg")
+    if dataset not in NAMES and not dataset.startswith("folder:"):
+        raise ValueError(
+            f"dataset={dataset!r}: must be one of {', '.join(NAMES)} or folder:PATH "
+            "(PATH/train/CLASS/*, PATH/test/CLASS/*)"
+        )
+
+
+def title(dataset: str) -> str:
+    """The name of a data set that figures and tables show.
+
+    >>> title("folder:data/cifar10-jpeg"), title("folder:my/birds")
+    ('CIFAR-10 (JPEG copy)', 'folder birds')
+    """
+    if dataset in TITLES:
+        return TITLES[dataset]
+    name = Path(dataset.removeprefix("folder:")).expanduser().resolve().name
+    return FOLDER_TITLES.get(name, f"folder {name}")
+
+
+def load(dataset: str, train_limit: int | None = None, test_limit: int | None = None) -> Data:
+    """Load a data set, or a class-balanced part of it, into memory.
+
+    Args:
+        dataset: "digits" (inside scikit-learn: no download), "cifar10", "cifar100", "mnist",
+            "fashion-mnist" (through torchvision, downloaded once into ``data/`` of the project or
+            into the folder named by the environment variable HYBRID_DATA), or "folder:PATH".
+        train_limit, test_limit: keep that many images: of each class the first ones, as evenly
+            as the classes allow. None: all.
+
+    Raises:
+        ValueError: for an unknown name, a limit that does not fit, or a folder of the wrong form.
+        FileNotFoundError: for files that are neither there nor to be downloaded.
+    """
+    check_name(dataset)
+    return _load(dataset, train_limit, test_limit, _changed(dataset))
+
+
+@functools.lru_cache(maxsize=2)  # a study runs many experiments on one data set
+def _load(dataset: str, train_limit: int | None, test_limit: int | None, changed: tuple) -> Data:
+    if dataset.startswith("folder:"):
+        return _folder(dataset, train_limit, test_limit)
+    classes, train, test = _digits() if dataset == "digits" else _torchvision(dataset)
+    return _data(
+        title(dataset),
+        classes,
+        _limited(train, train_limit, "train_limit"),
+        _limited(test, test_limit, "test_limit"),
+    )
+
+
+def order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits n training images.
+
+    A function of (seed, epoch), not of what was drawn before: a resumed run needs no generator
+    state to see the same batches. Drawn on the CPU, so that it is the same on every device.
+
+    >>> order(5, seed=0, epoch=1).tolist() == order(5, seed=0, epoch=1).tolist()
+    True
+    """
+    return torch.randperm(n, generator=generator("order", seed, epoch))
+
+
+def generator(purpose: str, seed: int, epoch: int, device="cpu") -> torch.Generator:
+    """A generator of its own for each purpose, seed and epoch."""
+    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def batches(images: Tensor, labels: Tensor, index: Tensor, size: int) -> Iterator[tuple]:
+    """(images, labels) of ``size`` at a time, in ``index``'s order; the last may be smaller."""
+    for part in index.to(images.device).split(size):
+        yield images.index_select(0, part), labels[part]  # copies whole images
+
+
+def normalised(images: Tensor, data: Data) -> Tensor:
+    """uint8 images as float32 with mean 0 and deviation 1 per channel of the training set."""
+    mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
+    return images.float().sub_(255 * mean).mul_(1 / (255 * std))  # in place: one batch of memory
+
+
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its size (zeros beyond) and mirror half of them.
+
+    At 32x32 pixels this is the usual random crop with a padding of 4. One gather for the batch;
+    ``generator`` must live on the images' device.
+    """
+    n, channels, height, width = images.shape
+    pad_y, pad_x = height // 8, width // 8
+    device = images.device
+    draw = functools.partial(torch.randint, size=(n, 1), generator=generator, device=device)
+    rows = draw(0, 2 * pad_y + 1) + torch.arange(height, device=device)
+    columns = draw(0, 2 * pad_x + 1) + torch.arange(width, device=device)
+    columns = torch.where(draw(0, 2) == 1, columns.flip(1), columns)
+    pixels = rows.unsqueeze(2) * (width + 2 * pad_x) + columns.unsqueeze(1)
+    padded = F.pad(images, (pad_x, pad_x, pad_y, pad_y)).flatten(2)
+    index = pixels.view(n, 1, height * width).expand(-1, channels, -1)
+    return padded.gather(2, index).view(images.shape)
+
+
+def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
+    (train_images, train_labels), (test_images, test_labels) = train, test
+    digest = hashlib.sha256()
+    for tensor in (train_images, train_labels, test_images, test_labels):
+        digest.update(tensor.numpy().tobytes())
+    values = train_images.transpose(0, 1).flatten(1)
+    # In float64, channel by channel: 50,000 images at once would need half a gigabyte.
+    std, mean = zip(*(torch.std_mean(v.double() / 255, correction=0) for v in values))
+    std, mean = torch.stack(std).float(), torch.stack(mean).float()
+    std = torch.where(std > 0, std, 1.0)  # a channel without contrast stays at zero
+    return Data(
+        name, tuple(classes), train_images, train_labels, test_images, test_labels,
+        mean, std, digest.hexdigest()[:16],
+    )  # fmt: skip
+
+
+def _digits():
+    from sklearn.datasets import load_digits  # imported where used: it takes a second
+
+    bunch = load_digits()
+    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    n = 1200  # two thirds to train on, 597 to test on, in the file's order: no lucky split
+    classes = [str(name) for name in bunch.target_names]
+    return classes, (images[:n], labels[:n]), (images[n:], labels[n:])
+
+
+def _torchvision(dataset: str):
+    try:
+        from torchvision import datasets  # imported where used: the digits do not need it
+    except ImportError as error:
+        raise ImportError(
+            f"dataset={dataset} needs torchvision: pip install torchvision ({error})"
+        ) from error
+    cls, folder = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+        "mnist": (datasets.MNIST, "MNIST"),
+        "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST"),
+    }[dataset]
+    root = Path(os.environ.get("HYBRID_DATA", PROJECT / "data"))
+    try:
+        train, test = (cls(root, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError, tarfile.TarError) as error:
+        raise FileNotFoundError(
+            f"{title(dataset)} is not complete in {root / folder} and could not be downloaded "
+            f"({_first_line(error)}). Run again with network access, or unpack the original files "
+            "there (HYBRID_DATA names another folder), or use dataset=folder:PATH or digits"
+        ) from error
+    tensors = []
+    for part in (train, test):
+        images = torch.as_tensor(part.data)
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        tensors.append((images.contiguous(), torch.as_tensor(part.targets)))
+    return train.classes, *tensors
+
+
+def _root(dataset: str) -> Path:
+    root = Path(dataset.removeprefix("folder:")).expanduser()
+    # A notebook's working folder is not the project's.
+    return root if root.is_absolute() or root.exists() else PROJECT / root
+
+
+def folder_sizes(dataset: str) -> dict[str, int]:
+    """How many files a "folder:PATH" has in "train" and in "test", before any is decoded."""
+    root = _root(dataset)
+    return {part: sum(1 for _ in root.glob(f"{part}/*/*")) for part in ("train", "test")}
+
+
+def _changed(dataset: str) -> tuple:
+    """When the folders of a data set were last changed: a stale copy must not be served."""
+    if not dataset.startswith("folder:"):
+        return ()
+    return tuple((str(f), f.stat().st_mtime_ns) for f in sorted(_root(dataset).glob("*/*/")))
+
+
+def _folder(dataset: str, train_limit: int | None, test_limit: int | None) -> Data:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    path, root = dataset.removeprefix("folder:"), _root(dataset)
+    layout = f"{path}/train/CLASS/* and {path}/test/CLASS/*"
+    if not root.is_dir():
+        raise FileNotFoundError(f"dataset=folder:{path}: no such folder; expected {layout}")
+    classes = _subfolders(root / "train")
+    if len(classes) < 2 or _subfolders(root / "test") != classes:
+        raise ValueError(
+            f"dataset=folder:{path}: expected images as {layout}, the same two or more classes "
+            f"in both; found train: {_shortened(classes)}, test: "
+            f"{_shortened(_subfolders(root / 'test'))}"
+        )
+    parts = []
+    for part, limit in (("train", train_limit), ("test", test_limit)):
+        files, labels = [], []
+        for label, name in enumerate(classes):
+            here = sorted(
+                f for f in (root / part / name).iterdir() if f.suffix.lower() in IMG_EXTENSIONS
+            )
+            if not here:
+                raise ValueError(f"dataset=folder:{path}: no image in {root / part / name}")
+            files += here
+            labels += [label] * len(here)
+        # Chosen before decoding: a small part of a large folder loads quickly.
+        chosen = _balanced(torch.tensor(labels), limit, f"{part}_limit")
+        images = _decoded([files[i] for i in chosen.tolist()])
+        parts.append((images, torch.tensor(labels)[chosen]))
+    return _data(title(dataset), classes, *parts)
+
+
+def _decoded(files: list[Path]) -> Tensor:
+    from PIL import Image
+
+    def decode(file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                if image.mode.startswith("I"):  # 16 bits, which PIL's own conversion cuts off
+                    grey = (np.asarray(image) >> 8).astype(np.uint8)
+                    return np.stack([grey] * 3, axis=-1)
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # decoders raise of every kind, SyntaxError included
+            raise ValueError(f"{file}: not a readable image ({_first_line(error)})") from error
+
+    images = np.empty((len(files), *decode(files[0]).shape), np.uint8)
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        for i, pixels in enumerate(pool.map(decode, files)):
+            if pixels.shape != images.shape[1:]:
+                h, w, _ = images.shape[1:]
+                raise ValueError(
+                    f"{files[i]} has {pixels.shape[0]}x{pixels.shape[1]} pixels, {files[0]} has "
+                    f"{h}x{w}: all images of a folder must have one size"
+                )
+            images[i] = pixels
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _limited(part: tuple[Tensor, Tensor], limit: int | None, name: str) -> tuple[Tensor, Tensor]:
+    images, labels = part
+    chosen = _balanced(labels, limit, name)
+    return images[chosen], labels[chosen]
+
+
+def _balanced(labels: Tensor, limit: int | None, name: str) -> Tensor:
+    """Indices of the first ``limit`` images taken in turn from the classes, in file order."""
+    n = len(labels)
+    if limit is None or limit == n:
+        return torch.arange(n)
+    if not 1 <= limit <= n:
+        raise ValueError(f"{name}={limit!r}: must lie between 1 and the {n} images there are")
+    rank = torch.empty(n, dtype=torch.long)  # how many of its class came before it
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        rank[members] = torch.arange(len(members))
+    by_turn = torch.argsort(rank * (int(labels.max()) + 1) + labels, stable=True)
+    return by_turn[:limit].sort().values
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:5]) + ("" if len(names) <= 5 else ", …") or "none"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

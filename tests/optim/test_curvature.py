@@ -1,0 +1,325 @@
+"""The estimate of the Hessian diagonal is Hutchinson's, and leaves nothing behind.
+
+Rows of one parameter that do not touch each other are independent draws, so a single call gives
+thousands: their distinct values are all probes there are, their frequencies show fair and
+independent signs, their mean and variance are compared with the exact Hessian, off-diagonals and
+all. (That a loss goes down would prove little: constant probes would pass.) Then the odd cases:
+linear, unused, strided and low-precision parameters, and that no graph, gradient or random state
+outlives a call that should not.
+"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_lib.optim.curvature import hessian_diagonal, rademacher
+
+H = torch.tensor(
+    [[2.0, 0.7, -1.1, 0.3], [0.7, -1.0, 0.4, 0.0], [-1.1, 0.4, 0.5, 2.0], [0.3, 0.0, 2.0, 3.0]],
+    dtype=torch.float64,
+)
+OFF_DIAGONAL = (H**2).sum(1) - H.diag() ** 2  # the variance of one probe, entry by entry
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def leaf(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=seeded(seed)).requires_grad_()
+
+
+def draws(n, n_samples=1, seed=0):
+    """n independent estimates of the diagonal of H, one per row."""
+    x = leaf(n, 4)
+    _, (D,) = hessian_diagonal(((x @ H) * x).sum() / 2, [x], n_samples, seeded(seed))
+    return D
+
+
+def test_over_all_probes_the_mean_is_exact_and_the_variance_known():
+    D = draws(2000)
+    distinct, counts = D.round(decimals=9).unique(dim=0, return_counts=True)
+    assert len(distinct) == 2**3  # z and -z answer the same, so half of the 2^4 probes
+    torch.testing.assert_close(distinct.mean(0), H.diag())
+    torch.testing.assert_close(distinct.var(0, correction=0), OFF_DIAGONAL)
+    assert (counts - 250).abs().max() < 4 * (2000 / 8 * 7 / 8) ** 0.5  # all equally often
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 5])
+def test_samples_are_averaged_and_independent(n_samples):
+    n = 20_000
+    D = draws(n, n_samples)
+    variance = OFF_DIAGONAL / n_samples
+    assert ((D.mean(0) - H.diag()).abs() < 4 * (variance / n).sqrt()).all()
+    torch.testing.assert_close(D.var(0), variance, rtol=0.06, atol=0)
+
+
+def test_the_signs_are_independent_between_parameters():
+    """Were the probe shared between a and b, D would be 2 + 5 always: an error that stays."""
+    a, b = leaf(1000), leaf(1000, seed=1)
+    _, (D_a, D_b) = hessian_diagonal((a**2 + 5 * a * b).sum(), [a, b], 1, seeded())
+    values, counts = D_a.unique(return_counts=True)
+    assert values.tolist() == [-3, 7]
+    assert abs(counts[0] - 500) < 4 * 250**0.5
+    torch.testing.assert_close(D_a - 2, D_b)
+
+
+def test_rademacher_draws_fair_independent_signs():
+    n = 100_000
+    (z,) = rademacher([torch.empty(n, 2)], seeded())
+    assert set(z.flatten().tolist()) == {-1.0, 1.0}
+    assert (z.mean(0).abs() < 4 / n**0.5).all()
+    for product in (z[:, 0] * z[:, 1], z[1:, 0] * z[:-1, 0]):
+        assert abs(product.mean()) < 4 / n**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rademacher_takes_after_its_parameter(dtype):
+    like = torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype))
+    (z,) = rademacher([like])
+    assert (z.shape, z.dtype, z.requires_grad) == (like.shape, dtype, False)
+    assert set(z.flatten().tolist()) <= {-1.0, 1.0}
+
+
+def small_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2), torch.nn.Sigmoid()
+    ).double()
+
+
+@given(seed=st.integers(0, 2**31), n_samples=st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_a_function_is_taken_forward_over_reverse_to_the_same_numbers(seed, n_samples):
+    params = [leaf(4, 3, seed=seed), leaf(3, seed=seed + 1)]
+
+    def loss_of(params):
+        A, b = params
+        logits = torch.tanh(A) @ (b**2)
+        return logits.logsumexp(0) + (A**3).sum(), {"logits": logits}
+
+    loss, other = loss_of(params)
+    expected = hessian_diagonal(loss, params, n_samples, seeded(seed))
+    *found, seen = hessian_diagonal(loss_of, params, n_samples, seeded(seed))
+    torch.testing.assert_close(tuple(found), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(seen["logits"], other["logits"].detach())
+    assert not any(t.requires_grad for t in [*found[0], *found[1], seen["logits"]])
+
+
+def test_a_network_against_its_exact_hessian():
+    net, n = small_net(), 3000
+    x, y = leaf(8, 3).detach(), leaf(8, 2, seed=1).detach()
+    params = list(net.parameters())
+    sizes = [p.numel() for p in params]
+
+    def loss_of(flat):
+        parts = [part.view_as(p) for part, p in zip(flat.split(sizes), params)]
+        named = dict(zip((name for name, _ in net.named_parameters()), parts))
+        return torch.func.functional_call(net, named, x).sub(y).square().mean()
+
+    flat = torch.cat([p.detach().flatten() for p in params])
+    exact = torch.autograd.functional.hessian(loss_of, flat)
+    loss = (net(x) - y).square().mean()
+    grads, diag = hessian_diagonal(loss, params, n, seeded())
+
+    error = torch.cat([D.flatten() for D in diag]) - exact.diag()
+    sigma = (((exact**2).sum(1) - exact.diag() ** 2) / n).sqrt()
+    assert (error.abs() < 4.5 * sigma).all()
+    assert (exact.diag().abs() > 9 * sigma).sum() > 10  # so the bound above says something
+    for g, expected in zip(grads, torch.autograd.grad((net(x) - y).square().mean(), params)):
+        torch.testing.assert_close(g, expected, rtol=0, atol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.sampled_from([(), (5,), (2, 3), (2, 1, 3, 3)]))
+def test_on_a_diagonal_hessian_every_probe_is_exact(seed, n_samples, shape):
+    x, a = leaf(*shape, seed=seed), leaf(*shape, seed=seed + 1).detach()
+    (g,), (D,) = hessian_diagonal((a * x**4).sum(), [x], n_samples, seeded(seed))
+    torch.testing.assert_close(g, 4 * a * x.detach() ** 3)
+    torch.testing.assert_close(D, 12 * a * x.detach() ** 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_samples", "rtol"),
+    [
+        (torch.float64, 512, 1e-12),
+        (torch.float32, 512, 1e-4),
+        (torch.bfloat16, 1, 0.02),
+        (torch.bfloat16, 8, 0.02),
+        (torch.bfloat16, 512, 0.02),
+        (torch.float16, 512, 0.003),
+    ],
+)
+@pytest.mark.parametrize("of_function", [False, True])
+def test_precision_follows_the_parameter_not_the_number_of_samples(
+    dtype, n_samples, rtol, of_function
+):
+    x = torch.tensor([1.0, -2.0, 0.5], dtype=dtype, requires_grad=True)
+    if of_function:
+        (g,), (D,), _ = hessian_diagonal(lambda p: ((p[0] ** 4).sum(), ()), [x], n_samples)
+    else:
+        (g,), (D,) = hessian_diagonal((x**4).sum(), [x], n_samples)
+    assert g.dtype == dtype
+    assert D.dtype in (dtype, torch.float32)
+    exact = torch.tensor([12.0, 48.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(D.double(), exact, rtol=rtol, atol=0)
+
+
+def test_the_same_seed_draws_the_same_and_leaves_the_global_generator_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert torch.equal(draws(50, 3, seed=1), draws(50, 3, seed=1))
+    assert not torch.equal(draws(50, 3, seed=1), draws(50, 3, seed=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_generator_the_global_one_is_used_and_moves_on():
+    x = leaf(50, 4)
+
+    def once():
+        return hessian_diagonal(((x @ H) * x).sum(), [x])[1][0]
+
+    torch.manual_seed(3)
+    first, second = once(), once()
+    torch.manual_seed(3)
+    assert torch.equal(once(), first)
+    assert not torch.equal(first, second)
+
+
+def test_a_parameter_that_enters_linearly_has_no_curvature():
+    x, w = leaf(3), leaf(3, seed=1)
+    grads, diag = hessian_diagonal((x**2).sum() + w.sum(), [x, w])
+    assert torch.equal(grads[1], torch.ones(3).double())
+    assert torch.equal(diag[1], torch.zeros(3).double())
+    torch.testing.assert_close(diag[0], torch.full((3,), 2.0).double())
+
+
+def test_an_unused_parameter_has_no_gradient():
+    x, unused = leaf(3), leaf(2)
+    grads, diag = hessian_diagonal((x**2).sum(), [unused, x])
+    assert grads[0] is None
+    assert torch.equal(diag[0], torch.zeros(2).double())
+    torch.testing.assert_close(diag[1], torch.full((3,), 2.0).double())
+
+
+def test_an_entirely_linear_loss():
+    x, w = leaf(3), leaf(3, seed=1)
+    grads, diag = hessian_diagonal(3 * x.sum() + w.sum(), [x, w])
+    assert [g.tolist() for g in grads] == [[3] * 3, [1] * 3]
+    assert [D.tolist() for D in diag] == [[0] * 3, [0] * 3]
+
+
+def test_curvature_towards_tensors_that_were_not_asked_for_is_left_out():
+    """The gradient of w is u**2: it has a graph, but w is not in it."""
+    w, u = leaf(3), leaf(3, seed=1)
+    (g,), (D,) = hessian_diagonal((w * u**2).sum(), [w])
+    torch.testing.assert_close(g, u.detach() ** 2)
+    assert torch.equal(D, torch.zeros(3).double())
+
+
+@pytest.mark.parametrize("n_samples", [0, -1])
+def test_no_samples_are_refused(n_samples):
+    x = leaf(3)
+    with pytest.raises(ValueError, match=f"n_samples={n_samples}"):
+        hessian_diagonal((x**2).sum(), [x], n_samples)
+
+
+def test_a_loss_that_is_not_a_scalar_is_refused():
+    x = leaf(3)
+    with pytest.raises(ValueError, match=r"\(3,\).*scalar"):
+        hessian_diagonal(x**2, [x])
+
+
+def test_a_bare_tensor_of_parameters_is_refused_or_understood():
+    """Iterating over it would give rows that the loss does not know: silently no curvature."""
+    x = leaf(3)
+    try:
+        _, diag = hessian_diagonal((x**2).sum(), x)
+    except (TypeError, ValueError):
+        return
+    torch.testing.assert_close(diag[0], torch.full((3,), 2.0).double())
+
+
+def test_params_may_be_any_iterable():
+    net = small_net()
+    grads, diag = hessian_diagonal(net(torch.ones(1, 3).double()).sum(), net.parameters())
+    shapes = [p.shape for p in net.parameters()]
+    assert [g.shape for g in grads] == [D.shape for D in diag] == shapes
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_no_gradient_is_written_and_the_results_are_detached(n_samples):
+    x, w = leaf(3), leaf(3, seed=1)
+    x.grad = torch.full((3,), 5.0).double()
+    grads, diag = hessian_diagonal((x**3 + x * w).sum(), [x, w], n_samples)
+    assert x.grad.tolist() == [5, 5, 5]
+    assert w.grad is None
+    assert not any(t.requires_grad or t.grad_fn for t in grads + diag)
+    of_function = hessian_diagonal(lambda p: ((p[0] ** 3 + p[0] * w).sum(), p[0] * w), [x])
+    grads, diag, other = of_function  # w is not asked for, but used
+    assert not any(t.requires_grad or t.grad_fn for t in [*grads, *diag, other])
+
+
+class Held:
+    """A tensor that a graph saved for its backward pass; dies with the last graph to hold it."""
+
+    def __init__(self, tensor, living):
+        self.tensor = tensor
+        living.add(self)
+
+
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_no_graph_outlives_the_loss(n_samples):
+    """Counted without the garbage collector's help: a cycle would fill memory between its runs."""
+    net, x, living = small_net(), leaf(8, 3).detach(), weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: Held(tensor, living), lambda held: held.tensor
+        ):
+            for _ in range(50):
+                loss = net(x).square().sum()
+                assert len(living) > 0
+                results = hessian_diagonal(loss, net.parameters(), n_samples)
+                del loss
+                assert len(living) == 0
+        assert len(results) == 2  # alive, and yet they hold no graph
+    finally:
+        gc.enable()
+
+
+def strided(layout):
+    if layout == "channels_last":
+        return leaf(2, 3, 2, 2).detach().to(memory_format=torch.channels_last).requires_grad_()
+    if layout == "transposed":
+        return leaf(3, 5).detach().t().requires_grad_()
+    return leaf(6, 4).detach()[::2, 1:].requires_grad_()
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+def test_strides_change_nothing_not_even_the_draws(layout):
+    def of(x):
+        return hessian_diagonal((x.sum() ** 2 + (x**3).sum()), [x], 2, seeded())
+
+    x = strided(layout)
+    plain = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    assert not x.is_contiguous()
+    assert plain.is_contiguous()
+    (g,), (D,) = of(x)
+    (g_plain,), (D_plain,) = of(plain)
+    torch.testing.assert_close(g, g_plain, check_stride=False)
+    torch.testing.assert_close(D, D_plain, check_stride=False)
+
+
+def test_it_works_where_gradients_are_switched_off():
+    """An optimizer's step runs under no_grad; a loss made before is still differentiable."""
+    x = leaf(3)
+    loss = (x**2).sum()
+    with torch.no_grad():
+        _, (D,) = hessian_diagonal(loss, [x])
+    assert D.tolist() == [2, 2, 2]

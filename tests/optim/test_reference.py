@@ -1,0 +1,323 @@
+"""The optimizers compute what the report's algorithms say, for any hyper-parameters.
+
+Algorithms 1 to 4 are written out below by the letter: one weight at a time, in Python floats, every
+average as the sum over the whole past that Algorithm 3 prints. Slow and obvious, and nothing is
+shared with the library; over random gradients, Hessian diagonals, rates and hyper-parameters, the
+two must end at the same weights.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hybrid_lib.optim import hybrid
+from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Padam
+
+SHAPES = [(2, 2, 3, 3), (3, 5), (2, 2, 3), (7,), ()]
+
+# --- The algorithms. g, w, D: one entry's values at steps 1..t; the answer is (direction, eta). ---
+
+
+def average(β, x):
+    """(1 - β) * sum over i = 1..t of β^(t-i) x_i"""
+    t = len(x)
+    return (1 - β) * sum(β ** (t - i) * x[i - 1] for i in range(1, t + 1))
+
+
+def second_moment(β2, x, maximum):
+    """v_t, or the largest of v_1..v_t"""
+    v = [average(β2, [xi**2 for xi in x[:s]]) for s in range(1, len(x) + 1)]
+    return max(v) if maximum else v[-1]
+
+
+def decayed(g, w, γ):
+    return [gi + γ * wi for gi, wi in zip(g, w)]
+
+
+def delta_sgd(g, w, D, η, *, μ, d, nesterov, γ):
+    g = decayed(g, w, γ)
+    if μ == 0:
+        return g[-1], η
+    b = g[0]
+    for gi in g[1:]:
+        b = μ * b + (1 - d) * gi
+    return (g[-1] + μ * b if nesterov else b), η
+
+
+def delta_adam(g, w, D, η, *, β1, β2, ε, γ, amsgrad):
+    g, t = decayed(g, w, γ), len(g)
+    v = second_moment(β2, g, amsgrad)
+    return average(β1, g) / (math.sqrt(v / (1 - β2**t)) + ε), η / (1 - β1**t)
+
+
+def delta_padam(g, w, D, η, *, β1, β2, ε, γ, amsgrad, p, reading):
+    g, t = decayed(g, w, γ), len(g)
+    m, v = average(β1, g), second_moment(β2, g, amsgrad)
+    if reading == "none":  # Algorithm 1, where ε = 0: m / v^p
+        return m / (math.sqrt(v) + ε) ** (2 * p), η
+    if reading == "released":
+        return m / (math.sqrt(v) + ε) ** (2 * p), η * math.sqrt(1 - β2**t) / (1 - β1**t)
+    return m / (math.sqrt(v / (1 - β2**t)) + ε) ** (2 * p), η / (1 - β1**t)
+
+
+def delta_adahessian(g, w, D, η, *, β1, β2, ε, k):
+    t = len(g)
+    v = math.sqrt(second_moment(β2, D, False) / (1 - β2**t)) ** k
+    return average(β1, g) / (v + ε), η / (1 - β1**t)
+
+
+def merged(answers, λ):
+    d_merged = sum(λi * d for λi, (d, _) in zip(λ, answers))
+    η_merged = sum(λi * η for λi, (_, η) in zip(λ, answers))
+    return η_merged * d_merged
+
+
+def spatially_averaged(D, shape, how, signed):
+    """D^(s) of one tensor, flat and row-major: every entry becomes the mean of its block."""
+    length = {None: 1, "kernel": 1, "auto": shape[-1] if len(shape) in (2, 3) else 1}.get(how, how)
+    if how in ("kernel", "auto") and len(shape) == 4:
+        length = shape[2] * shape[3]
+    answer = []
+    for start in range(0, len(D), length):
+        block = [x if signed or how is None else abs(x) for x in D[start : start + length]]
+        answer += [sum(block) / len(block)] * len(block)
+    return answer
+
+
+def reference(case, deltas, how=None, signed=False):
+    """All weights after all steps; ``deltas``: one per rule, each a function with its letters."""
+    sign = -1 if case.maximize else 1
+    ends = []
+    for i, shape in enumerate(SHAPES):
+        D_s = [spatially_averaged(D[i].flatten().tolist(), shape, how, signed) for D in case.D]
+        for entry, w0 in enumerate(case.w[i].flatten().tolist()):
+            w = [w0]
+            for t, (η, λ) in enumerate(zip(case.η, case.λ), start=1):
+                g = [sign * g[i].flatten()[entry].item() for g in case.g[:t]]
+                D = [D[entry] for D in D_s[:t]]
+                answers = [delta(g, w, D, η, **letters) for delta, letters in deltas]
+                w.append(w[-1] * (1 - η * case.γ_decoupled) - merged(answers, λ))
+            ends.append(w[-1])
+    return ends
+
+
+# --- Random cases: hypothesis draws the settings, the seed fills the tensors. ---
+
+
+class Case:
+    """Start weights; per step: gradients, Hessian diagonals (some repeat the last), η and λ."""
+
+    def __init__(self, seed, steps, n_rules, maximize=False, γ_decoupled=0.0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal():
+            return [
+                torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES
+            ]
+
+        self.maximize, self.γ_decoupled, self.n_rules = maximize, γ_decoupled, n_rules
+        self.w, self.g = normal(), [normal() for _ in range(steps)]
+        self.g[0][1][0] = 0.0  # a row of dead units
+        self.η = (10 ** -(1 + 2 * torch.rand(steps, generator=generator))).tolist()
+        self.λ = (1.5 * torch.rand(steps, n_rules, generator=generator)).tolist()
+        refreshed = torch.rand(steps, generator=generator) < 0.6
+        self.D, self.given = [], []
+        for t in range(steps):
+            fresh = t == 0 or bool(refreshed[t])
+            self.D.append(normal() if fresh else self.D[-1])
+            self.given.append(self.D[-1] if fresh else None)
+
+    def library(self, constructor, **settings):
+        """All weights after all steps of the real optimizer."""
+        params = [torch.nn.Parameter(w.clone()) for w in self.w]
+        optimizer = constructor(params, lr=1.0, maximize=self.maximize, **settings)
+        for g, D, η, λ in zip(self.g, self.given, self.η, self.λ):
+            optimizer.param_groups[0].update(lr=η, lambdas=λ)
+            for p, gi in zip(params, g):
+                p.grad = gi.clone()
+            optimizer.step(hess_diag=D)
+        return torch.cat([p.detach().flatten() for p in params]).tolist()
+
+
+def cases(n_rules, decoupled=False):
+    return st.builds(
+        Case,
+        seed=st.integers(0, 2**32),
+        steps=st.integers(1, 6),
+        n_rules=st.just(n_rules),
+        maximize=st.booleans(),
+        γ_decoupled=st.sampled_from([0.0, 0.03]) if decoupled else st.just(0.0),
+    )
+
+
+@st.composite
+def sgd_letters(draw):
+    μ = draw(st.sampled_from([0.0, 0.5, 0.95]))
+    d = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return dict(μ=μ, d=d, nesterov=μ > 0 and d == 0 and draw(st.booleans()), γ=draw(decays))
+
+
+decays = st.sampled_from([0.0, 5e-4, 0.1])
+betas = st.tuples(st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.0, 0.9, 0.999]))
+epsilons = st.sampled_from([1e-8, 1e-4, 0.1])
+powers = st.sampled_from([1 / 8, 1 / 4, 0.37, 1 / 2])
+averages = st.sampled_from([None, "kernel", "auto", 1, 2, 4, 5, 1000])
+readings = st.sampled_from(["released", "none", "consistent"])
+slow_is_fine = [HealthCheck.too_slow]  # on a busy machine
+random = settings(max_examples=50, deadline=None, suppress_health_check=slow_is_fine)
+
+
+def assert_same(ours, by_the_letter):
+    assert ours == pytest.approx(by_the_letter, rel=1e-9, abs=1e-9)
+
+
+@random
+@given(cases(1), betas, epsilons, decays, st.booleans(), powers, readings)
+def test_algorithm_1_padam(case, betas, ε, γ, amsgrad, p, reading):
+    β1, β2 = betas
+    letters = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad, p=p, reading=reading)
+    ours = case.library(
+        hybrid.padam,
+        betas=betas,
+        eps=ε,
+        weight_decay=γ,
+        amsgrad=amsgrad,
+        partial=p,
+        bias_correction=reading,
+    )
+    assert_same(ours, reference(case, [(delta_padam, letters)]))
+
+
+@random
+@given(cases(2), betas, epsilons, sgd_letters(), st.booleans(), st.sampled_from(["both", "sgd"]))
+def test_algorithm_2_atmo(case, betas, ε, sgd, amsgrad, decayed_in):
+    """With weight_decay_in="sgd" as printed (γ in SGD alone), with "both" as released."""
+    β1, β2 = betas
+    γ = sgd["γ"] if decayed_in == "both" else 0.0
+    ours = case.library(
+        hybrid.atmo,
+        betas=betas,
+        eps=ε,
+        momentum=sgd["μ"],
+        dampening=sgd["d"],
+        nesterov=sgd["nesterov"],
+        weight_decay=sgd["γ"],
+        weight_decay_in=decayed_in,
+        amsgrad=amsgrad,
+    )
+    adam = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad)
+    assert_same(ours, reference(case, [(delta_adam, adam), (delta_sgd, sgd)]))
+
+
+@random
+@given(
+    cases(2),
+    betas,
+    epsilons,
+    sgd_letters(),
+    st.booleans(),
+    powers,
+    readings,
+    st.sampled_from(["both", "sgd"]),
+)
+def test_algorithm_2_with_padam_for_adam(case, betas, ε, sgd, amsgrad, p, reading, decayed_in):
+    β1, β2 = betas
+    γ = sgd["γ"] if decayed_in == "both" else 0.0
+    ours = case.library(
+        hybrid.padam_sgd,
+        betas=betas,
+        eps=ε,
+        momentum=sgd["μ"],
+        dampening=sgd["d"],
+        nesterov=sgd["nesterov"],
+        weight_decay=sgd["γ"],
+        weight_decay_in=decayed_in,
+        amsgrad=amsgrad,
+        partial=p,
+        bias_correction=reading,
+    )
+    padam = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad, p=p, reading=reading)
+    assert_same(ours, reference(case, [(delta_padam, padam), (delta_sgd, sgd)]))
+
+
+@random
+@given(
+    cases(1, decoupled=True),
+    betas,
+    epsilons,
+    st.sampled_from([0.3, 0.5, 1.0]),
+    averages,
+    st.booleans(),
+)
+def test_algorithm_3_adahessian(case, betas, ε, k, how, signed):
+    """With signed_average=True and a block size as printed; the mean of \\|D\\| as published."""
+    β1, β2 = betas
+    ours = case.library(
+        hybrid.adahessian,
+        betas=betas,
+        eps=ε,
+        weight_decay=case.γ_decoupled,
+        hessian_power=k,
+        spatial_average=how,
+        signed_average=signed,
+    )
+    letters = dict(β1=β1, β2=β2, ε=ε, k=k)
+    assert_same(ours, reference(case, [(delta_adahessian, letters)], how, signed))
+
+
+@random
+@given(
+    cases(2),
+    betas,
+    epsilons,
+    sgd_letters(),
+    st.sampled_from([0.3, 0.5, 1.0]),
+    averages,
+    st.sampled_from(["both", "sgd"]),
+)
+def test_algorithm_4_adasgd(case, betas, ε, sgd, k, how, decayed_in):
+    """With weight_decay_in="both" as printed (γ in both), with "sgd" as released."""
+    β1, β2 = betas
+    case.γ_decoupled = sgd["γ"] if decayed_in == "both" else 0.0
+    ours = case.library(
+        hybrid.adasgd,
+        betas=betas,
+        eps=ε,
+        momentum=sgd["μ"],
+        dampening=sgd["d"],
+        nesterov=sgd["nesterov"],
+        weight_decay=sgd["γ"],
+        weight_decay_in=decayed_in,
+        hessian_power=k,
+        spatial_average=how,
+    )
+    adahessian = dict(β1=β1, β2=β2, ε=ε, k=k)
+    deltas = [(delta_adahessian, adahessian), (delta_sgd, sgd)]
+    assert_same(ours, reference(case, deltas, how))
+
+
+@settings(random, max_examples=20)
+@given(cases(4, decoupled=True))
+def test_any_number_of_rules_merge_as_two_do(case):
+    rules = (
+        SGD(momentum=0.9, weight_decay=0.01),
+        AdaHessian(betas=(0.8, 0.9), eps=0.01, hessian_power=0.5),
+        Padam(betas=(0.5, 0.99), eps=1e-3, amsgrad=True, partial=0.25, bias_correction="none"),
+        Adam(betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1),
+    )
+    ours = case.library(
+        hybrid.Hybrid,
+        rules=rules,
+        lambdas=(1, 1, 1, 1),
+        decoupled_weight_decay=case.γ_decoupled,
+    )
+    deltas = [
+        (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01)),
+        (delta_adahessian, dict(β1=0.8, β2=0.9, ε=0.01, k=0.5)),
+        (delta_padam, dict(β1=0.5, β2=0.99, ε=1e-3, γ=0, amsgrad=True, p=0.25, reading="none")),
+        (delta_adam, dict(β1=0.9, β2=0.95, ε=1e-4, γ=0.1, amsgrad=False)),
+    ]
+    assert_same(ours, reference(case, deltas))

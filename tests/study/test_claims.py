@@ -1,0 +1,211 @@
+"""A claim holds, fails or stays open as its numbers say, and no verdict outruns its seeds."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_ind
+
+from hybrid_lib.study import claims
+from hybrid_lib.study.claims import FAILS, HOLDS, UNTOLD
+from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.history import History
+
+TOPICS = [claim.topic for claim in claims.CLAIMS]
+EPOCHS = 40
+
+
+def step(before, after, at=EPOCHS // 2):
+    """A column that steps from one value to another behind an epoch."""
+    return lambda epoch: after if epoch > at else before
+
+
+def line(start, slope, bend=0):
+    """A column that is constant up to an epoch, then a straight line."""
+    return lambda epoch: start + slope * max(0, epoch - bend)
+
+
+# A world in which every claim holds; columns that are not given are constant.
+REPORT = {
+    "sgd": {"test_accuracy": lambda epoch: 0.87 + 0.02 * (-1) ** epoch},
+    "adam": {"test_accuracy": line(0.84, 0)},
+    "atmo": {"test_accuracy": line(0.80, 0)},
+    "dyn_atmo": {"test_accuracy": line(0.77, 0.004)},
+    "padam_sgd": {"test_accuracy": step(0.75, 0.95), "test_loss": line(2, -0.025)},
+    "dyn_padam_sgd": {"test_accuracy": step(0.76, 0.96), "test_loss": line(2, -0.025)},
+    "adahessian": {
+        "test_accuracy": lambda epoch: step(0.8, 0.92)(epoch) - line(0, 0.004, bend=32)(epoch),
+        "test_loss": line(0.5, 0.025), "train_seconds": line(3.7, 0),
+    },
+    "adasgd": {"test_accuracy": step(0.84, 0.91), "train_seconds": line(3.7, 0)},
+}  # fmt: skip
+# For each claim, in order, what must be changed for it to fail.
+OTHERWISE = [
+    {"adasgd": {"test_accuracy": line(0.98, 0)}},
+    {"padam_sgd": {"test_loss": line(1, 0.05)}},
+    {"dyn_padam_sgd": {"test_accuracy": step(0.93, 0.96)}},
+    {"padam_sgd": {"test_accuracy": step(0.85, 0.83)}},
+    {"sgd": {"test_accuracy": line(0.98, 0)}},
+    {"adasgd": {"test_accuracy": step(0.91, 0.89)}},
+    {"adahessian": {"test_accuracy": step(0.92, 0.90)}},
+    {"padam_sgd": {"test_accuracy": step(0.95, 0.91, at=35)}},
+    {"atmo": {"test_accuracy": line(0.95, 0)}},
+    {"sgd": {"test_accuracy": line(0.87, 0)}},
+    {"dyn_atmo": {"test_accuracy": line(0.96, -0.004)}},
+    {"adahessian": {"test_loss": line(1, 0)}},
+    {"adahessian": {"test_accuracy": line(0.80, 0)}},
+    {"adahessian": {"test_accuracy": line(0.70, 0.005)}},
+    {"adasgd": {"test_accuracy": line(0.60, 0)}},
+    {"adahessian": {"test_accuracy": line(0.99, 0)}},
+    {"adasgd": {"train_seconds": line(1.2, 0)}},
+    {"dyn_atmo": {"test_accuracy": line(0.70, 0)}},
+]
+
+
+def history(name, columns, seed=0, epochs=EPOCHS, shift=0.0):
+    constant = {"test_accuracy": 0.5, "test_loss": 1.0, "train_seconds": 0.9, "test_seconds": 0.1}
+    rows = [
+        {"epoch": epoch} | constant | {c: value(epoch) for c, value in columns.items()}
+        for epoch in range(1, epochs + 1)
+    ]
+    for row in rows:
+        row["test_accuracy"] += shift
+    experiment = replace(EXPERIMENTS[name].scaled(epochs), seed=seed)
+    return History(experiment, rows, {"dataset": "Pictures", "test_images": 10_000}, "complete")
+
+
+def world(*changes, seed=0, shifts=None, epochs=EPOCHS) -> list[History]:
+    """A run of each method; ``shifts`` move a method's accuracies up or down."""
+    columns = {name: dict(of) for name, of in REPORT.items()}
+    for change in changes:
+        for name, of in change.items():
+            columns[name] |= of
+    shifts = shifts or {}
+    return [history(n, of, seed, epochs, shifts.get(n, 0.0)) for n, of in columns.items()]
+
+
+def verdicts(histories) -> dict[str, str]:
+    return dict(claims.table(histories)[["claim", "verdict"]].values)
+
+
+# --- Every claim can hold, fail and stay open. ---
+
+
+def test_there_are_the_claims_of_all_three_paragraphs_and_of_the_conclusion():
+    assert len(TOPICS) == len(set(TOPICS)) == len(OTHERWISE) >= 12
+    assert {claim.where for claim in claims.CLAIMS} == {"V §1", "V §2", "V §3", "VI"}
+
+
+def test_in_the_report_s_world_every_claim_holds_at_any_length():
+    for epochs in (EPOCHS, 5 * EPOCHS):
+        stretched = {
+            name: {c: lambda e, f=f, k=epochs // EPOCHS: f(e / k) for c, f in of.items()}
+            for name, of in REPORT.items()
+            if name != "sgd"  # it goes up and down with every epoch
+        }
+        judged = claims.table(world(stretched, epochs=epochs))
+        assert set(judged.verdict) == {HOLDS}, judged[judged.verdict != HOLDS][["claim", "numbers"]]
+
+
+@pytest.mark.parametrize(("topic", "change"), [*zip(TOPICS, OTHERWISE)], ids=TOPICS)
+def test_a_claim_fails_where_the_opposite_is_so(topic, change):
+    assert verdicts(world(change))[topic] == FAILS
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=TOPICS)
+def test_without_one_of_its_methods_a_claim_cannot_be_told(claim):
+    for name in claim.methods:
+        judged = claims.table([h for h in world() if h.experiment.name != name])
+        row = judged.set_index("claim").loc[claim.topic]
+        assert (row.verdict, row.n) == (UNTOLD, 0)
+        assert EXPERIMENTS[name].label in row.numbers
+
+
+@pytest.mark.parametrize("status", ["running", "stopped", "diverged"])
+def test_a_run_that_is_not_complete_is_no_evidence(status):
+    histories = world()
+    histories[0].status = status
+    assert "no complete run of SGD" in claims.table(histories).numbers[0]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5])
+def test_short_runs_decide_nothing_about_their_course(epochs):
+    judged = claims.table(world(epochs=epochs)).set_index("claim")
+    for topic in ("SGD is unsteady to the end", "PADAM-SGD jumps when its rate first drops",
+                  "AdaHessian would lose from more epochs", "PADAM-SGD still learns at the end",
+                  "After the second milestone not much moves"):  # fmt: skip
+        assert judged.verdict[topic] == UNTOLD
+        assert "too few epochs" in judged.numbers[topic]
+
+
+# --- No more than the seeds carry. ---
+
+
+def test_with_one_seed_the_margin_is_that_of_the_test_set():
+    close = {"adahessian": {"test_accuracy": line(0.883, 0)}}
+    (topic,) = [t for t in TOPICS if t.startswith("AdaSGD ends")]
+    assert verdicts(world(close))[topic] == HOLDS
+    few = world(close)
+    for h in few:
+        h.environment["test_images"] = 400
+    judged = claims.table(few).set_index("claim").loc[topic]
+    assert judged.verdict == UNTOLD
+    assert "+0.027 ± 0.050 (best: +0.027)" in judged.numbers
+
+
+def test_more_seeds_decide_by_their_spread():
+    (topic,) = [t for t in TOPICS if t.startswith("SGD and dynamic ATMO")]
+    close = {"sgd": {"test_accuracy": line(0.845, 0)}}
+    assert verdicts(world(close))[topic] == UNTOLD  # .005 above Adam, one seed
+    steady = [h for s in range(3) for h in world(close, seed=s, shifts={"adam": 1e-4 * s})]
+    assert verdicts(steady)[topic] == HOLDS
+    wild = [h for s in range(3) for h in world(close, seed=s, shifts={"adam": 0.02 * (s - 1)})]
+    assert verdicts(wild)[topic] == UNTOLD
+    assert set(claims.table(wild).n) == {3}
+
+
+def test_a_method_with_fewer_seeds_says_how_many():
+    histories = [*world(), *(h for h in world(seed=1) if h.experiment.name != "adam")]
+    judged = claims.table(histories).set_index("claim")
+    assert judged.n["SGD and dynamic ATMO beat Adam and ATMO"] == 1
+    assert judged.n["AdaSGD ends good and stable"] == 2
+
+
+accuracies = st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=2, max_size=6)
+
+
+@given(accuracies, accuracies)
+def test_the_margin_is_that_of_welch_s_test(one, two):
+    value, margin = claims.between(one, two, one_seed=math.nan)
+    assert value == pytest.approx(sum(one) / len(one) - sum(two) / len(two), abs=1e-12)
+    if len(set(one)) > 1 and len(set(two)) > 1:
+        interval = ttest_ind(one, two, equal_var=False).confidence_interval()
+        assert (value - margin, value + margin) == pytest.approx(tuple(interval), abs=1e-9)
+
+
+# --- What it is shown as. ---
+
+
+def test_histories_that_do_not_belong_together_are_refused():
+    histories = world()
+    released = replace(histories[0].experiment, protocol="released")
+    with pytest.raises(ValueError, match="protocols clean, released"):
+        claims.table([*histories, replace(histories[0], experiment=released)])
+    elsewhere = replace(histories[0], environment={"dataset": "Others", "test_images": 1})
+    with pytest.raises(ValueError, match="several data sets"):
+        claims.table([*histories, elsewhere])
+    with pytest.raises(ValueError, match="no history"):
+        claims.table([])
+
+
+def test_a_notebook_shows_data_set_protocol_and_every_claim_as_a_table():
+    title, empty, *rows = claims.shown(world()).data.splitlines()
+    assert title == "**The report's claims on Pictures, clean protocol**"
+    assert empty == ""
+    assert {row.count(" | ") for row in rows} == {5}
+    for claim, row in zip(claims.CLAIMS, rows[2:], strict=True):
+        assert claim.topic in row
+        assert claim.criterion in row
+        assert "**holds**" in row

@@ -1,0 +1,160 @@
+"""Whatever papermill injects into a notebook is checked before anything is computed.
+
+A namespace here is as IPython has it after papermill's cell.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from hybrid_lib.study import planning
+from hybrid_lib.study.parameters import checked
+from hybrid_lib.study.planning import plan
+
+DECLARED = """
+scale: str = "demo"  # toy, demo or paper
+dataset: str = "digits"  # a name
+seeds: str = "0"  # text
+epochs: int = None  # or a number
+lr: float = 0.1  # a rate
+train: bool = True  # or not
+"""
+DEFAULTS = dict(scale="demo", dataset="digits", seeds="0", epochs=None, lr=0.1, train=True)
+
+
+def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
+    """The globals of a notebook whose cells so far were these, the injected one second."""
+    injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
+    known: dict = {"In": ["", declared, *([injected] if given else []), *cells]}
+    exec(declared + injected, known)
+    return known
+
+
+def test_without_anything_injected_the_defaults_are_the_values():
+    assert vars(checked(namespace(), planning.asked)) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("train", "false", False), ("train", "False", False), ("train", 0, False),
+        ("train", "true", True), ("lr", "1e-3", 0.001), ("lr", 1, 1.0), ("lr", "0.5", 0.5),
+        ("epochs", "7", 7), ("epochs", 7, 7), ("epochs", 7.0, 7), ("epochs", None, None),
+        ("seeds", 3, "3"), ("seeds", "0-2", "0-2"), ("dataset", "cifar10", "cifar10"),
+    ],
+)  # fmt: skip
+def test_injected_values_are_converted_to_the_declared_types(name, given, value):
+    chosen = vars(checked(namespace(**{name: given}), planning.asked))
+    assert chosen == {**DEFAULTS, name: value}
+    assert type(chosen[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epoch": 3}, r"epoch is not a parameter of this notebook \(did you mean epochs\?\)"),
+        ({"Seeds": "1"}, r"Seeds is not a parameter.*did you mean seeds\?"),
+        ({"zzz": 1}, r"zzz is not a parameter of this notebook \("),
+        ({"study": 1}, r"study is not a parameter"),
+        ({"epochs": 2.5}, r"epochs=2\.5: .*integer"),
+        ({"epochs": "many"}, r"epochs='many': .*integer"),
+        ({"lr": "fast"}, r"lr='fast': .*number"),
+        ({"lr": None}, r"lr=None: .*number"),
+        ({"train": "maybe"}, r"train='maybe': .*boolean"),
+        ({"seeds": [1, 2]}, r"seeds=\[1, 2\]: .*string"),
+        ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
+        ({"dataset": "cifar"}, r"dataset='cifar'"),
+        ({"seeds": "x"}, r"seeds='x'"),
+        ({"epochs": 0}, r"epochs=0: .*greater than or equal to 1"),
+    ],
+)
+def test_a_faulty_parameter_is_named_with_its_value(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        checked(namespace(**given), planning.asked)
+    assert "\n" not in str(caught.value)
+    assert "(parameters: scale, dataset, seeds, epochs, lr, train)" in str(caught.value)
+
+
+def test_all_faults_come_in_one_line():
+    with pytest.raises(ValueError, match="epoch is not") as caught:
+        checked(namespace(epoch=3, trian=False, lr="fast", train="maybe"), planning.asked)
+    message = str(caught.value)
+    for part in ("did you mean epochs", "did you mean train", "lr='fast'", "train='maybe'"):
+        assert part in message
+    with pytest.raises(ValueError, match=r"epoch is not.*scale='huge'"):
+        checked(namespace(epoch=3, scale="huge"), planning.asked)
+
+
+def test_the_check_sees_converted_values_and_its_objection_is_shown():
+    def check(chosen):
+        raise ValueError(f"no luck with {chosen.lr!r}")
+
+    with pytest.raises(ValueError, match=r"no luck with 0\.001 \(parameters"):
+        checked(namespace(lr="1e-3"), check)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "%matplotlib inline\n!ls", "note = 3", "x = y = 1\nprint(x)", "import os", "", "for i in",
+        "paths: list[str] = []", "count: int", "note: 'text' = 1", "chosen.lr: float = 3",
+        "numbers: dict = {}\ndef f(): pass",
+    ],
+)  # fmt: skip
+def test_the_reader_s_own_cells_are_no_parameters(cell):
+    assert vars(checked(namespace(cell), planning.asked)) == DEFAULTS
+
+
+def test_parameters_changed_by_hand_and_run_again():
+    known = namespace()
+    changed = DECLARED.replace("epochs: int = None", "epochs: int = 4")
+    exec(changed, known)
+    known["In"] += ["chosen = parameters.checked(globals(), study.asked)", changed]
+    assert checked(known, planning.asked).epochs == 4
+
+
+ONE = """
+optimizer: str = "atmo"  # a method
+dataset: str = "digits"  # a name
+scale: str = "toy"  # toy
+epochs: int = None  # a number
+lr: float = None  # a rate
+batch_size: int = None  # a number
+lambda_schedule: str = None  # a shape
+lambda_start: str = None  # two weights
+protocol: str = "clean"  # or released
+seed: int = 0  # a seed
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
+        ({"dataset": "imagenet"}, r"dataset='imagenet'"),
+        ({"lambda_schedule": "ramp"}, r"lambda_schedule='ramp'"),
+        ({"lambda_start": "-1,2"}, r"lambda_start=.*-1.*greater"),
+        ({"lambda_start": "nan,1"}, r"lambda_start=.*nan.*finite"),
+        ({"lambda_start": "1"}, r"lambda_start=\['1'\]|lambda_start=\('1',\)"),
+        ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
+        ({"lr": 0}, r"lr=0"),
+        ({"lr": -0.1}, r"lr=-0\.1"),
+        ({"lr": "nan"}, r"lr=nan"),
+        ({"epochs": 0}, r"epochs=0"),
+        ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
+        ({"protocol": "dirty"}, r"protocol='dirty'"),
+        ({"seed": -1}, r"seed=-1"),
+        ({"learning_rate": 0.1}, r"learning_rate is not a parameter"),
+    ],
+)
+def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        checked(namespace(declared=ONE, **given), planning.asked_one)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_experiment_is_its_row_with_what_was_given_changed():
+    known = namespace(declared=ONE, lr="0.5", lambda_start="0.9 0.1", optimizer="adasgd", seed=4)
+    e = planning.asked_one(checked(known, planning.asked_one))
+    (row,) = plan("toy", only=["adasgd"], seeds=[4])
+    assert e == replace(row, lr=0.5, lambda_start=(0.9, 0.1))

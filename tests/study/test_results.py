@@ -1,0 +1,155 @@
+"""The matrix of the published results: complete, one change at a time, and resumable in slices."""
+
+import importlib.util
+import tarfile
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybrid_lib import History
+from hybrid_lib.study.planning import TABLE
+from hybrid_lib.training import data
+
+
+def script(name):
+    source = data.PROJECT / "data" / "results" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"results_{name}", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train, publish = script("train"), script("publish")
+
+
+@pytest.mark.parametrize("scale", train.SCALES)
+def test_the_matrix_has_every_row_under_both_protocols_and_every_seed(scale):
+    planned = dict(train.matrix(scale, "cifar10", "float32", seeds=2))
+    assert len(planned) == len(list(train.matrix(scale, "cifar10", "float32", seeds=2)))
+    for protocol in ("clean", "released"):
+        for seed in (0, 1):
+            for name in TABLE:
+                e = planned[f"{protocol}/{name}-seed{seed}"]
+                assert (e.name, e.protocol, e.seed) == (name, protocol, seed)
+
+
+@pytest.mark.parametrize("scale", train.SCALES)
+def test_an_audit_changes_one_setting_of_a_row(scale):
+    planned = dict(train.matrix(scale, "cifar10", "float32", seeds=1))
+    audits = {f: e for f, e in planned.items() if f.startswith("audit/")}
+    assert len(audits) == 10
+    for audit in audits.values():
+        row = planned[f"{audit.protocol}/{audit.name.partition('-')[0]}-seed{audit.seed}"]
+        changed = {k for k, v in asdict(audit).items() if v != asdict(row)[k]} - {"name"}
+        one = {"lambda_direction"}, {"restart_epoch"}, {"test_mode"}, {"weight_decay_in"}
+        assert changed in (*one, {"lambda_schedule"}, {"lambda_schedule", "lambda_epochs"})
+    assert planned["audit/adahessian-restarted-clean-seed0"].restart_epoch == (
+        146 if scale == "paper" else 15
+    )
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Twenty pictures of two classes, packed as CIFAR-10's copy is."""
+    draw = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "pictures.tar.xz", "w:xz") as tar:
+        for part, n in (("train", 8), ("test", 2)):
+            for label in ("cat", "dog"):
+                for i in range(n):
+                    file = tmp_path / "picture.png"
+                    Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(file)
+                    tar.add(file, f"{part}/{label}/{i}.png")
+    return tmp_path / "pictures.tar.xz"
+
+
+def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
+    small = {"shorter": 100, "width": 2, "batch_size": 8}
+    monkeypatch.setattr(train, "SCALES", {"paper": small})
+    monkeypatch.setattr(train, "ORDER", ("sgd", "adasgd"))
+    monkeypatch.setattr(train, "TABLE", ("sgd", "adasgd"))
+    audit = ("adasgd", "clean", "-decay-in-both", {"weight_decay_in": "both"})
+    monkeypatch.setattr(train, "audits", lambda shorter: iter([audit]))
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["--archive", str(archive), "--seeds", "1", "--device", "cpu"]
+    assert train.main([*command, "--minutes", "0"]) == train.MORE_TO_DO
+    assert "5 runs are left" in capsys.readouterr().out
+    assert train.main(command) == 0
+    written = {
+        str(f.parent.relative_to(tmp_path / "runs/reproduction-paper")): History.load(f)
+        for f in (tmp_path / "runs").rglob("history.json")
+    }
+    assert {f: (h.status, len(h.rows)) for f, h in written.items()} == {
+        f"{protocol}/{name}-seed0": ("complete", epochs)
+        for protocol in ("released", "clean")
+        for name, epochs in (("sgd", 3), ("adasgd", 2))
+    } | {"audit/adasgd-decay-in-both-seed0": ("complete", 2)}
+    assert {h.dataset for h in written.values()} == {"CIFAR-10 (JPEG copy)"}
+    published(tmp_path, monkeypatch)
+    archive.unlink()  # unpacked once is enough
+    assert train.main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("complete ") == 5
+    goes_on_elsewhere(tmp_path, monkeypatch, command)
+
+
+def goes_on_elsewhere(tmp_path, monkeypatch, command):
+    """On another machine, from the folder: what is complete stays, what is not is finished."""
+    there = tmp_path / "another machine"
+    there.mkdir()
+    for name in ("data", "runs"):
+        (tmp_path / name).rename(there / name)
+    monkeypatch.setattr(data, "PROJECT", there)
+    monkeypatch.chdir(there)
+    runs = there / "runs" / "reproduction-paper"
+    whole = {f: History.load(f) for f in runs.rglob("history.json")}
+    for checkpoint in runs.rglob("*.pt"):  # of complete runs they need not travel
+        checkpoint.unlink()
+    cut = runs / "clean" / "sgd-seed0"
+    for file in cut.iterdir():
+        file.unlink()
+    unfinished = whole[cut / "history.json"].experiment
+    stops = iter([False, False, True])  # after the first of three epochs, two steps each
+    assert train.run(unfinished, cut, "cpu", should_stop=lambda: next(stops)).status == "stopped"
+    before = {f: f.stat().st_mtime_ns for f in whole}
+    assert train.main(command) == 0
+    assert {f for f in whole if f.stat().st_mtime_ns != before[f]} == {cut / "history.json"}
+    for row, again in zip(whole[cut / "history.json"].rows, History.load(cut).rows, strict=True):
+        assert row["test_loss"] == again["test_loss"]
+
+
+def published(tmp_path, monkeypatch):
+    """Histories come out compact and readable, the page has every section."""
+    monkeypatch.setattr(publish.figures.go.Figure, "write_image", lambda figure, f, **_: f.touch())
+    target = tmp_path / "published"
+    assert publish.main([str(tmp_path / "runs/reproduction-paper"), str(target)]) == 0
+    again = History.load(target / "clean/sgd-seed0")
+    trained = History.load(tmp_path / "runs/reproduction-paper/clean/sgd-seed0")
+    assert again.experiment == trained.experiment
+    for a, b in zip(again.rows, trained.rows, strict=True):
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-4)
+        assert len(str(a["test_loss"])) < 9
+    page = (target / "TABLES.md").read_text("utf-8")
+    assert page.startswith("# CIFAR-10 (JPEG copy)\n\nResNet18, width 2, 16 training and 4 test")
+    for title in ("protocol released", "protocol clean", "The report's claims", "Audit"):
+        assert title in page
+    assert "weight_decay_in: None → both" in page
+    assert {f.name for f in target.glob("*.png")} == {
+        f"{protocol}-figure{n}.png" for protocol in ("clean", "released") for n in range(1, 6)
+    }
+
+
+def test_the_images_are_one_s_own_choice(capsys):
+    out = ["--list", "--seeds", "1", "--out", "nowhere"]
+    assert train.main(["--dataset", "cifar10", *out]) == 0
+    assert capsys.readouterr().out.count("to do ") == 26
+    with pytest.raises(SystemExit):
+        train.main(out)
+    assert "--dataset --archive is required" in capsys.readouterr().err
+
+
+def test_a_missing_archive_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such archive"):
+        train.main(["--archive", str(tmp_path / "none.tar.xz")])

@@ -1,0 +1,328 @@
+"""A sweep runs every point that is possible, names the others, and its table says what was run."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_lib.study import figures, planning, sweeps
+from hybrid_lib.study.sweeps import Sweep, read
+from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.history import History, load_all
+
+TOY = "{optimizer: atmo, scale: toy, grid: {lr: [0.003, 0.03], lambda_sgd: [0, 0.5, 1]}}"
+
+
+# --- What it consists of. ---
+
+
+def test_a_grid_is_every_combination_with_every_seed():
+    experiments, refused = read(TOY, seeds="0-1").plan()
+    assert refused == []
+    points = {(e.lr, e.lambda_start, e.seed) for e in experiments}
+    assert points == {
+        (lr, (1 - w, w), s) for lr in (0.003, 0.03) for w in (0, 0.5, 1) for s in (0, 1)
+    }
+    assert len({planning.run_folder("x", e) for e in experiments}) == len(experiments) == 12
+    assert all((e.epochs, e.width, e.dataset) == (2, 4, "digits") for e in experiments)
+
+
+def test_any_setting_can_be_varied_and_fixed():
+    text = """
+    optimizer: dyn_padam_sgd
+    scale: toy
+    fixed: {epochs: 4, momentum: 0.5}
+    grid: {lambda_epochs: [1, 3], partial: [0.125], lambda_start: ["1, 0", [0.75, 0.25]]}
+    """
+    experiments, _ = read(text).plan()
+    assert {(e.lambda_epochs, e.lambda_start) for e in experiments} == {
+        (h, start) for h in (1, 3) for start in ((1.0, 0.0), (0.75, 0.25))
+    }
+    assert {(e.epochs, e.momentum, e.partial) for e in experiments} == {(4, 0.5, 0.125)}
+
+
+def test_the_method_itself_can_be_varied():
+    experiments, _ = read(
+        "{scale: toy, grid: {optimizer: [sgd, dyn_atmo, adam+adahessian]}}"
+    ).plan()
+    assert [e.optimizer for e in experiments] == ["sgd", "atmo", "adam+adahessian"]
+    assert len({e.name for e in experiments}) == 3
+
+
+@given(
+    low=st.floats(1e-6, 1), factor=st.floats(1.5, 1e4), log=st.booleans(), seed=st.integers(0, 99)
+)
+@settings(max_examples=20, deadline=None)
+def test_draws_lie_in_their_range_and_repeat(low, factor, log, seed):
+    rates = {"low": low, "high": low * factor, "log": log}
+    spec = {"random": {"lr": rates, "width": {"low": 2, "high": 4}}, "draws": 7, "draw_seed": seed}
+    points = Sweep(**spec).points()
+    assert len(points) == 7
+    assert all(low * 0.999999 <= p["lr"] <= low * factor * 1.000001 for p in points)
+    assert {int(p["width"]) for p in points} <= {2, 3, 4}
+    assert points == Sweep(**spec).points()
+    assert points != Sweep(**{**spec, "draw_seed": seed + 1}).points()
+
+
+def test_draws_are_even_in_the_logarithm_where_asked():
+    spec = {"random": {"lr": {"low": "1e-4", "high": 1, "log": True}}, "draws": 400}
+    logs = sorted(math.log10(p["lr"]) for p in Sweep(**spec).points())
+    assert logs[200] == pytest.approx(-2, abs=0.3)
+    widths = {p["width"] for p in Sweep(random={"width": {"low": 2, "high": 4}}, draws=60).points()}
+    assert widths == {2, 3, 4}, "both ends can be drawn"
+
+
+def test_each_draw_runs_at_each_point_of_the_grid():
+    points = Sweep(
+        grid={"width": [4, 8]}, random={"momentum": {"low": 0.5, "high": 1}}, draws=3
+    ).points()
+    assert len(points) == 6
+    assert len({p["momentum"] for p in points}) == 3
+
+
+@given(st.lists(st.floats(1e-9, 1e3), min_size=2, max_size=6, unique=True))
+@settings(max_examples=25, deadline=None)
+def test_names_are_names_of_folders_and_tell_points_apart(rates):
+    experiments, _ = read("{grid: {lr: [1]}}", grid={"lr": rates, "nesterov": [True, False]}).plan()
+    apart = {f"{lr:.6g}" for lr in rates}
+    assert len({e.name for e in experiments}) == 2 * len(apart)
+
+
+def test_long_names_are_cut_and_stay_apart():
+    many = {f: [1.0 + i / 7 for i in range(2)] for f in ("lr", "eps", "weight_decay")}
+    many |= {"betas": ["0.91234, 0.91234", "0.91234, 0.91235"], "train_limit": [1000]}
+    experiments, _ = Sweep(optimizer="adam", grid=many).plan()
+    assert len({e.name for e in experiments}) == 16
+    assert max(len(e.name) for e in experiments) <= 80
+
+
+def test_impossible_points_are_named_and_the_others_run():
+    experiments, refused = read("{scale: toy, grid: {batch_size: [32, 500], lr: [0.1, -1]}}").plan()
+    assert [(e.batch_size, e.lr) for e in experiments] == [(32, 0.1)]
+    assert len(refused) == 3
+    assert (
+        "sgd-batch_size500-lr0.1: refused, batch_size=500 is larger than train_limit=160"
+        in refused[1]
+    )
+    assert all("refused, " in line for line in refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{grid: {lrr: [1]}}", r"lrr is no setting \(did you mean lr\?\)"),
+        ("{grid: {lr: [0.1]}, fixed: {momentumm: 0}}", r"momentumm is no setting .*momentum"),
+        ("{grid: {seed: [1]}}", "seed is no setting"),
+        ("{optimizer: adma, grid: {lr: [1]}}", r"'adma'.*did you mean adam\?"),
+        ("{scale: huge, grid: {lr: [1]}}", "scale='huge'"),
+        ("{dataset: cifar, grid: {lr: [1]}}", "dataset='cifar'"),
+        ("{seeds: one, grid: {lr: [1]}}", "seeds='one'"),
+        ("{optimizer: sgd}", "name at least one setting"),
+        ("{grid: {lr: []}}", "grid.lr"),
+        ("{grid: {lr: 0.1}}", "grid.lr"),
+        ("{random: {lr: {low: 1, high: 0.1}}}", "low < high"),
+        ("{random: {lr: {low: 0, high: 0.1, log: true}}}", "above 0 for log"),
+        ("{random: {lr: {low: 0.1}}}", "high"),
+        ("{random: {lr: [1]}, draws: 0}", "draws=0"),
+        ("{grid: {lr: [1]}, random: {lr: [1]}}", "lr is given twice"),
+        ("{grid: {lr: [1]}, fixed: {lr: 1}}", "lr is given twice"),
+        ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
+        ("{gridd: {lr: [1]}}", "gridd"),
+        ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
+        ("{optimizer: sgd, grid: {hessian_every: [10]}}", "hessian_every=10: sgd needs no Hessian"),
+        ("{grid: {lr: [1]", "not YAML"),
+        ("grid", r"give FILE\.yaml, or text"),
+        ("", r"give FILE\.yaml, or text"),
+        ("[1, 2]", r"give FILE\.yaml, or text"),
+        ("nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_what_is_no_sweep_is_one_line_and_nothing_is_written(text, message, tmp_path, capsys):
+    assert sweeps.main([text, "--out", str(tmp_path / "new")]) == 2
+    shown, errors = capsys.readouterr()
+    assert shown == ""
+    assert len(errors.splitlines()) == 1
+    assert re.search(message, errors)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_notebook_s_parameters_go_over_what_the_file_says_unless_they_are_none(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("{scale: toy, fixed: {width: 3}, grid: {lr: [0.1]}}")
+    chosen = SimpleNamespace(space=str(file), scale=None, dataset=None, epochs=None)
+    assert sweeps.asked(chosen) == read(file)
+    chosen = SimpleNamespace(space=str(file), scale="demo", dataset="mnist", epochs=5)
+    ((e,), _) = sweeps.asked(chosen).plan()
+    assert (e.width, e.epochs, e.dataset, e.batch_size) == (3, 5, "mnist", 64)
+
+
+def test_where_it_is_kept():
+    assert sweeps.default_out("some/where/rates.yaml").name == "sweep-rates"
+    assert sweeps.default_out(TOY) == sweeps.default_out(TOY) != sweeps.default_out(TOY + " ")
+    assert sweeps.default_out("../../x.yaml").parent == sweeps.default_out(TOY).parent
+
+
+# --- The command line, from nothing to the report. ---
+
+
+def test_a_sweep_from_a_file_to_its_table(tmp_path, capsys):
+    file = tmp_path / "rates.yaml"
+    file.write_text("{scale: toy, seeds: 0-1, grid: {lr: [0.01, 1.0e+30], batch_size: [32, 500]}}")
+    out = tmp_path / "out"
+    assert sweeps.main([str(file), "--out", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("diverged, loss") == 2
+    assert shown.count("refused, batch_size=500") == 2
+    assert "sgd-batch_size32-lr0.01, seed 1: complete, test accuracy 0." in shown
+
+    table = pd.read_csv(out / "table.csv", index_col="run")
+    assert list(table.columns) == ["lr", *sweeps.MEASURED]
+    kept = {(h.experiment.name, h.experiment.seed): h for h in load_all(out)}
+    assert len(table) == len(kept) == 4
+    for name, row in table.iterrows():
+        h = kept[name, row["seed"]]
+        assert (row["lr"], row["status"]) == (h.experiment.lr, h.status)
+        if h.status == "complete":
+            assert row["test_accuracy"] == pytest.approx(h.final["test_accuracy"])
+            assert row["train_seconds"] == pytest.approx(sum(r["train_seconds"] for r in h.rows))
+        else:
+            assert pd.isna(row["test_accuracy"])
+    page = (out / "report.html").read_text("utf-8")
+    assert "<title>Sweep on handwritten digits</title>" in page
+    assert page.count("Plotly.newPlot(") == 1, "only one setting is left to vary"
+    assert "refused, batch_size=500" in page
+
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("history.json")}
+    assert sweeps.main([str(file), "--out", str(out)]) == 1
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("history.json")} == before
+
+
+# --- Tables and figures of runs that nobody had to train. ---
+
+
+def run(seed=0, accuracy=0.5, status="complete", **changes):
+    e = replace(EXPERIMENTS["atmo"], seed=seed, **changes)
+    e = replace(e, name=f"atmo-{e.lr:g}-{e.lambda_start[1]:g}")
+    row = {"epoch": 1, "test_accuracy": accuracy, "test_loss": 1, "train_accuracy": 1,
+           "train_loss": 0, "train_seconds": 2}  # fmt: skip
+    return History(e, [row], {"dataset": "dots"}, status)
+
+
+RUNS = [
+    run(seed, lr + sgd + seed / 10, "diverged" if (lr, sgd) == (0.1, 0.5) else "complete",
+        lr=lr, lambda_start=(1 - sgd, sgd))
+    for lr in (0.001, 0.1) for sgd in (0, 0.5) for seed in (0, 1)
+]  # fmt: skip
+
+
+def test_the_table_has_the_settings_that_differ_and_nothing_of_failed_runs():
+    table = sweeps.table(RUNS)
+    assert sweeps.varied(table) == ["lr", "lambda_sgd"]
+    assert list(table["lambda_sgd"].unique()) == [0, 0.5]
+    assert table["test_accuracy"].isna().sum() == 2
+    assert list(table.loc[table["status"] == "diverged", "epochs done"]) == [1, 1]
+
+
+def test_pairs_that_do_not_sum_to_one_stay_pairs():
+    table = sweeps.table([run(lambda_start=(1, 1), lr=0.1), run(lambda_start=(0.5, 1), lr=0.2)])
+    assert list(table["lambda_start"]) == [(1, 1), (0.5, 1)]
+
+
+def test_weights_are_an_axis_of_the_report_under_either_name(tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("parallel", "heat_map"):
+        monkeypatch.setattr(
+            figures, name, lambda runs, *axes, name=name: drawn.update({name: axes})
+        )
+    monkeypatch.setattr(sweeps, "write_page", lambda *page: None)
+    asked = read("{optimizer: atmo, grid: {lr: [0.1, 0.2], lambda_start: ['1, 0', '0.5, 0.5']}}")
+    runs = [run(lambda_start=λ, lr=lr) for lr in (0.1, 0.2) for λ in ((1, 0), (0.5, 0.5))]
+    for history in runs:
+        history.environment.update(device_name="abacus", torch="2")
+    monkeypatch.setattr(figures, "subject", lambda found: "dots")
+    sweeps.write_report(tmp_path, asked, runs)
+    assert drawn["parallel"] == (["lr", "lambda_sgd"], "dots")
+    assert drawn["heat_map"] == ("lr", "lambda_sgd", "dots")
+
+
+def test_points_are_means_over_seeds_with_failed_ones_last():
+    points = sweeps.over_seeds(sweeps.table(RUNS))
+    assert list(points.index) == ["atmo-0.001-0.5", "atmo-0.1-0", "atmo-0.001-0", "atmo-0.1-0.5"]
+    assert points["test_accuracy"].tolist()[:3] == pytest.approx([0.551, 0.15, 0.051])
+    assert list(points["seeds"]) == [2, 2, 2, 0]
+    assert list(points["diverged"]) == [0, 0, 0, 2]
+    lucky = [run(0, 0.99, lr=0.1), run(1, status="diverged", lr=0.1), run(0, 0.2, lr=0.2)]
+    assert sweeps.over_seeds(sweeps.table(lucky)).iloc[0]["lr"] == 0.2
+
+
+def test_the_heat_map_by_hand():
+    figure = figures.heat_map(sweeps.table(RUNS), "lr", "lambda_sgd", "dots")
+    (cells,) = figure.data
+    assert (list(cells.x), list(cells.y)) == (["0.001", "0.1"], ["0.0", "0.5"])
+    assert cells.z[0].tolist() == pytest.approx([0.051, 0.15])
+    assert cells.z[1][0] == pytest.approx(0.551)
+    assert math.isnan(cells.z[1][1])
+    assert cells.text[0][0] == "0.051"
+    assert cells.text[1][1] == "none finished"
+    assert "dots" in figure.layout.title.text
+    assert figure.layout.xaxis.title.text == "learning rate η"
+    assert figure.layout.yaxis.title.text == "weight λ of SGD"
+
+
+def test_a_cell_says_how_many_of_its_runs_failed():
+    runs = [run(0, 0.5, lr=0.1), run(1, status="diverged", lr=0.1)]
+    table = sweeps.table(
+        [*runs, run(0, 0.5, lr=0.2, momentum=0.5), run(1, 0.7, lr=0.2, momentum=0.5)]
+    )
+    (cells,) = figures.heat_map(table, "lr", "momentum", "dots").data
+    texts = [text for row in cells.text for text in row]
+    assert sorted(texts) == ["", "", "0.500<br>1 failed", "0.600"]
+
+
+def test_parallel_coordinates_show_finished_runs():
+    figure = figures.parallel(sweeps.table(RUNS), ["lr", "lambda_sgd"], "dots")
+    rate, weight, accuracy = figure.data[0].dimensions
+    assert list(accuracy.values) == pytest.approx([0.001, 0.101, 0.501, 0.601, 0.1, 0.2])
+    assert list(rate.values) == pytest.approx([-3, -3, -3, -3, -1, -1]), "two decades: a logarithm"
+    assert list(rate.ticktext) == ["0.001", "0.1"]
+    assert list(weight.values) == [0, 0, 0.5, 0.5, 0, 0]
+    assert "dots" in figure.layout.title.text
+
+
+def test_settings_of_any_kind_have_an_axis():
+    kinds = [
+        {"momentum": None, "stem": "cifar", "amsgrad": True, "lambda_start": (1, 1)},
+        {"momentum": 0.5, "stem": "imagenet", "amsgrad": False, "lambda_start": (1, 0.5)},
+    ]
+    table = sweeps.table([run(lr=0.1, **kinds[0]), run(lr=0.2, **kinds[1])])
+    figure = figures.parallel(table, sweeps.varied(table), "dots")
+    assert len(figure.data[0].dimensions) == 6
+    for name in sweeps.varied(table):
+        assert isinstance(figures.heat_map(table, "lr", name, "dots"), go.Figure)
+        assert len(json.loads(figure.to_json())["data"][0]["dimensions"]) == 6
+
+
+# --- Examples. ---
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("sweep*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_every_example_is_a_sweep_without_impossible_points(file):
+    experiments, refused = read(file).plan()
+    assert len(experiments) > 1
+    assert refused == []
+    assert yaml.safe_load(file.read_text("utf-8"))["grid" if "grid" in file.stem else "random"]
+
+
+def test_there_is_an_example_of_either_kind():
+    assert {file.stem for file in EXAMPLES} >= {"sweep_grid", "sweep_random"}

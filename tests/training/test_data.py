@@ -1,0 +1,482 @@
+"""Data sets arrive complete, balanced, normalised and in an order that a seed decides.
+
+Folders and torchvision's formats are real files, written small into a temporary folder; what is
+missing, damaged or of the wrong form is refused with a message that names it.
+"""
+
+import hashlib
+import pickle
+import socket
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hybrid_lib.training import data
+from hybrid_lib.training.data import augmented, batches, generator, load, normalised, order
+
+JPEG_COPY = data.PROJECT / "data" / "cifar10-jpeg"
+quick = settings(max_examples=50, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    data._load.cache_clear()
+
+
+# --- The embedded digits. ---
+
+
+def test_digits_are_1797_grey_images_of_8x8():
+    d = load("digits")
+    assert d.title == "handwritten digits"
+    assert d.classes == tuple("0123456789")
+    assert d.train_images.shape == (1200, 1, 8, 8)
+    assert d.test_images.shape == (597, 1, 8, 8)
+    assert d.train_images.dtype == d.test_images.dtype == torch.uint8
+    assert d.train_images.min() == 0
+    assert d.train_images.max() == 255, "16 grey levels must span the whole range"
+    assert d.train_labels.dtype == torch.int64
+    assert d.train_labels[:10].tolist() == list(range(10)), "file order, not shuffled"
+
+
+def test_the_checksum_pins_images_and_labels():
+    assert load("digits").checksum == "abaafa7197d0eff2"
+    assert load("digits", train_limit=1199).checksum != load("digits").checksum
+
+
+def test_the_same_data_set_is_read_once():
+    assert load("digits") is load("digits")
+
+
+def test_moving_the_data_moves_every_tensor():
+    moved = load("digits").to("meta")
+    assert all(t.is_meta for t in vars(moved).values() if isinstance(t, torch.Tensor))
+    assert moved.checksum == load("digits").checksum
+
+
+# --- Limits: a part of a data set, class-balanced. ---
+
+
+@quick
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
+def test_a_limit_takes_as_evenly_as_the_classes_allow(labels, draw):
+    limit = draw.draw(st.integers(1, len(labels)))
+    chosen = data._balanced(torch.tensor(labels), limit, "train_limit").tolist()
+    assert len(set(chosen)) == limit
+    assert chosen == sorted(chosen), "in file order"
+    size, kept = Counter(labels), Counter(labels[i] for i in chosen)
+    most = max(kept.values())
+    # A class is behind by more than one only where it has no more images.
+    assert all(kept[c] >= most - 1 or kept[c] == size[c] for c in size)
+    for c in size:  # of each class the first ones
+        assert [i for i in chosen if labels[i] == c] == [
+            i for i, label in enumerate(labels) if label == c
+        ][: kept[c]]
+
+
+def test_limits_reach_both_parts():
+    d = load("digits", train_limit=205, test_limit=31)
+    assert sorted(d.train_labels.bincount().tolist()) == [20] * 5 + [21] * 5
+    assert sorted(d.test_labels.bincount().tolist()) == [3] * 9 + [4]
+
+
+def test_a_limit_of_everything_is_no_limit():
+    assert load("digits", 1200, 597).checksum == load("digits").checksum
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1201])
+def test_impossible_limits_are_named(limit):
+    with pytest.raises(ValueError, match=rf"train_limit={limit}.*1200"):
+        load("digits", train_limit=limit)
+
+
+# --- From uint8 to batches. ---
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1(colour_folder):
+    for name in ("digits", f"folder:{colour_folder}"):
+        d = load(name)
+        x = normalised(d.train_images, d).double()
+        assert x.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+        assert (x.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+
+
+def test_a_channel_without_contrast_stays_at_zero(tmp_path):
+    root = image_folder(tmp_path, lambda part, label, i: np.full((4, 4, 3), (7, 7 * i, 255), "u1"))
+    d = load(f"folder:{root}")
+    x = normalised(d.train_images, d)
+    assert (x[:, 0] == 0).all()
+    assert (x[:, 2] == 0).all()
+    assert x[:, 1].std() > 0.5
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1200])
+def test_batches_visit_every_image_once_in_order(size):
+    d = load("digits")
+    index = order(1200, seed=1, epoch=2)
+    parts = list(batches(d.train_images, d.train_labels, index, size))
+    assert [len(y) for _, y in parts[:-1]] == [size] * (len(parts) - 1)
+    assert torch.cat([x for x, _ in parts]).equal(d.train_images[index])
+    assert torch.cat([y for _, y in parts]).equal(d.train_labels[index])
+
+
+@quick
+@given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 500))
+def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(n, seed, epoch):
+    before = torch.random.get_rng_state()
+    index = order(n, seed, epoch)
+    assert sorted(index.tolist()) == list(range(n))
+    assert index.equal(order(n, seed, epoch))
+    assert torch.random.get_rng_state().equal(before)
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    orders = {tuple(order(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(20)}
+    assert len(orders) == 100
+
+
+def test_each_purpose_has_a_stream_of_its_own():
+    draws = {
+        torch.randint(0, 2**62, (1,), generator=generator(purpose, seed, epoch)).item()
+        for purpose in ("order", "augmentation", "probes")
+        for seed in range(12)
+        for epoch in range(12)
+    }
+    assert len(draws) == 3 * 12 * 12  # seed 1, epoch 11 is not seed 11, epoch 1
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 32, 32), (4, 1, 28, 28), (6, 2, 16, 24), (3, 1, 7, 7)])
+def test_augmented_is_crop_and_flip_one_by_one(shape):
+    images = torch.randint(1, 256, shape, generator=generator("images", 0, 0), dtype=torch.uint8)
+    fast = augmented(images, generator("draws", 0, 0))
+
+    draws = generator("draws", 0, 0)  # the same ones again
+    n, _, height, width = shape
+    pad_y, pad_x = height // 8, width // 8
+    top = torch.randint(0, 2 * pad_y + 1, (n, 1), generator=draws).flatten().tolist()
+    left = torch.randint(0, 2 * pad_x + 1, (n, 1), generator=draws).flatten().tolist()
+    flip = torch.randint(0, 2, (n, 1), generator=draws).flatten().tolist()
+    for i in range(n):
+        padded = np.pad(images[i].numpy(), ((0, 0), (pad_y, pad_y), (pad_x, pad_x)))
+        crop = padded[:, top[i] : top[i] + height, left[i] : left[i] + width]
+        assert np.array_equal(fast[i].numpy(), crop[:, :, ::-1] if flip[i] else crop)
+
+
+def test_every_shift_and_both_sides_are_equally_likely():
+    n, marker = 6000, torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    marker[0, 0, 4, 2] = 1  # off the middle: a mirrored image is told from a shifted one
+    moved = augmented(marker.expand(n, 1, 8, 8), generator("draws", 0, 0))
+    places = Counter(moved.flatten(1).argmax(dim=1).tolist())
+    assert len(places) == 3 * 3 * 2
+    expected = n / 18
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in places.values())
+
+
+# --- Folders of images. ---
+
+
+def image_folder(root: Path, pixels=None, classes=("cat", "dog"), n=3, suffix=".png") -> Path:
+    """Images in root/train/CLASS and root/test/CLASS; ``pixels(part, label, i)`` draws them."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                drawn = pixels and pixels(part, label, i)
+                image = rng.integers(0, 256, (8, 8, 3), "u1") if drawn is None else drawn
+                Image.fromarray(image).save(root / part / name / f"{i}{suffix}")
+    return root
+
+
+@pytest.fixture
+def colour_folder(tmp_path):
+    return image_folder(tmp_path / "colours")
+
+
+def test_a_folder_becomes_images_labels_and_a_title(tmp_path):
+    root = image_folder(
+        tmp_path / "zoo", lambda part, label, i: np.full((5, 6, 3), label * 9 + i, "u1")
+    )
+    d = load(f"folder:{root}")
+    assert d.title == "folder zoo"
+    assert d.classes == ("cat", "dog")
+    assert d.train_images.shape == d.test_images.shape == (6, 3, 5, 6)
+    assert d.train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 9, 10, 11]
+    assert d.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_formats_and_colours_mix(tmp_path):
+    root = image_folder(tmp_path)
+    cats = root / "train" / "cat"
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (8, 8)).save(cats / f"{mode}.png")
+    Image.new("CMYK", (8, 8)).save(cats / "CMYK.jpg")
+    Image.fromarray(np.full((8, 8), 77, "u1")).save(cats / "GREY.JPEG")
+    (cats / "notes.txt").write_text("not an image")
+    files = sorted(f.name for f in cats.iterdir() if f.suffix != ".txt")
+    d = load(f"folder:{root}")
+    assert len(d.train_images) == 3 + len(files)
+    assert d.train_images[files.index("GREY.JPEG")].tolist() == [[[77] * 8] * 8] * 3
+
+
+def test_sixteen_bits_become_eight_not_white(tmp_path):
+    root = image_folder(tmp_path)
+    ramp = np.linspace(0, 65535, 64).astype("u2").reshape(8, 8)
+    Image.fromarray(ramp).save(root / "train" / "cat" / "0.png")
+    image = load(f"folder:{root}").train_images[0]
+    assert torch.unique(image).numel() > 32
+
+
+def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    root = image_folder(tmp_path, n=5)
+    first = load(f"folder:{root}").checksum
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
+    data._load.cache_clear()
+    assert load(f"folder:{root}").checksum == first
+
+
+def test_spaces_umlauts_and_a_relative_path(tmp_path, monkeypatch):
+    image_folder(tmp_path / "Bücher & Größen 'x'", classes=("Äpfel rot", "日本"), suffix=".jpg")
+    monkeypatch.chdir(tmp_path)
+    d = load("folder:Bücher & Größen 'x'")
+    assert d.classes == ("Äpfel rot", "日本")
+    assert d.title == "folder Bücher & Größen 'x'"
+
+
+def test_limits_of_a_folder_decode_only_what_they_keep(colour_folder):
+    (colour_folder / "train" / "dog" / "2.png").write_bytes(b"broken, and not needed")
+    d = load(f"folder:{colour_folder}", train_limit=4, test_limit=2)
+    assert d.train_labels.tolist() == [0, 0, 1, 1]
+    assert d.test_labels.tolist() == [0, 1]
+
+
+def test_images_added_later_are_seen(colour_folder):
+    assert len(load(f"folder:{colour_folder}").train_images) == 6
+    source = colour_folder / "train" / "dog" / "0.png"
+    source.with_name("new.png").write_bytes(source.read_bytes())
+    assert len(load(f"folder:{colour_folder}").train_images) == 7
+
+
+def _other_size(root):
+    Image.new("RGB", (9, 8)).save(root / "train" / "dog" / "1.png")
+
+
+def _no_test(root):
+    (root / "test").rename(root / "validation")
+
+
+def _one_class(root):
+    for part in ("train", "test"):
+        (root / part / "dog").rename(root / f"{part} dog")
+
+
+def _classes_differ(root):
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+
+
+def _empty_class(root):
+    for file in (root / "test" / "dog").iterdir():
+        file.unlink()
+
+
+def _not_an_image(root):
+    (root / "train" / "dog" / "1.png").write_bytes(b"GIF? no")
+
+
+def _empty_file(root):
+    (root / "train" / "dog" / "1.png").write_bytes(b"")
+
+
+def _truncated(root):
+    file = root / "train" / "dog" / "1.png"
+    file.write_bytes(file.read_bytes()[:-60])
+
+
+def _flat(root):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / part / name).rename(root / f"{part}-{name}")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_other_size, r"dog.1\.png has 8x9 pixels, .*cat.0\.png has 8x8.*one size"),
+        (_no_test, r"expected images as .*test/CLASS.*train: cat, dog, test: none"),
+        (_one_class, r"two or more classes.*train: cat, test: cat"),
+        (_classes_differ, r"train: cat, dog, test: cat, wolf"),
+        (_flat, r"expected images as .*train: none, test: none"),
+        (_empty_class, r"no image in .*test.dog"),
+        (_not_an_image, r"dog.1\.png: not a readable image"),
+        (_empty_file, r"dog.1\.png: not a readable image"),
+        (_truncated, r"dog.1\.png: not a readable image"),
+    ],
+)
+def test_a_faulty_folder_is_refused_by_name(colour_folder, spoil, message):
+    spoil(colour_folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(f"folder:{colour_folder}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "step"), [(".png", 1), (".jpg", 7)])
+def test_whatever_byte_is_damaged_the_file_is_named(tmp_path, suffix, step):
+    file = image_folder(tmp_path, suffix=suffix) / "train" / "cat" / f"0{suffix}"
+    content = file.read_bytes()
+    messages = []
+    for i in range(0, len(content), step):
+        for damaged in (content[:i], content[:i] + bytes([content[i] ^ 0x10]) + content[i + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                data._decoded([file])
+            except ValueError as error:
+                messages.append(str(error))
+    assert len(messages) > len(content) / step / 2
+    assert all(m.startswith(f"{file}: not a readable image (") for m in messages)
+
+
+def test_a_missing_folder_is_refused_with_the_form_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder.*train/CLASS"):
+        load(f"folder:{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "CIFAR10", "", " ", "folder", "folder:", "folder: "])
+def test_what_names_no_data_set_is_refused_with_what_would(name):
+    with pytest.raises(ValueError, match=r"folder:\w+") as caught:
+        load(name)
+    assert str(caught.value).startswith(f"dataset={name!r}: ")
+
+
+@pytest.mark.skipif(not JPEG_COPY.is_dir(), reason="data/cifar10-jpeg is not unpacked")
+def test_the_jpeg_copy_of_cifar10_is_complete_and_named_for_what_it_is(tmp_path, monkeypatch):
+    for part, count in (("train", 5000), ("test", 1000)):
+        classes = sorted((JPEG_COPY / part).iterdir())
+        assert len(classes) == 10
+        assert {len(list(c.glob("*.jpg"))) for c in classes} == {count}
+    monkeypatch.chdir(tmp_path)  # a relative folder is found from anywhere
+    d = load("folder:data/cifar10-jpeg", train_limit=100, test_limit=50)
+    assert d.title == "CIFAR-10 (JPEG copy)"
+    assert d.train_images.shape == (100, 3, 32, 32)
+    assert d.train_labels.bincount().tolist() == [10] * 10
+
+
+# --- torchvision's data sets: its own file formats, small. ---
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """An empty download folder, and no network."""
+    pytest.importorskip("torchvision")
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HYBRID_DATA", str(tmp_path))
+    return tmp_path
+
+
+def write_cifar(root: Path, monkeypatch, kind: str) -> np.ndarray:
+    """Both parts of CIFAR-10 or CIFAR-100 with 20 images each; returns those of the test part."""
+    from torchvision import datasets
+
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+    fine = kind == "cifar100"
+    n_classes, key = (100, "fine_labels") if fine else (10, "labels")
+    folder, rng, sums = root / cls.base_folder, np.random.default_rng(0), {}
+    folder.mkdir()
+
+    def put(name, content):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    files = {False: ["test"], True: ["train"]} if fine else {
+        False: ["test_batch"], True: [f"data_batch_{i}" for i in range(1, 6)]}  # fmt: skip
+    for train, names in files.items():
+        for name in names:
+            pixels = rng.integers(0, 256, (20 // len(names), 3072), "u1")
+            put(name, {"data": pixels, key: [i % n_classes for i in range(len(pixels))]})
+        monkeypatch.setattr(
+            cls, "train_list" if train else "test_list", [[n, sums[n]] for n in names]
+        )
+        if not train:
+            test_pixels = pixels.reshape(-1, 3, 32, 32)
+    names = [f"class {i}" for i in range(n_classes)]
+    put(cls.meta["filename"], {cls.meta["key"]: names})
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": sums[cls.meta["filename"]]})
+    return test_pixels
+
+
+def write_mnist(root: Path, kind: str) -> np.ndarray:
+    """Both parts in the idx format, 20 images each; returns those of the test part."""
+    folder = root / {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[kind] / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels = np.random.default_rng(len(part)).integers(0, 256, (20, 28, 28), "u1")
+        shape = np.array([0x803, 20, 28, 28], ">i4").tobytes()
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(shape + pixels.tobytes())
+        labels = np.array([0x801, 20], ">i4").tobytes() + bytes(i % 10 for i in range(20))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    return pixels[:, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "title", "classes"), [("cifar10", "CIFAR-10", 10), ("cifar100", "CIFAR-100", 100)]
+)
+def test_cifar_is_read_from_its_own_files(downloads, monkeypatch, kind, title, classes):
+    test_pixels = write_cifar(downloads, monkeypatch, kind)
+    d = load(kind)
+    assert d.title == title
+    assert len(d.classes) == classes
+    assert d.train_images.shape == (20, 3, 32, 32)
+    assert np.array_equal(d.test_images.numpy(), test_pixels)
+    assert d.test_images.is_contiguous()
+    assert d.test_labels.tolist() == [i % classes for i in range(20)]
+    assert d.test_labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"), [("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST")]
+)
+def test_mnist_is_read_from_its_own_files(downloads, kind, title):
+    test_pixels = write_mnist(downloads, kind)
+    d = load(kind, train_limit=10)
+    assert d.title == title
+    assert len(d.classes) == 10
+    assert d.train_images.shape == (10, 1, 28, 28)
+    assert np.array_equal(d.test_images.numpy(), test_pixels)
+    assert d.train_labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
+def test_absent_and_offline_says_what_to_do(downloads, kind):
+    with pytest.raises(FileNotFoundError, match=r"network.*HYBRID_DATA.*folder:PATH") as caught:
+        load(kind)
+    assert str(downloads) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not [f for f in downloads.rglob("*") if f.is_file()]
+
+
+def test_a_truncated_cifar_file_is_not_trained_on(downloads, monkeypatch):
+    write_cifar(downloads, monkeypatch, "cifar10")
+    file = downloads / "cifar-10-batches-py" / "data_batch_3"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not complete in .*cifar-10-batches"):
+        load("cifar10")
+
+
+@pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
+def test_a_truncated_mnist_file_is_not_trained_on(downloads, part):
+    write_mnist(downloads, "mnist")
+    file = downloads / "MNIST" / "raw" / f"train-{part}-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match="MNIST is not complete in"):
+        load("mnist")

@@ -1,0 +1,253 @@
+"""A history comes back as it was saved, is never seen half written, and strangers are refused."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_lib.training import history
+from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.history import History, load_all, write_atomically
+
+quick = settings(max_examples=50, deadline=None)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def row(epoch: int = 1, **values) -> dict:
+    numbers = dict.fromkeys(
+        ["lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds",
+         "test_seconds"], 0.5)  # fmt: skip
+    return {"epoch": epoch, "lambdas": (0.5, 0.5), **numbers, **values}
+
+
+@st.composite
+def histories(draw):
+    keys = [key for key in row() if key not in ("epoch", "lambdas")]
+    one = st.fixed_dictionaries(
+        {**dict.fromkeys(keys, finite), "lambdas": st.lists(finite, min_size=1).map(tuple)}
+    )
+    rows = [{"epoch": i + 1, **r} for i, r in enumerate(draw(st.lists(one, max_size=4)))]
+    return History(
+        replace(draw(st.sampled_from(list(EXPERIMENTS.values()))), seed=draw(st.integers(0, 99))),
+        rows,
+        draw(st.dictionaries(text, text | st.integers())),
+        draw(st.sampled_from(["running", "complete", "stopped", "diverged"])),
+        draw(text),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file with two epochs."""
+    rows = [row(1, test_accuracy=0.9), row(2, test_accuracy=0.8)]
+    History(EXPERIMENTS["atmo"], rows, {"dataset": "digits"}, "complete").save(tmp_path)
+    return tmp_path / "history.json"
+
+
+# --- Round trips. ---
+
+
+@quick
+@given(histories())
+def test_what_is_saved_comes_back(h):
+    with tempfile.TemporaryDirectory() as folder:
+        h.save(folder)
+        assert History.load(folder) == h
+        assert History.load(Path(folder) / "history.json") == h
+        h.save(Path(folder) / "again.json")
+        assert History.load(Path(folder) / "again.json") == h
+
+
+def test_the_file_is_json_with_a_line_per_epoch(saved):
+    content = json.loads(saved.read_text("utf-8"))
+    assert content["format"] == 1
+    assert content["experiment"]["optimizer"] == "atmo"
+    lines = saved.read_text("utf-8").splitlines()
+    assert [sum(f'"epoch": {n}' in line for line in lines) for n in (1, 2)] == [1, 1]
+    assert sum('"epoch"' in line for line in lines) == 2
+
+
+def test_final_and_best():
+    accuracies = [0.5, 0.9, 0.7, 0.9, 0.8]
+    h = History(EXPERIMENTS["sgd"], [row(i + 1, test_accuracy=a) for i, a in enumerate(accuracies)])
+    assert h.final["epoch"] == 5
+    assert h.best["epoch"] == 2, "the first of several"
+
+
+def test_the_table_is_indexed_by_epoch():
+    h = History(EXPERIMENTS["sgd"], [row(1, lr=0.1), row(2, lr=0.2)])
+    assert h.frame()["lr"].to_dict() == {1: 0.1, 2: 0.2}
+
+
+def test_a_run_that_diverged_in_its_first_epoch_has_an_empty_table():
+    frame = History(EXPERIMENTS["sgd"], [], status="diverged").frame()
+    assert len(frame) == 0
+    assert frame.index.name == "epoch"
+
+
+def test_names_for_figures():
+    e = EXPERIMENTS["dyn_atmo"]
+    assert History(e).label == "Dyn. ATMO"
+    assert History(e).dataset == "cifar10"
+    assert History(e, environment={"dataset": "CIFAR-10"}).dataset == "CIFAR-10"
+
+
+def test_all_histories_below_a_folder(tmp_path):
+    for name in ("b/c", "a", "b"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        History(EXPERIMENTS["sgd"], note=name).save(tmp_path / name)
+    (tmp_path / "b" / "other.json").write_text("{}")
+    assert sorted(h.note for h in load_all(tmp_path)) == ["a", "b", "b/c"]
+    assert load_all(tmp_path / "nothing") == []
+
+
+# --- Files that are not what they should be. ---
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused_by_name(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"history\.json: not a readable history") as caught:
+        History.load(saved)
+    assert str(caught.value).startswith(str(saved))
+
+
+FOREIGN = [
+    b"[]", b"{}", b"null", b"3", b'"text"', b"\xff\xfe binary \x00", b"epoch,loss\n1,2\n",
+    b'{"format": 1}', b'{"format": 1, "rows": [], "experiment": []}',
+    b'{"format": 1, "rows": [[1, 2]], "experiment": {}}',
+    b'{"format": "new", "rows": [], "experiment": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=lambda c: c[:30].decode("latin1"))
+def test_a_foreign_file_is_refused_by_name(saved, content):
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match=r"history\.json: ") as caught:
+        History.load(saved)
+    assert str(caught.value).startswith(str(saved))
+
+
+def changed(file: Path, change) -> None:
+    content = json.loads(file.read_text("utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=2), r"format 2 is newer.*update hybrid_lib"),
+        (lambda c: c["experiment"].update(lr=-1), r"lr=-1: "),
+        (lambda c: c["experiment"].update(optimizer="lion"), r"optimizer='lion'"),
+        (lambda c: c["experiment"].update(colour="red"), r"colour='red'"),
+        (lambda c: c.pop("environment"), r"environment"),
+        (lambda c: c.pop("rows"), r"rows"),
+        (lambda c: c["rows"][0].pop("lambdas"), r"lambdas"),
+    ],
+)
+def test_content_that_does_not_fit_is_named(saved, change, message):
+    changed(saved, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        History.load(saved)
+    assert str(caught.value).startswith(str(saved))
+
+
+def test_an_older_file_without_a_note_is_read(saved):
+    changed(saved, lambda c: c.pop("note"))
+    assert History.load(saved).note == ""
+
+
+def test_a_missing_history_is_said_to_be_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"history\.json: no history there"):
+        History.load(tmp_path / "nothing")
+
+
+def test_a_number_that_json_lacks_is_not_written(saved):
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        History(EXPERIMENTS["sgd"], [row(1, test_loss=float("nan"))]).save(saved)
+    assert saved.read_bytes() == before
+
+
+# --- Writing: as a whole or not at all. ---
+
+
+def test_writing_leaves_one_file(tmp_path):
+    file = tmp_path / "a file"
+    for content in (b"first", b"", b"the second, longer one"):
+        write_atomically(file, content)
+        assert file.read_bytes() == content
+    assert os.listdir(tmp_path) == ["a file"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_old_file_and_nothing_else(saved, monkeypatch, call):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(history.os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        History(EXPERIMENTS["sgd"]).save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        History(EXPERIMENTS["sgd"]).save(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_who_may_read_it_is_the_umask_s_choice(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+KILLED_WRITER = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.history import History
+
+folder, seen = sys.argv[1], set()
+row = {"epoch": 1, "lambdas": (1.0,)}
+History(EXPERIMENTS["sgd"], [row]).save(folder)
+for kill in range(12):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for n in (3000, 1):
+                History(EXPERIMENTS["sgd"], [row] * n).save(folder)
+    until = time.perf_counter() + random.uniform(0, 0.05)
+    while time.perf_counter() < until or (kill == 0 and len(seen) < 2):  # at least once, both
+        seen.add(len(History.load(folder).rows))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen.add(len(History.load(folder).rows))
+print(sorted(seen))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and kill -9")
+def test_a_reader_never_sees_half_a_file_whenever_the_writer_is_killed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WRITER, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[1, 3000]"

@@ -1,0 +1,639 @@
+"""A run computes what it says, survives every interruption to the bit, and refuses what can't work.
+
+The comparison is always the same: the rows but for their seconds, and the weights, buffers and
+optimizer state of the last checkpoint, against those of a run that nothing disturbed.
+"""
+
+import errno
+import functools
+import io
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from children import outcome
+from PIL import Image
+
+from hybrid_lib.training import checkpoint, data, engines, loop
+from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
+from hybrid_lib.training.history import History
+from hybrid_lib.training.loop import epochs, run
+
+every_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
+
+
+def toy(name: str = "sgd", epochs: int = 3, **changes) -> Experiment:
+    """Three steps per epoch, on 40 digits."""
+    settings = dict(dataset="digits", width=2, batch_size=16, train_limit=40, test_limit=30)
+    return replace(EXPERIMENTS[name].scaled(epochs), **settings | changes)
+
+
+def trained(e: Experiment, out: Path | None = None, **how) -> History:
+    return run(e, out, "cpu", progress=False, **how)
+
+
+def numbers(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def after(steps: int):
+    """A ``should_stop`` that says so after that many steps."""
+    left = iter([False] * steps)
+    return lambda: next(left, True)
+
+
+def interrupt_after(steps: int):
+    left = iter(range(steps))
+
+    def should_stop():
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return False
+
+    return should_stop
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    data._load.cache_clear()
+
+
+# --- What a run computes. ---
+
+
+@every_experiment
+def test_every_experiment_runs_and_writes_a_row_per_epoch(name, tmp_path):
+    e = toy(name)
+    h = trained(e, tmp_path)
+    assert (h.status, h.note, h.experiment) == ("complete", "", e)
+    assert [row["epoch"] for row in h.rows] == [1, 2, 3]
+    assert [row["lr"] for row in h.rows] == e.learning_rates()
+    assert [row["lambdas"] for row in h.rows] == [e.lambdas()(i) for i in range(3)]
+    assert all(row["train_seconds"] > 0 and row["test_seconds"] > 0 for row in h.rows)
+    assert h.rows[-1]["train_loss"] < h.rows[0]["train_loss"]
+    assert History.load(tmp_path) == h
+    assert h.environment["dataset"] == "handwritten digits"
+    assert h.environment["dataset_checksum"] == data.load("digits", 40, 30).checksum
+    assert h.environment["torch"] == str(torch.__version__)
+
+
+def test_from_a_folder_that_is_not_installed_a_run_knows_no_version(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(loop, "version", missing)
+    assert trained(toy(epochs=1)).environment["hybrid_lib"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("name", "accuracy"), [("sgd", 0.75), ("atmo", 0.75), ("padam_sgd", 0.75), ("adasgd", 0.6)]
+)
+def test_64_images_are_learnt_by_heart(name, accuracy):
+    h = trained(toy(name, epochs=15, width=4, train_limit=64))
+    assert h.final["train_accuracy"] > accuracy
+    assert h.final["train_loss"] < h.rows[0]["train_loss"] / 2
+
+
+def test_the_test_row_is_what_the_kept_weights_give_by_hand(tmp_path):
+    e = toy("atmo")
+    h, d = trained(e, tmp_path), data.load("digits", 40, 30)
+    model = e.build_model(10, 1)
+    model.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["model"])
+    seen = d.train_images / 255
+    with torch.no_grad():
+        logits = model.eval()((d.test_images / 255 - seen.mean()) / seen.std(correction=0))
+        loss = F.cross_entropy(logits, d.test_labels).item()
+    assert h.final["test_loss"] == pytest.approx(loss, rel=1e-4)
+    right = sum(int(row.argmax()) == label for row, label in zip(logits, d.test_labels.tolist()))
+    assert h.final["test_accuracy"] == right / 30
+
+
+def test_the_train_row_is_the_mean_over_images_not_over_batches():
+    e = toy(lr=1e-12, weight_decay=0)  # as good as no training: batches are independent
+    (row, *_), d, model = trained(e).rows, data.load("digits", 40, 30), toy().build_model(10, 1)
+    index = data.order(40, e.seed, 0)
+    loss = right = 0
+    for batch in (index[:16], index[16:32], index[32:]):  # the last one is half as large
+        logits = model.train()(data.normalised(d.train_images[batch], d))
+        loss += F.cross_entropy(logits, d.train_labels[batch], reduction="sum").item()
+        right += (logits.argmax(dim=1) == d.train_labels[batch]).sum().item()
+    assert row["train_loss"] == pytest.approx(loss / 40, rel=1e-5)
+    assert row["train_accuracy"] == right / 40
+
+
+CHANGES = [
+    {"seed": 1}, {"augment": True}, {"width": 3}, {"lr": 0.02}, {"batch_size": 20},
+    {"protocol": "released"}, {"precision": "bfloat16"}, {"stem": "imagenet", "batch_size": 20},
+]  # fmt: skip
+
+
+def test_the_same_experiment_gives_the_same_bits_and_any_change_others():
+    first = numbers(trained(toy(epochs=1)).rows)
+    assert numbers(trained(toy(epochs=1)).rows) == first
+    for change in CHANGES:
+        (other,) = numbers(trained(toy(epochs=1, **change)).rows)
+        assert other["train_loss"] != first[0]["train_loss"], change
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, 9), (2, 5), (4, 3), (9, 1), (100, 1)])
+def test_the_hessian_is_estimated_as_often_as_asked_for(monkeypatch, every, expected):
+    seen = []
+    estimate = engines.hessian_diagonal
+
+    def counted(loss, params, n_samples, generator):
+        seen.append(n_samples)
+        return estimate(loss, params, n_samples, generator)
+
+    monkeypatch.setattr(engines, "hessian_diagonal", counted)
+    trained(toy("adasgd", hessian_every=every, hessian_samples=2))
+    assert seen == [2] * expected
+
+
+def test_first_order_methods_never_pay_for_a_hessian(monkeypatch):
+    monkeypatch.setattr(engines, "hessian_diagonal", None)
+    for name in ("sgd", "adam", "atmo", "padam", "padam_sgd"):
+        assert trained(toy(name, epochs=1)).status == "complete"
+
+
+def test_the_caller_s_random_numbers_are_left_alone(tmp_path):
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+
+    before = states()
+    trained(toy("adasgd", augment=True), tmp_path)
+    assert states() == before
+
+
+def test_a_user_s_settings_of_torch_are_left_alone():
+    flags = torch.backends.cudnn
+    before = flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        flags.allow_tf32 = True  # torch's default
+        with loop._tf32(toy(), torch.device("cuda")):
+            assert not flags.allow_tf32
+        assert flags.allow_tf32
+    finally:
+        flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# --- The two protocols. ---
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """What the network is fed: (training mode, smallest value, largest value, running mean)."""
+    seen = []
+    build = Experiment.build_model
+
+    def watched(self, *args):
+        model = build(self, *args)
+        model.register_forward_pre_hook(
+            lambda m, args: seen.append(
+                (m.training, args[0].min().item(), args[0].max().item(), len(args[0]),
+                 m.stem[1].running_mean.clone())
+            )
+        )  # fmt: skip
+        return model
+
+    monkeypatch.setattr(Experiment, "build_model", watched)
+    return seen
+
+
+def test_clean_inputs_are_normalised_and_tests_run_in_evaluation_mode(fed):
+    trained(toy(epochs=2))
+    assert [mode for mode, *_ in fed] == [True, True, True, False] * 2
+    assert all(-3 < low < 0 < high < 3 for _, low, high, *_ in fed)
+    assert fed[3][-1].equal(fed[4][-1]), "a test pass must not move running statistics"
+
+
+def test_released_inputs_are_raw_and_tests_run_in_training_mode(fed):
+    trained(toy(epochs=2, protocol="released"))
+    assert [mode for mode, *_ in fed] == [True] * 10
+    assert [n for *_, n, _ in fed] == [16, 16, 8, 16, 14] * 2
+    assert all(low == 0 and high == 255 for _, low, high, *_ in fed)
+    assert not fed[3][-1].equal(fed[4][-1])
+    assert not fed[4][-1].equal(fed[5][-1]), "the test pass moves the running statistics"
+
+
+def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
+    trained(toy(epochs=1, protocol="released", test_mode="eval"))
+    trained(toy(epochs=1, test_mode="train"))
+    assert [mode for mode, *_ in fed] == [True, True, True, False] + [True] * 5
+    assert fed[3][2] == 255
+
+
+@pytest.mark.parametrize("protocol", ["clean", "released"])
+def test_the_parts_of_a_step_are_timed_in_the_mode_they_are_run_in(fed, protocol):
+    parts = loop.step_seconds(toy(protocol=protocol), "cpu", repeats=1)
+    assert [mode for mode, *_ in fed] == [True, protocol == "released"] * 3
+    assert parts.pop("Hessian") == 0
+    assert all(seconds > 0 for seconds in parts.values())
+
+
+def test_batches_of_a_test_pass_in_training_mode_are_of_mixed_classes(fed, tmp_path):
+    for part, name, grey in itertools.product(("train", "test"), ("black", "white"), range(16)):
+        (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+        shade = 255 * (name == "white")
+        Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / part / name / f"{grey}.png")
+    dataset = f"folder:{tmp_path}"  # whose files lie class by class
+    whole = {"train_limit": None, "test_limit": None}
+    trained(toy(epochs=1, protocol="released", dataset=dataset, **whole))
+    assert [(low, high) for _, low, high, *_ in fed] == [(0, 255)] * 4
+
+
+# --- Interrupted and resumed. ---
+
+RESUMED = [
+    ("sgd", {}),
+    ("dyn_atmo", {"augment": True}),
+    ("dyn_padam_sgd", {"protocol": "released"}),
+    ("adasgd", {"augment": True, "hessian_every": 2, "hessian_samples": 2}),
+    ("adahessian", {"restart_epoch": 3, "hessian_every": 4}),
+]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The outcome of an experiment that nothing disturbed."""
+
+    @functools.cache
+    def computed(e):
+        folder = tmp_path_factory.mktemp("straight")
+        trained(e, folder)
+        return outcome(folder)
+
+    return computed
+
+
+@pytest.mark.parametrize(
+    ("stop", "steps"),
+    [(after, 0), (after, 2), (after, 3), (interrupt_after, 4), (interrupt_after, 8)],
+)
+@pytest.mark.parametrize(("name", "changes"), RESUMED)
+def test_stopped_anywhere_and_run_again_is_a_straight_run(
+    name, changes, stop, steps, tmp_path, straight
+):
+    e = toy(name, **changes)
+    try:
+        assert trained(e, tmp_path, should_stop=stop(steps)).status == "stopped"
+    except KeyboardInterrupt:
+        assert stop is interrupt_after
+    if steps >= 3:
+        kept = History.load(tmp_path)
+        assert (kept.status, len(kept.rows)) == ("stopped", steps // 3)
+        assert re.search(rf"epoch {steps // 3 + 1}|interrupted", kept.note)
+    trained(e, tmp_path)
+    assert outcome(tmp_path) == straight(e)
+
+
+def test_stopped_again_and_again_is_a_straight_run(tmp_path, straight):
+    e, statuses = toy("adasgd"), []
+    while statuses[-1:] != ["complete"]:
+        statuses.append(trained(e, tmp_path, should_stop=after(4)).status)
+    assert len(statuses) == 3
+    assert outcome(tmp_path) == straight(e)
+
+
+def test_a_restart_keeps_the_weights_and_nothing_else(tmp_path):
+    e = toy("adahessian", epochs=4)
+    whole, restarted = trained(e), trained(replace(e, restart_epoch=3), tmp_path)
+    assert numbers(restarted.rows)[:2] == numbers(whole.rows)[:2]
+    assert restarted.rows[2]["test_loss"] != whole.rows[2]["test_loss"]
+    assert [row["lr"] for row in whole.rows] == pytest.approx([0.15, 0.15, 0.015, 0.0015])
+    assert [row["lr"] for row in restarted.rows] == [0.15] * 4
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert {buffers["step"] for buffers in state.values()} == {2 * 3}
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
+    trained(toy(), tmp_path, should_stop=after(4))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["experiment"]["restart_epoch"]
+    archive = io.BytesIO()
+    torch.save(state, archive)
+    (tmp_path / "last.pt").write_bytes(checkpoint._sealed(archive.getvalue()))
+    trained(toy(), tmp_path)
+    assert outcome(tmp_path) == straight(toy())
+
+
+def test_a_consumer_that_walks_away_loses_nothing(tmp_path, straight):
+    e, d = toy("atmo"), data.load("digits", 40, 30)
+    for rows in epochs(e, d, torch.device("cpu"), tmp_path):
+        assert not rows or torch.load(tmp_path / "last.pt", weights_only=True)["rows"] == rows
+        if len(rows) == 2:
+            break
+    trained(e, tmp_path)
+    assert outcome(tmp_path) == straight(e)
+
+
+def test_the_history_is_readable_while_the_run_goes_on(tmp_path):
+    seen = []
+
+    def look():
+        if (tmp_path / "history.json").exists():
+            h = History.load(tmp_path)
+            seen.append((h.status, len(h.rows)))
+        return False
+
+    trained(toy(), tmp_path, should_stop=look)
+    assert seen == [("running", 1)] * 3 + [("running", 2)] * 3
+
+
+def test_a_complete_run_is_returned_without_data_or_training(tmp_path, monkeypatch):
+    first = trained(toy(), tmp_path)
+    for function in ("loaded", "epochs"):
+        monkeypatch.setattr(loop, function, None)
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
+    assert trained(toy(), tmp_path) == first
+    assert {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()} == before
+
+
+def test_a_complete_history_without_checkpoint_is_returned(tmp_path):
+    first = trained(toy(), tmp_path)
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "prev.pt").unlink()
+    assert trained(toy(), tmp_path) == first
+
+
+def test_an_unfinished_history_without_checkpoint_is_kept_aside(tmp_path, straight, capsys):
+    trained(toy(), tmp_path, should_stop=after(4))
+    (tmp_path / "last.pt").unlink()
+    trained(toy(), tmp_path)
+    (aside,) = tmp_path.glob("history-before-*.json")
+    assert len(History.load(aside).rows) == 1
+    assert aside.name in capsys.readouterr().out
+    assert outcome(tmp_path) == straight(toy())
+
+
+# --- One writer. ---
+
+HOLDER = """
+import sys, filelock
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of tmp_path."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / ".lock"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_two_threads_cannot_train_in_one_folder(tmp_path):
+    second = []
+
+    def try_second():
+        with pytest.raises(RuntimeError, match="training there") as caught:
+            trained(toy(), tmp_path)
+        second.append(caught.value)
+
+    def should_stop():
+        if not second:
+            thread = threading.Thread(target=try_second)
+            thread.start()
+            thread.join()
+        return False
+
+    assert trained(toy(), tmp_path, should_stop=should_stop).status == "complete"
+    assert len(second) == 1
+
+
+def test_a_finished_run_can_be_read_while_the_folder_is_locked(tmp_path, holder):
+    History(toy(), [], {"dataset": "x"}, "complete").save(tmp_path)
+    assert trained(toy(), tmp_path).status == "complete"
+
+
+# --- Another experiment's folder. ---
+
+
+def test_another_experiment_s_folder_is_refused_field_by_field(tmp_path):
+    trained(toy(), tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    with pytest.raises(RuntimeError, match="another experiment") as caught:
+        trained(toy(lr=0.5, seed=3), tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert "lr: 0.01 there, 0.5 here" in message
+    assert "seed: 0 there, 3 here" in message
+    assert "width" not in message
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("field", ["optimizer", "epochs", "protocol", "train_limit"])
+def test_a_checkpoint_alone_is_compared_too(tmp_path, field):
+    trained(toy(), tmp_path)
+    (tmp_path / "history.json").unlink()
+    other = {"optimizer": "adam", "epochs": 4, "protocol": "released", "train_limit": 38}[field]
+    settings = {"momentum": None, "weight_decay": None} if field == "optimizer" else {}
+    with pytest.raises(RuntimeError, match="another experiment"):
+        trained(toy(**{field: other}, **settings), tmp_path)
+
+
+# --- Damaged checkpoints. ---
+
+
+@pytest.fixture
+def stopped(tmp_path, straight):
+    """A run stopped in its third epoch (last.pt and prev.pt are there); its straight outcome."""
+    e = toy("atmo", width=1)
+    trained(e, tmp_path / "run", should_stop=after(7))
+    return e, tmp_path / "run", straight(e)
+
+
+def damages(content: bytes) -> dict[str, bytes]:
+    """Cut short at many places; bits flipped anywhere, and in an entry of the archive's directory.
+
+    Bit 4 of byte 38 is special: it turns the entry into a folder, whose content nobody reads.
+    """
+    rng = random.Random(0)
+    entry = content.rfind(b"PK\x01\x02", 0, content.rfind(b"data/1PK"))
+    flips = [
+        *((rng.randrange(len(content)), rng.randrange(8)) for _ in range(30)),
+        *((entry + i, 4 if i == 38 else i % 8) for i in range(50)),
+    ]
+    made = {f"{n} bytes": content[:n] for n in (0, 100, len(content) // 2, len(content) - 1)}
+    for byte, bit in flips:
+        flipped = bytearray(content)
+        flipped[byte] ^= 1 << bit
+        made[f"bit {bit} of byte {byte}"] = bytes(flipped)
+    return made
+
+
+def test_whatever_is_damaged_the_state_is_the_last_or_the_one_before(stopped, capsys):
+    e, folder, _ = stopped
+
+    def restored():
+        model = e.build_model(10, 1)
+        optimizer = e.build_optimizer(model.parameters())
+        rows = checkpoint.restore(folder, e, model, optimizer)
+        state = io.BytesIO()
+        torch.save([model.state_dict(), optimizer.state_dict(), rows], state)
+        return len(rows), state.getvalue()
+
+    last = folder / "last.pt"
+    content, states = last.read_bytes(), {restored()}
+    last.unlink()
+    states.add(restored())
+    assert {n for n, _ in states} == {1, 2}
+    wrong = {}
+    for damage, damaged in damages(content).items():
+        last.write_bytes(damaged)
+        try:
+            if restored() not in states:
+                wrong[damage] = "another state"
+        except Exception as error:
+            wrong[damage] = repr(error)[:80]
+    assert not wrong
+
+
+def test_a_damaged_checkpoint_never_replaces_a_good_one(stopped, monkeypatch):
+    e, folder, straight = stopped
+    (folder / "last.pt").write_bytes(b"damaged")
+    replace_file = os.replace
+
+    def ends_there(source, target):
+        if Path(target).name == "last.pt":
+            raise OSError(errno.EIO, "Input/output error")
+        replace_file(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", ends_there)
+        with pytest.raises((OSError, RuntimeError), match="Input/output error"):
+            trained(e, folder)
+    assert torch.load(folder / "prev.pt", weights_only=True)["rows"], "the only good one"
+    trained(e, folder)
+    assert outcome(folder) == straight
+
+
+# --- When the machine fails. ---
+
+
+@pytest.mark.parametrize("name", ["last.pt", "history.json"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_full_disk_loses_no_epoch_that_was_on_it(tmp_path, straight, monkeypatch, name, epoch):
+    replace_file, left = os.replace, iter(range(epoch - 1))
+
+    def full(source, target):
+        if Path(target).name == name and next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises((OSError, RuntimeError), match="No space left") as caught:
+            trained(toy(), tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if epoch == 2:
+        assert len(History.load(tmp_path).rows) == 1
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith((".last", ".hist"))]
+    trained(toy(), tmp_path)
+    assert outcome(tmp_path) == straight(toy())
+
+
+# --- Divergence is a result. ---
+
+
+@pytest.mark.parametrize("name", ["sgd", "adasgd"])
+def test_a_run_that_diverges_is_kept_and_not_tried_again(tmp_path, monkeypatch, name):
+    h = trained(toy(name, lr=1e30), tmp_path)
+    assert h.status == "diverged"
+    assert re.search(r"loss (nan|inf) in epoch 1, step \d \(lr 1e\+30, lambdas \(", h.note)
+    assert json.loads((tmp_path / "history.json").read_text("utf-8"))["rows"] == []
+    monkeypatch.setattr(loop, "epochs", None)
+    assert trained(toy(name, lr=1e30), tmp_path) == h
+
+
+def test_epochs_before_a_divergence_are_kept(tmp_path, monkeypatch):
+    rates = Experiment.learning_rates
+    monkeypatch.setattr(
+        Experiment, "learning_rates", lambda self: [*rates(self)[:2], 1e30, *rates(self)[3:]]
+    )
+    h = trained(toy(epochs=5), tmp_path)
+    assert (h.status, len(h.rows)) == ("diverged", 2)
+    assert "epoch 3" in h.note
+    assert len(torch.load(tmp_path / "last.pt", weights_only=True)["rows"]) == 2
+    assert History.load(tmp_path) == h
+
+
+def test_a_test_loss_that_is_not_finite_is_a_divergence_too():
+    # A single step per epoch: only the test pass can notice.
+    h = trained(toy(epochs=2, batch_size=40, lr=1e30))
+    assert (h.status, h.rows) == ("diverged", [])
+    assert re.search(r"test loss (nan|inf).* epoch 1\b", h.note)
+
+
+# --- Refused, and then nothing is written. ---
+
+REFUSED = [
+    (toy(batch_size=39), {}, r"last batch of one image"),
+    (toy(batch_size=13, train_limit=40), {}, r"last batch of one image"),
+    (toy(batch_size=1), {}, r"one image"),
+    (toy(batch_size=29, protocol="released"), {}, r"last batch of one image"),
+    (toy(stem="imagenet", batch_size=39), {}, r"last batch of one image"),
+    (replace(toy(), train_limit=None, batch_size=1201), {}, r"batch_size=1201.*1200.*digits"),
+    (toy(train_limit=1300), {}, r"train_limit=1300.*1200"),
+    (toy(test_limit=598), {}, r"test_limit=598.*597"),
+    (toy(precision="tf32"), {}, r"tf32.*NVIDIA GPU.*cpu"),
+    (toy(), {"device": "cuda"}, r"cuda.*no NVIDIA GPU"),
+    (toy(), {"device": "cuda:3"}, r"cuda:3.*no NVIDIA GPU"),
+    (toy(), {"device": "quantum"}, r"device='quantum'.*cpu, cuda"),
+    (toy(), {"device": "meta"}, r"device='meta'.*cpu, cuda"),
+    (toy(), {"device": "mps"}, r"device='mps'.*cpu, cuda"),
+    (toy(dataset="folder:/nowhere/at/all"), {}, r"no such folder"),
+]
+
+
+@pytest.mark.parametrize(("e", "how", "message"), REFUSED, ids=[m for *_, m in REFUSED])
+def test_what_cannot_work_is_refused_in_a_line_and_nothing_is_written(e, how, message, tmp_path):
+    if "GPU" in message and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run(e, tmp_path / "new" / "run", **{"device": "cpu", "progress": False, **how})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((OSError, RuntimeError), match="file"):
+        trained(toy(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# --- What is shown. ---
+
+
+def test_a_line_per_epoch_and_silence_when_asked_for(capsys, tmp_path):
+    run(toy("atmo"), tmp_path, "cpu", should_stop=after(7))
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3
+    assert re.match(
+        r"ATMO 1/3 train loss \d\.\d+ acc 0\.\d+, test loss \d\.\d+ acc 0\.\d+, lr 0\.01, "
+        r"lambdas \(0\.5, 0\.5\), \d+\.\d\d s$", shown[0])  # fmt: skip
+    assert re.match(r"ATMO: stopped, in epoch 3, step 2; epochs kept: 2; run again", shown[2])
+    run(toy("atmo"), tmp_path, "cpu")
+    assert capsys.readouterr().out.startswith("ATMO 3/3 ")  # what was there is not shown again
+    run(toy("atmo"), None, "cpu", progress=False)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,81 @@
+"""ResNet18 has the report's size and the right shapes, and refuses what makes no network."""
+
+import pytest
+import torch
+from torch import nn
+
+from hybrid_lib.training.models import resnet18
+
+stems = pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_cifar_stem_has_the_released_network_s_parameters():
+    assert size(resnet18(num_classes=10)) == 11_173_962
+
+
+def test_the_imagenet_stem_is_torchvision_s_network():
+    torchvision = pytest.importorskip("torchvision")
+    ours, theirs = resnet18(10, stem="imagenet"), torchvision.models.resnet18(num_classes=10)
+    assert size(ours) == size(theirs) == 11_181_642
+    # Layer by layer, in order: the same weights then give the same logits.
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@stems
+@pytest.mark.parametrize("pixels", [8, 9, 16, 28, 32, 33, 64])
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_any_image_of_8_to_64_pixels_becomes_one_row_of_logits(stem, pixels, in_channels):
+    model = resnet18(num_classes=7, in_channels=in_channels, width=2, stem=stem)
+    x = torch.zeros(3, in_channels, pixels, pixels, requires_grad=True)
+    logits = model.eval()(x)
+    assert logits.shape == (3, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("stem", "maps"), [("cifar", 4), ("imagenet", 1)])
+def test_the_cifar_stem_keeps_the_resolution(stem, maps):
+    model = resnet18(width=2, stem=stem)
+    assert model.blocks(model.stem(torch.zeros(2, 3, 32, 32))).shape == (2, 16, maps, maps)
+
+
+def test_images_need_not_be_square():
+    assert resnet18(width=2)(torch.zeros(2, 3, 8, 24)).shape == (2, 10)
+
+
+def test_parameters_grow_with_the_square_of_the_width():
+    # Convolutions alone: twice the width, four times the weights, but for the 3 input channels.
+    def convolutions(width):
+        blocks = resnet18(width=width).blocks.modules()
+        return sum(m.weight.numel() for m in blocks if isinstance(m, nn.Conv2d))
+
+    assert convolutions(8) == 4 * convolutions(4)
+
+
+def test_weights_come_from_the_global_generator():
+    torch.manual_seed(3)
+    first = resnet18(width=2).state_dict()
+    torch.manual_seed(3)
+    again = resnet18(width=2).state_dict()
+    other = resnet18(width=2).state_dict()
+    assert all(first[k].equal(again[k]) for k in first)
+    assert not first["stem.0.weight"].equal(other["stem.0.weight"])
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+@pytest.mark.parametrize("argument", ["num_classes", "in_channels", "width"])
+def test_numbers_below_one_are_refused(argument, bad):
+    with pytest.raises(ValueError, match=rf"{argument}={bad}"):
+        resnet18(**{argument: bad})
+
+
+@pytest.mark.parametrize("stem", ["CIFAR", "torchvision", "", None])
+def test_unknown_stems_are_refused(stem):
+    with pytest.raises(ValueError, match=r"stem=.*cifar.*imagenet"):
+        resnet18(stem=stem)

@@ -1,0 +1,162 @@
+"""The notebooks in JupyterLab, in a real Chromium: what a reader sees and touches.
+
+Run with ``make browser``. Screenshots, light and dark, go to the folder that the environment
+variable SCREENSHOTS names, or to one that the test prints.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt install chromium"),
+    pytest.mark.filterwarnings("default"),  # a browser's housekeeping is not ours
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab with settings of its own, on copies of the notebooks."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install .[lab]")
+    home = tmp_path_factory.mktemp("lab")
+    work = home / "notebooks"
+    work.mkdir()
+    for notebook in NOTEBOOKS.glob("*.ipynb"):
+        shutil.copy(notebook, work)
+    settings = home / "settings" / "@jupyterlab"
+    for name, values in {
+        "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are on the page
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }.items():
+        file = settings / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values), "utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {name: str(home / name.lower()) for name in (
+        "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+    )}  # fmt: skip
+    log = open(home / "lab.log", "w")  # noqa: SIM115 - closed with the server
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--expose-app-in-browser",
+         f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
+         "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--allow-root",
+         f"--ServerApp.root_dir={work}"],
+        env={**os.environ, **own, "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")},
+        stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait(lambda: urllib.request.urlopen(f"{address}/api", timeout=1), 90, "JupyterLab")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install .[test]")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def shots(tmp_path):
+    """Where screenshots are kept."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def test_the_playground_answers_in_jupyterlab(lab, browser, shots):
+    page, complaints = _open(lab, browser, "01_playground.ipynb")
+    λ = page.get_by_role("spinbutton", name="λ of SGD")
+    λ.wait_for(timeout=120_000)
+    opened = page.evaluate("performance.now()") / 1000
+    table = page.get_by_role("status")
+    table.filter(has_text=re.compile(r"ATMO\s*63\b")).wait_for()
+    before = page.evaluate("endOfPath('ATMO')")
+
+    λ.fill("0.3")
+    start = time.perf_counter()
+    λ.press("Tab")  # the keyboard alone is enough
+    page.wait_for_function(
+        "before => JSON.stringify(endOfPath('ATMO')) !== JSON.stringify(before)", arg=before
+    )
+    answered = time.perf_counter() - start
+    table.filter(has_text=re.compile(r"ATMO\s*206\b")).wait_for()
+
+    page.get_by_role("spinbutton", name="Learning rate η").fill("0")
+    page.keyboard.press("Tab")
+    page.get_by_role("alert").filter(has_text="must be a finite number above 0").wait_for()
+    page.get_by_role("spinbutton", name="Learning rate η").fill("0.01")
+    page.keyboard.press("Tab")
+    page.get_by_label("Schedule of λ").select_option("linear")
+
+    for theme in ("Light", "Dark"):
+        set_theme(page, theme)
+        page.screenshot(path=shots / f"playground-{theme.lower()}.png")
+    print(f"\nplayground: on the page after {opened:.1f} s, answered in {answered:.2f} s; {shots}")
+    assert complaints == []
+    page.close()
+
+
+def set_theme(page, theme: str) -> None:
+    change = "theme => void jupyterapp.commands.execute('apputils:change-theme', {theme})"
+    page.evaluate(change, f"JupyterLab {theme}")
+    page.wait_for_timeout(1500)
+
+
+def _open(lab: str, browser, notebook: str):
+    """A page with all cells of a notebook run, and the list of what its console complains of."""
+    page = browser.new_page(viewport={"width": 1500, "height": 1250})
+    complaints = []
+    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.add_init_script(
+        """window.endOfPath = name => {
+             const plot = document.querySelector('.jupyter-widgets .js-plotly-plot');
+             const path = plot._fullData.find(t => t.name === name && t.xaxis === 'x');
+             return [path.x.at(-1), path.y.at(-1), path.x.length];
+           }"""
+    )
+    page.goto(f"{lab}/lab/tree/{notebook}?reset")  # no tabs of earlier pages
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
+    page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
+    return page, complaints
+
+
+def _wait(ready, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if ready():
+                return
+        except OSError:
+            pass
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} was not ready after {seconds} s")
+        time.sleep(0.3)

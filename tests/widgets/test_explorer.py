@@ -1,0 +1,477 @@
+"""The explorer without a browser: its widgets are set from Python, its thread trains for real."""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import papermill
+import pytest
+from papermill.cli import _resolve_type
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+import hybrid_lib as hl
+from hybrid_lib.study import parameters, planning
+from hybrid_lib.widgets import explorer as module
+from hybrid_lib.widgets.explorer import FIELDS, METHODS, Explorer
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"epochs": 3, "width": 2, "batch_size": 32, "train_limit": 160, "test_limit": 80}
+LONG = {"epochs": 400, "width": 2, "batch_size": 32}
+
+
+@pytest.fixture
+def open_explorer(tmp_path):
+    """Make explorers that keep their runs in one folder; whatever still trains is stopped."""
+    opened = []
+
+    def make(method="padam_sgd", **start):
+        opened.append(Explorer(tmp_path / "runs", method, **(start or TINY)))
+        return opened[-1]
+
+    yield make
+    for explorer in opened:
+        explorer.stop()
+        explorer.wait(60)
+
+
+def set_to(explorer, **values):
+    for field, value in values.items():
+        explorer.controls[field].value = value
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def numbers(history):
+    """The rows without their times."""
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
+
+
+# A run: start, watch, stop, go on.
+
+
+def test_a_run_from_start_to_end(open_explorer, tmp_path):
+    explorer = open_explorer()
+    assert not explorer.curves.data
+    explorer.start()
+    assert explorer.start_button.disabled
+    assert not explorer.stop_button.disabled
+    explorer.wait()
+    assert explorer.history.status == "complete"
+    assert len(explorer.history.rows) == 3
+    assert "complete" in explorer.status.value
+    assert f"{explorer.history.final['test_accuracy']:.4f}" in explorer.status.value
+    assert explorer.stop_button.disabled
+    assert not explorer.start_button.disabled
+    # Loss and accuracy, training and test, each with a point per epoch.
+    assert [len(trace.x) for trace in explorer.curves.data] == [3] * 4
+    shown = {tuple(trace.y) for trace in explorer.curves.data}
+    for column in ("train_loss", "test_loss", "train_accuracy", "test_accuracy"):
+        assert tuple(explorer.history.frame()[column]) in shown
+    assert hl.History.load(tmp_path / "runs" / "padam_sgd-1").rows == explorer.history.rows
+
+
+def test_curves_grow_while_the_main_thread_is_free(open_explorer):
+    explorer = open_explorer(**LONG)
+    explorer.start()
+    seen, turns = set(), 0
+    while len(seen) < 4:
+        seen.add(len(explorer.curves.data[0].x) if explorer.curves.data else 0)
+        turns += 1  # nobody else's thread: this loop is what another cell would do
+        time.sleep(0.005)
+    assert turns > 20
+    assert "epoch" in explorer.status.value
+    explorer.stop()
+    explorer.wait(30)
+
+
+def test_stop_answers_at_once_and_start_goes_on_to_the_same_numbers(open_explorer, tmp_path):
+    explorer = open_explorer(epochs=6, width=8, batch_size=32, train_limit=640)
+    seconds = []
+    for kept in range(1, 5):
+        explorer.start()
+        until(lambda: explorer.history is not None and len(explorer.history.rows) >= kept)  # noqa: B023
+        time.sleep(0.03)  # into the next epoch
+        before = numbers(explorer.history)
+        pressed = time.perf_counter()
+        explorer.stop_button.click()
+        explorer.wait(30)
+        seconds.append(time.perf_counter() - pressed)
+        if explorer.history.status == "complete":
+            break
+        assert explorer.history.status == "stopped"
+        assert "Start goes on" in explorer.status.value
+        assert numbers(explorer.history)[: len(before)] == before
+        on_disk = hl.History.load(explorer.folder)
+        assert numbers(on_disk) == numbers(explorer.history)
+    print(f"\nStop answered after {statistics.median(seconds):.3f} s (median of {len(seconds)})")
+    assert max(seconds) < 2
+    explorer.start()
+    explorer.wait(60)
+    straight = hl.run(explorer.experiment(), tmp_path / "straight", progress=False)
+    assert numbers(explorer.history) == numbers(straight)
+
+
+def test_reset_leaves_the_run_on_disk_and_begins_another(open_explorer, tmp_path):
+    explorer = open_explorer()
+    explorer.start()
+    explorer.wait()
+    explorer.reset()
+    assert explorer.history is None
+    assert not explorer.curves.data
+    assert explorer.controls["run_name"].value == "padam_sgd-2"
+    assert (tmp_path / "runs" / "padam_sgd-1" / "history.json").exists()
+    assert [name for _, name in explorer.earlier.options] == ["padam_sgd-1"]
+
+
+@pytest.mark.parametrize("method", ["sgd", "adahessian", "adasgd", "adam+adahessian"])
+def test_any_method_and_any_two_rules_train(open_explorer, method):
+    explorer = open_explorer(method, **TINY | {"epochs": 1})
+    explorer.start()
+    explorer.wait()
+    assert explorer.history.status == "complete", explorer.status.value
+    assert explorer.history.experiment.optimizer == planning.row(method).optimizer
+
+
+def test_every_offered_method_makes_an_experiment(open_explorer):
+    explorer = open_explorer()
+    for _, method in METHODS:
+        set_to(explorer, method=method)
+        assert not explorer.start_button.disabled, method
+        assert explorer.experiment().epochs == 3
+
+
+# Choices: what goes together, and what is said where it does not.
+
+
+@pytest.mark.parametrize(
+    ("method", "enabled"),
+    [
+        ("sgd", {"momentum", "weight_decay"}),
+        ("adam", {"weight_decay"}),
+        ("atmo", {"momentum", "weight_decay", "lambda_schedule", "lambda_start"}),
+        ("padam", {"partial", "weight_decay", "lr_milestones"}),
+        ("dyn_padam_sgd", {"momentum", "weight_decay", "partial", "lr_milestones",
+                           "lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs"}),
+        ("adahessian", {"weight_decay", "hessian_power", "lr_milestones"}),
+        ("adahessian+adam", {"weight_decay", "hessian_power", "lambda_schedule", "lambda_start"}),
+    ],
+)  # fmt: skip
+def test_controls_that_a_method_has_not_are_disabled(open_explorer, method, enabled):
+    explorer = open_explorer("sgd", **TINY)
+    set_to(explorer, method=method)
+    particular = {"momentum", "weight_decay", "partial", "hessian_power", "lr_milestones",
+                  "lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs"}  # fmt: skip
+    assert {f for f in particular if not explorer.controls[f].disabled} == enabled
+
+
+def test_a_method_brings_its_own_row_and_keeps_the_run(open_explorer):
+    explorer = open_explorer()
+    set_to(explorer, seed=7, method="dyn_padam_sgd")
+    row = hl.EXPERIMENTS["dyn_padam_sgd"].scaled(3)
+    assert explorer.experiment() == dataclasses.replace(row, **TINY, dataset="digits", seed=7)
+    assert explorer.controls["run_name"].value == "dyn_padam_sgd-1"
+    set_to(explorer, lambda_schedule="constant")
+    assert explorer.controls["lambda_end"].disabled
+    set_to(explorer, lr_schedule="constant")
+    assert explorer.controls["lr_milestones"].disabled
+    assert explorer.experiment().lr_milestones == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", -1.0), ("lr", float("nan")), ("lambda_start", "1, nan"), ("lambda_start", "1,2,3"),
+        ("lambda_start", "one half"), ("lambda_end", "-1, 2"), ("lambda_epochs", "0"),
+        ("epochs", 0), ("width", 0), ("batch_size", 0), ("seed", -1), ("momentum", "a lot"),
+        ("partial", "3"), ("train_limit", "some"), ("dataset", "digit"), ("dataset", "folder:"),
+        ("lr_milestones", "9, 6"), ("batch_size", 161), ("run_name", "../x"), ("run_name", "/x"),
+        ("run_name", ""),
+    ],
+)  # fmt: skip
+def test_an_impossible_choice_is_explained_beside_its_control(open_explorer, field, value):
+    explorer = open_explorer("dyn_padam_sgd", **TINY)
+    right = explorer.controls[field].value
+    command = explorer.papermill.value
+    set_to(explorer, **{field: value})
+    spoken = [name for name, message in explorer.messages.items() if message.value]
+    assert spoken == [field]
+    assert 'role="alert"' in explorer.messages[field].value
+    assert explorer.messages[field].layout.display != "none"
+    assert explorer.start_button.disabled
+    assert explorer.papermill.value == command  # nothing that would not run is offered
+    set_to(explorer, **{field: right})
+    assert not any(message.value for message in explorer.messages.values())
+    assert not explorer.start_button.disabled
+
+
+def test_what_does_not_go_together_is_explained_too(open_explorer):
+    explorer = open_explorer("dyn_padam_sgd", **TINY)
+    set_to(explorer, protocol="released", lambda_schedule="sigmoid")
+    spoken = [name for name, message in explorer.messages.items() if message.value]
+    assert spoken == ["lambda_schedule"]
+    assert "linear" in explorer.messages["lambda_schedule"].value
+
+
+def test_several_faults_are_told_at_once(open_explorer):
+    explorer = open_explorer()
+    set_to(explorer, lr=0, dataset="cifar", run_name="a b")
+    spoken = [name for name, message in explorer.messages.items() if message.value]
+    assert sorted(spoken) == ["dataset", "lr", "run_name"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"train_limit": "", "batch_size": 1201}, "batch_size=1201"),
+        ({"dataset": "folder:/not/there"}, "no such folder"),
+    ],
+)
+def test_what_only_the_data_can_tell_is_said_at_start(open_explorer, values, words):
+    explorer = open_explorer()
+    set_to(explorer, **values)
+    explorer.start_button.click()
+    explorer.wait()
+    assert words in explorer.status.value
+    assert 'role="alert"' in explorer.status.value
+    assert not explorer.start_button.disabled  # another choice, another try
+    set_to(explorer, dataset="digits", batch_size=32, train_limit="160", epochs=1)
+    explorer.start_button.click()
+    explorer.wait()
+    assert explorer.history.status == "complete"
+
+
+def test_a_name_is_never_written_over(open_explorer):
+    explorer = open_explorer(**TINY | {"epochs": 1})
+    explorer.start()
+    explorer.wait()
+    kept = explorer.folder
+    set_to(explorer, seed=1)  # a proposed name moves on by itself
+    assert explorer.controls["run_name"].value == "padam_sgd-2"
+    set_to(explorer, run_name=kept.name)  # a typed one is the person's own
+    assert "another experiment" in explorer.messages["run_name"].value
+    assert explorer.start_button.disabled
+    set_to(explorer, seed=0)
+    assert not explorer.messages["run_name"].value
+    assert not explorer.start_button.disabled
+
+
+def test_the_preview_shows_the_schedules(open_explorer):
+    explorer = open_explorer("dyn_padam_sgd", **TINY | {"epochs": 4})
+    set_to(explorer, lambda_epochs="4")
+    η, first, second = explorer.preview.data
+    assert list(first.y) == [1, 0.75, 0.5, 0.25]
+    assert list(second.y) == [0, 0.25, 0.5, 0.75]
+    assert (first.name, second.name) == ("λ of Padam", "λ of SGD")
+    assert list(η.y) == explorer.experiment().learning_rates()
+    set_to(explorer, method="adam")
+    assert [trace.name for trace in explorer.preview.data] == ["η"]
+    assert "nothing to weigh" in explorer.preview.layout.annotations[0].text
+
+
+# Comparing and repeating.
+
+
+def test_earlier_runs_and_the_report_are_laid_over(open_explorer):
+    explorer = open_explorer(**TINY | {"epochs": 2})
+    explorer.start()
+    explorer.wait()
+    explorer.reset()
+    set_to(explorer, method="sgd")
+    explorer.start()
+    explorer.wait()
+    assert len(explorer.curves.data) == 4
+    explorer.earlier.value = ["padam_sgd-1"]
+    assert len(explorer.curves.data) == 8
+    named = {trace.name for trace in explorer.curves.data if trace.showlegend}
+    assert named == {"this run: SGD, handwritten digits",
+                     "padam_sgd-1: PADAM-SGD, handwritten digits"}  # fmt: skip
+    assert len({trace.line.color for trace in explorer.curves.data}) == 2
+    explorer.report.value = True
+    points = explorer.curves.data[-1]
+    assert "CIFAR-10" in points.name  # never to be taken for the digits' own
+    assert points.y[0] == pytest.approx(0.6093)
+    explorer.report.value = False
+    explorer.earlier.value = []
+    assert len(explorer.curves.data) == 4
+
+
+def test_an_earlier_run_that_diverged_at_once_is_an_empty_line(open_explorer):
+    explorer = open_explorer(**TINY | {"lr": 1e30})
+    explorer.start()
+    explorer.wait()
+    assert (explorer.history.status, explorer.history.rows) == ("diverged", [])
+    explorer.reset()
+    explorer.earlier.value = ["padam_sgd-1"]
+    set_to(explorer, method="sgd")
+    explorer.start()
+    explorer.wait()
+    assert explorer.history.status == "complete"
+
+
+def test_a_damaged_earlier_run_is_left_out(open_explorer, tmp_path):
+    (tmp_path / "runs" / "broken").mkdir(parents=True)
+    (tmp_path / "runs" / "broken" / "history.json").write_text("{")
+    assert open_explorer().earlier.options == ()
+
+
+@pytest.fixture
+def unusual(open_explorer):
+    """A finished run with settings of its own, and where it was kept before it was moved away."""
+    explorer = open_explorer("dyn_padam_sgd", **TINY)
+    set_to(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
+           lambda_start="0.9, 0.1", lambda_end="0.25, 0.75", lambda_epochs="2", momentum="0.8",
+           weight_decay="0", partial="0.25")  # fmt: skip
+    explorer.start()
+    explorer.wait()
+    assert explorer.history.status == "complete", explorer.status.value
+    shutil.move(explorer.folder, explorer.folder.with_name("moved"))
+    return explorer
+
+
+def test_copied_python_repeats_the_run(unusual):
+    namespace = {}
+    exec(unusual.python.value, namespace)
+    assert namespace["history"].experiment == unusual.history.experiment
+    assert numbers(namespace["history"]) == numbers(unusual.history)
+
+
+def told(command):
+    """The experiment that the batch notebook makes of a papermill command."""
+    program, source, _, *words = shlex.split(command)
+    assert program == "papermill"
+    given = {name: _resolve_type(value) for name, value in zip(words[1::3], words[2::3])}
+    notebook = parameterize_notebook(load_notebook_node(str(ROOT / source)), given)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    namespace = {"In": cells}
+    for cell in cells:
+        exec(cell, namespace)
+    return planning.asked_one(parameters.checked(namespace, planning.asked_one))
+
+
+def test_copied_papermill_command_says_the_same(unusual):
+    assert told(unusual.papermill.value) == unusual.history.experiment
+
+
+@pytest.mark.slow
+def test_copied_papermill_command_repeats_the_run(unusual, tmp_path):
+    words = shlex.split(unusual.papermill.value)
+    words[2] = str(tmp_path / words[2])
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    repeated = hl.History.load(unusual.folder)
+    assert repeated.experiment == unusual.history.experiment
+    assert numbers(repeated) == numbers(unusual.history)
+
+
+def test_every_method_is_copied_exactly(open_explorer):
+    explorer = open_explorer()
+    for _, method in METHODS:
+        set_to(explorer, method=method, lr=0.003, momentum="0.7", lr_schedule="multistep",
+               lr_milestones="2")  # fmt: skip
+        namespace = {}
+        exec(explorer.python.value.partition("history =")[0], namespace)
+        assert namespace["experiment"] == explorer.experiment()
+        assert told(explorer.papermill.value) == explorer.experiment()
+
+
+# Other places to run.
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """A google.colab that writes down what it is asked."""
+    asked = []
+    output = types.ModuleType("google.colab.output")
+    output.enable_custom_widget_manager = lambda: asked.append("widget manager")
+    package = types.ModuleType("google.colab")
+    package.output = output
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setitem(sys.modules, "google.colab.output", output)
+    return asked
+
+
+def test_in_colab_start_trains_in_the_foreground(open_explorer, colab, monkeypatch):
+    explorer = open_explorer()
+    assert explorer.foreground
+    explorer.start()  # returns when it is done
+    assert explorer.history.status == "complete"
+    monkeypatch.setattr(module.figures, "watched", lambda: True)
+    monkeypatch.setattr(module, "display", lambda view: None)
+    explorer.show()
+    assert "widget manager" in colab
+
+
+def test_in_colab_an_interrupt_stops_and_start_goes_on(open_explorer, colab, monkeypatch, tmp_path):
+    explorer, real = open_explorer(), hl.run
+
+    def interrupted(*arguments, should_stop, **more):
+        calls = iter(range(1000))
+
+        def stop():
+            if next(calls) == 8:  # in the second epoch of five steps
+                signal.raise_signal(signal.SIGINT)
+            return should_stop()
+
+        return real(*arguments, should_stop=stop, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run", interrupted)
+        explorer.start()  # and is not thrown out of the cell
+    assert "Start goes on" in explorer.status.value
+    assert len(explorer.history.rows) == 1
+    assert not explorer.start_button.disabled
+    explorer.start()
+    assert explorer.history.status == "complete"
+    straight = hl.run(explorer.experiment(), tmp_path / "straight", progress=False)
+    assert numbers(explorer.history) == numbers(straight)
+
+
+@pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
+def test_an_executed_copy_has_figures_and_no_widget_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", os.devnull)  # figures without their images: seconds less
+    executed = papermill.execute_notebook(
+        ROOT / "notebooks" / "09_explorer.ipynb", tmp_path / "out.ipynb",
+        {"runs": str(tmp_path / "runs"), "epochs": 2, "width": 2}, progress_bar=False,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "widgets" not in executed.metadata
+    kinds = [kind for cell in executed.cells for out in cell.get("outputs", [])
+             for kind in out.get("data", {})]  # fmt: skip
+    assert "application/vnd.plotly.v1+json" in kinds
+    assert not any("widget" in kind for kind in kinds)
+
+
+def test_a_front_end_for_ipywidgets_7_can_show_it(open_explorer):
+    """Colab's cannot make an Output, and a view that holds one stays blank as a whole."""
+    found, waiting = [], [open_explorer().view]
+    while waiting:
+        widget = waiting.pop()
+        found.append(type(widget).__name__)
+        waiting += getattr(widget, "children", ())
+    assert len(found) > 30
+    assert "Output" not in found
+
+
+def test_every_control_has_a_label_and_a_message(open_explorer):
+    explorer = open_explorer()
+    assert {*FIELDS, "method", "run_name"} == set(explorer.controls) == set(explorer.messages)
+    labels = [control.description for control in explorer.controls.values()]
+    assert all(labels)
+    assert len(set(labels)) == len(labels)
