@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import machine
 from hybrid_lib import EXPERIMENTS, run
-from hybrid_lib.study.planning import TABLE
+from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data, loop
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="that are timed")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device at this precision")
-    parser.add_argument("--only", default=",".join(TABLE))
+    parser.add_argument("--only", default=",".join(PAPER_METHODS))
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()

@@ -22,7 +22,7 @@ import plotly.graph_objects as go
 
 from hybrid_lib import EXPERIMENTS, History
 from hybrid_lib.study import claims, figures
-from hybrid_lib.study.statistics import by_name
+from hybrid_lib.study.statistics import group_by_method
 from hybrid_lib.training.history import load_all
 
 PROTOCOLS = ("released", "clean")
@@ -107,7 +107,7 @@ def _sizes(histories: Sequence[History]) -> str:
 
 
 def _seeds(histories: Sequence[History], figure: go.Figure) -> str:
-    counts = sorted({len(group) for group in by_name(histories).values()})
+    counts = sorted({len(group) for group in group_by_method(histories).values()})
     seeds = "one seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
     has_bands = any(getattr(trace, "fill", None) for trace in figure.data)
     return f"mean of {seeds}, bands from the lowest to the highest" if has_bands else seeds

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hybrid_lib import EXPERIMENTS, Experiment, History, run
-from hybrid_lib.study.planning import TABLE
+from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +57,7 @@ def matrix(
         folder = "audit" if variant else protocol
         return f"{folder}/{e.name}-seed{seed}", e
 
-    assert sorted(ORDER) == sorted(TABLE)
+    assert sorted(ORDER) == sorted(PAPER_METHODS)
     protocols = ("released", "clean")
     rows = [(name, protocol, "", {}) for protocol in protocols for name in ORDER]
     audited = list(audits(shorter))

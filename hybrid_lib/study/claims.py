@@ -23,7 +23,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from hybrid_lib.study import figures
-from hybrid_lib.study.statistics import by_name
+from hybrid_lib.study.statistics import group_by_method
 from hybrid_lib.training.experiments import LABELS
 from hybrid_lib.training.history import History
 
@@ -121,7 +121,7 @@ def table(histories: Sequence[History]) -> pd.DataFrame:
     if len(protocols) > 1:
         raise ValueError(f"histories of protocols {', '.join(protocols)}: judge one at a time")
     finished = [h for h in histories if h.status == "complete"]
-    runs = by_name(sorted(finished, key=lambda h: h.experiment.seed))
+    runs = group_by_method(sorted(finished, key=lambda h: h.experiment.seed))
     rows = [claim.judge(runs) for claim in CLAIMS]
     return pd.DataFrame(rows).rename_axis(f"{title}, {protocols[0]} protocol")
 

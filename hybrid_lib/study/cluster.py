@@ -221,7 +221,7 @@ def _progress(experiments: list[Experiment]):
     names = [f"{e.label}, seed {e.seed}" for e in experiments]
     table = pd.DataFrame({"epoch": 0, "of": [e.epochs for e in experiments]}, index=names)
     handle = None
-    if figures.watched():
+    if figures.is_interactive():
         from IPython.display import display
 
         handle = display(table, display_id=True)

@@ -25,7 +25,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hybrid_lib.study import statistics
-from hybrid_lib.study.statistics import by_name
+from hybrid_lib.study.statistics import group_by_method
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, LABELS, Experiment
 from hybrid_lib.training.history import History
@@ -82,13 +82,13 @@ def curves(histories: Sequence[History], column: str = "test_accuracy", title: s
         ValueError: for no history, or for histories of several data sets.
     """
     figure = go.Figure()
-    for name, group in by_name(histories).items():
+    for name, group in group_by_method(histories).items():
         _add_lines(figure, name, group, column)
     if column == "test_accuracy":
         _add_report(figure, histories)
     _epoch_axis(figure, histories)
     figure.update_yaxes(title_text=AXES.get(column, column))
-    return finished(figure, f"{title or AXES.get(column, column)}, {subject(histories)}")
+    return apply_style(figure, f"{title or AXES.get(column, column)}, {subject(histories)}")
 
 
 def panels(histories: Sequence[History]):
@@ -97,14 +97,14 @@ def panels(histories: Sequence[History]):
     figure = make_subplots(2, 2, shared_xaxes=True, vertical_spacing=0.06, horizontal_spacing=0.13)
     for i, column in enumerate(columns):
         row, col = i // 2 + 1, i % 2 + 1
-        for name, group in by_name(histories).items():
+        for name, group in group_by_method(histories).items():
             _add_lines(figure, name, group, column, row=row, col=col, legend=i == 0)
         figure.update_yaxes(title_text=AXES[column], row=row, col=col)
         if column.endswith("loss"):
             figure.update_yaxes(type="log", nticks=4, tickformat="~g", row=row, col=col)
     _add_report(figure, histories, row=2, col=2)
     _epoch_axis(figure, histories, row=2)
-    return finished(figure, f"Loss and accuracy, {subject(histories)}", height=640)
+    return apply_style(figure, f"Loss and accuracy, {subject(histories)}", height=640)
 
 
 def epoch_seconds(histories: Sequence[History]):
@@ -138,7 +138,7 @@ def epoch_seconds(histories: Sequence[History]):
     longest = (table["train seconds"] + table["test seconds"]).max()
     figure.update_xaxes(title_text="seconds per epoch (median)", range=[0, longest * 1.45])
     device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
-    return finished(figure, f"Time per epoch on {device}, {subject(histories)}")
+    return apply_style(figure, f"Time per epoch on {device}, {subject(histories)}")
 
 
 def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
@@ -161,7 +161,7 @@ def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
     figure.update_layout(barmode="stack", legend_traceorder="normal")
     figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     figure.update_xaxes(title_text="milliseconds per step (median)")
-    return finished(figure, f"Where a step's time goes, {subject}")
+    return apply_style(figure, f"Where a step's time goes, {subject}")
 
 
 def schedules(experiments: Iterable[Experiment], title: str = ""):
@@ -196,7 +196,7 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     figure.update_xaxes(nticks=4)
     figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
     title = title or f"Schedules, {data.title(shown[0].dataset)}"
-    return finished(figure, title, height=430).update_layout(margin_t=90)
+    return apply_style(figure, title, height=430).update_layout(margin_t=90)
 
 
 def heat_map(runs: pd.DataFrame, x: str, y: str, subject: str):
@@ -224,7 +224,7 @@ def heat_map(runs: pd.DataFrame, x: str, y: str, subject: str):
     )  # fmt: skip
     figure.update_xaxes(title_text=SETTINGS.get(x, x), type="category", showgrid=False)
     figure.update_yaxes(title_text=SETTINGS.get(y, y), type="category", showgrid=False)
-    return finished(figure, f"Test accuracy after the last epoch, {subject}")
+    return apply_style(figure, f"Test accuracy after the last epoch, {subject}")
 
 
 def parallel(runs: pd.DataFrame, settings: Sequence[str], subject: str):
@@ -239,7 +239,7 @@ def parallel(runs: pd.DataFrame, settings: Sequence[str], subject: str):
         )
     )  # fmt: skip
     title = f"Settings and test accuracy after the last epoch, {subject}"
-    return finished(figure, title).update_layout(margin={"l": 60, "r": 60, "t": 110})
+    return apply_style(figure, title).update_layout(margin={"l": 60, "r": 60, "t": 110})
 
 
 def _axis(column: pd.Series) -> pd.Series:
@@ -277,7 +277,7 @@ def accuracy_table(histories: Sequence[History]) -> pd.DataFrame:
     method that has no complete run is here with the last good epochs of those it has.
     """
     report, rows = paper("table3")["test_accuracy"], {}
-    for name, group in by_name(histories).items():
+    for name, group in group_by_method(histories).items():
         complete = [h for h in group if h.status == "complete"]
         done = complete or [h for h in group if h.rows]
         statuses = collections.Counter(h.status for h in group)
@@ -330,7 +330,7 @@ def final_accuracies(histories: Sequence[History]):
     figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
     figure.update_xaxes(title_text="test accuracy after the last epoch")
     title = f"Final accuracy by seed, mean and 95 % interval, {subject(histories)}"
-    return finished(figure, title).update_layout(margin={"l": 120, "r": 120})
+    return apply_style(figure, title).update_layout(margin={"l": 120, "r": 120})
 
 
 def _rank(row: pd.Series) -> str:
@@ -344,7 +344,7 @@ def _rank(row: pd.Series) -> str:
 def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
     """Seconds per epoch of every method, and its ratio to SGD beside the report's."""
     named, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
-    for name, group in by_name(histories).items():
+    for name, group in group_by_method(histories).items():
         rows_ = [row for h in group for row in (h.rows[1:] or h.rows)]
         rows[name] = {
             "train seconds": pd.Series([row["train_seconds"] for row in rows_]).median(),
@@ -362,7 +362,7 @@ def show(figure) -> None:
     from IPython.display import display  # imported where used: figures exist outside notebooks
     from PIL import Image
 
-    if watched():
+    if is_interactive():
         figure.show()
         return
     still = without_hidden(figure).update_layout(width=900)
@@ -415,7 +415,7 @@ def _start_browser() -> None:
     kaleido.start_sync_server(silence_warnings=True)
 
 
-def watched() -> bool:
+def is_interactive() -> bool:
     """Whether a person may be looking: false under papermill and nbconvert, and without IPython."""
     from IPython import get_ipython
 
@@ -478,7 +478,7 @@ def _add_report(figure, histories: Sequence[History], **where) -> None:
     if titles != {"CIFAR-10"}:  # as it is, as the JPEG copy, or of published runs
         return
     points = dict(list(paper("milestones").groupby("optimizer")))
-    found = {name: group[0] for name, group in by_name(histories).items() if name in points}
+    found = {name: group[0] for name, group in group_by_method(histories).items() if name in points}
     same = all(h.experiment.epochs == EXPERIMENTS[name].epochs for name, h in found.items())
     for i, (name, h) in enumerate(found.items()):
         shrunk = h.experiment.epochs / EXPERIMENTS[name].epochs
@@ -498,7 +498,7 @@ def _epoch_axis(figure, histories: Sequence[History], **where) -> None:
     figure.update_xaxes(dtick=1 if longest <= 12 else None)  # no ticks at fractions of an epoch
 
 
-def finished(figure, title: str, height: int = 460):
+def apply_style(figure, title: str, height: int = 460):
     """The house style: a title, margins, colours that work on light and on dark pages."""
     figure.update_layout(
         title={"text": title, "x": 0, "xref": "paper", "font": {"size": 16}},

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pydantic
 
-from hybrid_lib.training.experiments import faults
+from hybrid_lib.training.experiments import error_messages
 
 INJECTED = "# Parameters\n"  # the first line of papermill's cell
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -55,7 +55,7 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> Simp
         values = SimpleNamespace(**dict(_model(declared)(**values)))
         check(values)
     except pydantic.ValidationError as error:
-        messages += faults(error)
+        messages += error_messages(error)
     except ValueError as error:
         messages.append(str(error))
     if messages:

@@ -29,12 +29,14 @@ from hybrid_lib.study.cluster import train_all
 from hybrid_lib.study.parameters import did_you_mean, one_of, seed_list
 from hybrid_lib.study.report import write_report
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, faults
+from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, error_messages
 from hybrid_lib.training.history import FILE, History, load_all
 from hybrid_lib.training.loop import loaded, run
 
 NOTEBOOKS = data.PROJECT / "notebooks"
-TABLE = tuple(name for name in EXPERIMENTS if name != "padam")  # the eight rows of Table III
+PAPER_METHODS = tuple(
+    name for name in EXPERIMENTS if name != "padam"
+)  # the eight rows of Table III
 
 PARAMETERS = (  # of the notebook 10_train_one, among the fields of Experiment
     "epochs", "batch_size", "width", "train_limit", "test_limit", "lr", "lr_schedule",
@@ -60,7 +62,7 @@ DEMO_IMAGES = {"epochs": 10, "width": 16, "batch_size": 64, "train_limit": 10_00
 def plan(
     scale: str = "demo",
     dataset: str = "digits",
-    only: Iterable[str] = TABLE,
+    only: Iterable[str] = PAPER_METHODS,
     seeds: Iterable[int] = (0,),
     epochs: int | None = None,
     **changes,
@@ -94,7 +96,7 @@ def plan(
     epochs = usual if epochs is None else epochs
     planned = []
     for name in dict.fromkeys(only):
-        experiment = row(name)
+        experiment = get_experiment(name)
         if epochs is not None:
             # replace() first: it refuses an impossible number that scaled() cannot work with.
             experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
@@ -159,7 +161,7 @@ def _marked(history: History, folder: Path) -> History:
     return dataclasses.replace(history, environment=environment)
 
 
-def trained(
+def run_many(
     experiments: Iterable[Experiment],
     out: Path,
     device: str | None = None,
@@ -223,7 +225,9 @@ def default_out(scale: str, dataset: str, protocol: str = "clean") -> Path:
     return data.PROJECT / "runs" / "-".join(words)
 
 
-def asked(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[Experiment]:
+def experiments_from(
+    chosen: SimpleNamespace, only: Iterable[str] = PAPER_METHODS
+) -> list[Experiment]:
     """The experiments that a notebook's parameters ask for.
 
     ``chosen`` has scale, dataset and seeds (as text: "0,3" or "0-4"), and epochs (None: the
@@ -232,7 +236,7 @@ def asked(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[Experime
     return plan(chosen.scale, chosen.dataset, only, seed_list(chosen.seeds), chosen.epochs)
 
 
-def asked_one(chosen: SimpleNamespace) -> Experiment:
+def experiment_from(chosen: SimpleNamespace) -> Experiment:
     """The one experiment that a notebook's parameters ask for.
 
     ``chosen`` has optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; of its other
@@ -249,7 +253,7 @@ def asked_one(chosen: SimpleNamespace) -> Experiment:
     return plan(chosen.scale, chosen.dataset, [chosen.optimizer], [chosen.seed], **changes)[0]
 
 
-def row(name: str) -> Experiment:
+def get_experiment(name: str) -> Experiment:
     """A row of ``EXPERIMENTS``; for "RULE+RULE", any two rules, a hybrid with ATMO's rate.
 
     Raises:
@@ -276,7 +280,7 @@ def as_python(experiment: Experiment, folder: str | Path) -> str:
 def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     """A shell command that repeats a run exactly, through the notebook ``10_train_one``."""
     name = experiment.name if experiment.name in EXPERIMENTS else experiment.optimizer
-    start = dataclasses.asdict(row(name).scaled(experiment.epochs))
+    start = dataclasses.asdict(get_experiment(name).scaled(experiment.epochs))
     words = ["papermill", "notebooks/10_train_one.ipynb", f"{experiment.name}.ipynb"]
     words += ["-p", "scale", "paper", "-p", "optimizer", name, "-p", "dataset", experiment.dataset]
     words += ["-p", "epochs", str(experiment.epochs), "-p", "seed", str(experiment.seed)]
@@ -293,13 +297,13 @@ def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     return shlex.join([*words, "-p", "out", str(folder)])
 
 
-def collect(chosen: SimpleNamespace, only: Iterable[str] = TABLE) -> list[History]:
-    """The histories of :func:`asked`, from ``chosen.out`` (empty: :func:`default_out`).
+def collect(chosen: SimpleNamespace, only: Iterable[str] = PAPER_METHODS) -> list[History]:
+    """The histories of :func:`experiments_from`, from ``chosen.out`` (empty: :func:`default_out`).
 
     ``chosen.train`` says whether to train what is missing there. If the default folder has none of
     them, published histories of the same experiments are taken, if there are any.
     """
-    wanted = asked(chosen, only)
+    wanted = experiments_from(chosen, only)
     out = chosen.out or default_out(chosen.scale, chosen.dataset)
     own = chosen.out or any((run_folder(out, e) / FILE).exists() for e in wanted)
     if not own and (found := published(wanted)):
@@ -315,7 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dataset", default="digits", help=f"{', '.join(data.NAMES)} or folder:PATH"
     )
-    parser.add_argument("--only", default=",".join(TABLE), help="methods, separated by commas")
+    parser.add_argument(
+        "--only", default=",".join(PAPER_METHODS), help="methods, separated by commas"
+    )
     parser.add_argument("--seeds", default="0", help="as in 0,3 or 0-4; default: %(default)s")
     parser.add_argument("--protocol", default="clean", help="clean or released")
     parser.add_argument("--epochs", type=int, help="other than the scale's; schedules keep shape")
@@ -332,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
         for experiment in {e.batch_size: e for e in experiments}.values():
             loaded(experiment, chosen.device)  # what is wrong with the data is said at once
     except pydantic.ValidationError as error:
-        return _refused("; ".join(faults(error)))
+        return _refused("; ".join(error_messages(error)))
     except (ValueError, OSError, ImportError) as error:
         return _refused(error)
 
@@ -346,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _carried_out(experiments: list[Experiment], chosen: argparse.Namespace) -> int:
     out = (chosen.out or default_out(chosen.scale, chosen.dataset, chosen.protocol)).resolve()
     try:
-        found, failures = trained(experiments, out, **scale_out(chosen))
+        found, failures = run_many(experiments, out, **scale_out(chosen))
     except (ImportError, ValueError, RuntimeError) as error:
         return _refused(error)
     if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks

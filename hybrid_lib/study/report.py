@@ -124,7 +124,7 @@ def _claims(found: list[History]) -> tuple:
 def _over_seeds(found: list[History]) -> Iterator[tuple]:
     """The sections that ask how sure the order of the methods is, as far as there are runs."""
     finished = [h for h in found if h.status == "complete"]
-    names = list(statistics.by_name(found))
+    names = list(statistics.group_by_method(found))
     if not finished or len(names) < 2:
         return
     yield "Rank", figures.final_accuracies(found), RANK_NOTE

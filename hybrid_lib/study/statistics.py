@@ -23,7 +23,7 @@ LEVEL = 0.95
 RESAMPLES = 9999
 
 
-def by_name(histories: Sequence[History]) -> dict[str, list[History]]:
+def group_by_method(histories: Sequence[History]) -> dict[str, list[History]]:
     """Histories by experiment name, in the report's order."""
     known = list(LABELS)
     groups: dict[str, list[History]] = {}
@@ -42,7 +42,7 @@ def finals(histories: Sequence[History]) -> pd.DataFrame:
         ValueError: if a name has two runs of one seed.
     """
     found: dict[str, dict[int, float]] = {}
-    for name, group in by_name(histories).items():
+    for name, group in group_by_method(histories).items():
         of_seed = found.setdefault(name, {})
         for h in group:
             if h.experiment.seed in of_seed:
@@ -190,7 +190,7 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
     Raises:
         ValueError: if ``baseline`` is not there, or nothing else is.
     """
-    others = [name for name in by_name(histories) if name != baseline]
+    others = [name for name in group_by_method(histories) if name != baseline]
     if not others:
         raise ValueError(f"no method but {baseline}: there is nothing to compare it with")
     table = pd.DataFrame([paired(histories, name, baseline) for name in others])
@@ -226,7 +226,7 @@ def time_to(histories: Sequence[History], accuracy: float) -> pd.DataFrame:
         median (NaN).
     """
     rows = {}
-    for name, group in by_name(
+    for name, group in group_by_method(
         [h for h in histories if h.status in ("complete", "diverged")]
     ).items():
         reached = [_first_reaching(h, accuracy) for h in group]

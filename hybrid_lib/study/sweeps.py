@@ -36,7 +36,7 @@ from hybrid_lib.study import figures, planning, statistics
 from hybrid_lib.study.parameters import did_you_mean, seed_list
 from hybrid_lib.study.report import html_table, write_page
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import Experiment, faults
+from hybrid_lib.training.experiments import Experiment, error_messages
 from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
@@ -160,7 +160,7 @@ class Sweep(_Strict):
                 for e in planning.plan(self.scale, self.dataset, [optimizer], seeds, **settings):
                     planned[name, e.seed] = dataclasses.replace(e, name=name)
             except ValidationError as error:
-                refused.append(f"{name}: refused, {'; '.join(faults(error))}")
+                refused.append(f"{name}: refused, {'; '.join(error_messages(error))}")
             except (TypeError, ValueError) as error:
                 refused.append(f"{name}: refused, {error}")
         if not planned:
@@ -191,12 +191,12 @@ def read(space: str | Path, **given) -> Sweep:
     except yaml.YAMLError as error:
         raise ValueError(f"{space}: not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
-        raise ValueError(f"{space}: {'; '.join(faults(error))}") from None
+        raise ValueError(f"{space}: {'; '.join(error_messages(error))}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{space}: {error}") from None
 
 
-def asked(chosen: SimpleNamespace) -> Sweep:
+def sweep_from(chosen: SimpleNamespace) -> Sweep:
     """The sweep that a notebook's parameters ask for.
 
     ``chosen`` has space, and scale, dataset and epochs, which go over what is written there unless
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         first = experiments[0]
         with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
             data.load(first.dataset, first.train_limit, first.test_limit)
-        found, failures = planning.trained(
+        found, failures = planning.run_many(
             experiments, out, **planning.scale_out(chosen), progress=sys.stderr.isatty()
         )
     except KeyboardInterrupt:

@@ -313,7 +313,7 @@ OPTIMIZER_SETTINGS = (
 )  # fmt: skip
 
 
-def faults(error: ValidationError) -> list[str]:
+def error_messages(error: ValidationError) -> list[str]:
     """One line per fault: the setting, what was given, what is allowed."""
     lines = []
     for fault in error.errors():

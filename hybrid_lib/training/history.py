@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import ValidationError
 
-from hybrid_lib.training.experiments import Experiment, faults
+from hybrid_lib.training.experiments import Experiment, error_messages
 
 FILE = "history.json"
 COLUMNS = (
@@ -108,7 +108,7 @@ class History:
             experiment = Experiment(**content["experiment"])
             environment, status = content["environment"], content["status"]
         except ValidationError as error:
-            raise ValueError(f"{file}: {'; '.join(faults(error))}") from error
+            raise ValueError(f"{file}: {'; '.join(error_messages(error))}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: not a readable history ({error})") from error
         return cls(experiment, rows, environment, status, content.get("note", ""))

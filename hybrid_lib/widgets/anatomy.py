@@ -244,7 +244,7 @@ def lines(
         figure.add_hline(level, line={"color": "#808080", "dash": "dot"})
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(title_text=y)
-    return figures.finished(figure, title).update_layout(legend_itemwidth=60)
+    return figures.apply_style(figure, title).update_layout(legend_itemwidth=60)
 
 
 def weights_of_sgd(schedules: dict, epochs: int, title: str) -> go.Figure:
@@ -298,7 +298,7 @@ def curvatures(table: pd.DataFrame, title: str) -> go.Figure:
     )
     figure.update_xaxes(title_text="exact curvature", type="log", dtick=1)
     figure.update_yaxes(title_text="what v tracks: √E[D²]", type="log", dtick=1)
-    return figures.finished(figure, title)
+    return figures.apply_style(figure, title)
 
 
 def source(*functions: Callable):

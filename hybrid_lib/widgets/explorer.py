@@ -29,7 +29,7 @@ from hybrid_lib.training.experiments import (
     RULES,
     SCHEDULES,
     Experiment,
-    faults,
+    error_messages,
 )
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
@@ -105,7 +105,7 @@ class Explorer:
         self._filling, self._proposed = False, ""
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
         first = planning.plan("demo", only=[method], **start)[0]
-        with contextlib.nullcontext() if figures.watched() else _unheard():
+        with contextlib.nullcontext() if figures.is_interactive() else _unheard():
             self._make_widgets(method)
 
         self._fill(first, FIELDS)
@@ -127,7 +127,7 @@ class Explorer:
         Raises:
             pydantic.ValidationError: if there is none.
         """
-        method = planning.row(self.controls["method"].value)
+        method = planning.get_experiment(self.controls["method"].value)
         values = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
             values["lambda_epochs"] = values["epochs"]
@@ -193,7 +193,7 @@ class Explorer:
             from google.colab import output  # only there
 
             output.enable_custom_widget_manager()
-        if figures.watched():
+        if figures.is_interactive():
             display(self.view)
             return
         figures.show(self.preview)
@@ -238,7 +238,7 @@ class Explorer:
     def _changed(self, field: str) -> None:
         if self._filling:
             return
-        method = planning.row(self.controls["method"].value)
+        method = planning.get_experiment(self.controls["method"].value)
         if field == "method":
             epochs = max(1, self.controls["epochs"].value)
             self._fill(method.scaled(epochs), [f for f in FIELDS if f not in KEPT])
@@ -259,7 +259,7 @@ class Explorer:
         try:
             experiment = self.experiment()
         except ValidationError as error:
-            problems += faults(error)
+            problems += error_messages(error)
             try:  # Experiment looks at the data set only once every number is right
                 data.check_name(self.controls["dataset"].value)
             except ValueError as unknown:
@@ -525,7 +525,7 @@ def _preview_figure() -> go.FigureWidget:
     figure.update_xaxes(title_text="epoch", title_standoff=8, row=2)
     figure.update_yaxes(title_text="η", row=1, rangemode="tozero")
     figure.update_yaxes(title_text="λ", range=[-0.08, 1.08], dtick=0.5, row=2)
-    figures.finished(figure, "", height=270)
+    figures.apply_style(figure, "", height=270)
     figure.add_annotation(x=0.5, y=0.2, xref="paper", yref="paper", showarrow=False, text="")
     legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
     margin = {"l": 60, "r": 10, "t": 34, "b": 40}
@@ -537,7 +537,7 @@ def _curves_figure() -> go.FigureWidget:
     figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
     figure.update_yaxes(title_text="accuracy", row=2)
     figure.update_xaxes(title_text="epoch", title_standoff=8, row=2)
-    figures.finished(figure, "", height=560)
+    figures.apply_style(figure, "", height=560)
     legend = {"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top", "traceorder": "reversed"}
     margin = {"l": 70, "r": 10, "t": 76, "b": 110}
     return go.FigureWidget(figure.update_layout(width=RIGHT - 10, legend=legend, margin=margin))

@@ -129,7 +129,7 @@ class Picture:
 
     def _axes(self) -> None:
         figure = self.figure
-        figures.finished(figure, "", height=600)
+        figures.apply_style(figure, "", height=600)
         figure.update_layout(
             width=920,  # a live figure does not fit itself to the page
             margin={"l": 50, "r": 15, "t": 80, "b": 85}, title_y=0.98,
@@ -261,7 +261,7 @@ def playground(setup: Setup | None = None):
         The widget to show, or None where nobody could move it.
     """
     setup = setup or Setup()
-    if not figures.watched():
+    if not figures.is_interactive():
         from IPython.display import display  # there is a notebook, so there is IPython
 
         figures.show(draw(setup, _first_hybrid(setup)))

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from hybrid_lib.study import cluster, planning
-from hybrid_lib.study.planning import plan, run_folder, trained
+from hybrid_lib.study.planning import plan, run_folder, run_many
 from hybrid_lib.training.history import FILE, History
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_processes_of_this_machine_listen_on_loopback_and_compute_the_same(tmp_p
     error = found.pop(impossible)
     assert isinstance(error, ValueError)
     assert "batch_size=2000" in str(error)
-    expected, _ = trained(experiments, tmp_path / "serial", "cpu")
+    expected, _ = run_many(experiments, tmp_path / "serial", "cpu")
     assert [rows(found[e]) for e in experiments] == [rows(h) for h in expected]
 
 
@@ -168,7 +168,7 @@ def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_
     diverging = replace(good[0], name="diverging", lr=1e30)
     impossible = replace(good[0], name="too-large", train_limit=None, batch_size=2000)
     experiments = [*good[:2], diverging, impossible, *good[2:]]
-    expected, failed_there = trained(experiments, tmp_path / "serial", "cpu")
+    expected, failed_there = run_many(experiments, tmp_path / "serial", "cpu")
 
     out, killed = tmp_path / "out", {}
 
@@ -179,7 +179,7 @@ def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    found, failed = trained(experiments, out, "cpu", cluster=joined.address)
+    found, failed = run_many(experiments, out, "cpu", cluster=joined.address)
     killer.join()
     addresses = listening(*(p.pid for p in joined.processes))
 
@@ -317,12 +317,12 @@ def test_with_an_sbatch_that_runs_its_script_here_a_second_job_goes_on_from_the_
     monkeypatch.setattr(cluster, "SILENCE", 2)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     experiments = toy_runs(2, epochs=200)
-    expected, _ = trained(experiments, tmp_path / "serial", "cpu")
+    expected, _ = run_many(experiments, tmp_path / "serial", "cpu")
     with pytest.raises(RuntimeError, match=r"no worker is left; .* the same command goes on"):
-        trained(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
+        run_many(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
     settings["worker_extra_args"] = []
     profile.write_text(yaml.safe_dump(settings), "utf-8")
-    found, failed = trained(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
+    found, failed = run_many(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
     assert failed == []
     assert [rows(h) for h in found] == [rows(h) for h in expected]
 
@@ -331,7 +331,7 @@ def test_with_an_sbatch_that_runs_its_script_here_a_second_job_goes_on_from_the_
 def test_where_there_is_no_sbatch_nothing_waits_for_it(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no sbatch here"):
-        trained(toy_runs(1), tmp_path / "out", cluster=f"slurm:{profile}")
+        run_many(toy_runs(1), tmp_path / "out", cluster=f"slurm:{profile}")
 
 
 @pytest.mark.parametrize(

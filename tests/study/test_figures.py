@@ -399,7 +399,7 @@ def test_where_no_browser_starts_nothing_waits_for_one():
 
 def test_a_reader_gets_the_figure_itself(displayed, monkeypatch):
     shown = []
-    monkeypatch.setattr(figures, "watched", lambda: True)
+    monkeypatch.setattr(figures, "is_interactive", lambda: True)
     monkeypatch.setattr(go.Figure, "show", lambda self: shown.append(self))
     figure = figures.curves([history()])
     figures.show(figure)

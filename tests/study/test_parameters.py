@@ -31,7 +31,7 @@ def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
 
 
 def test_without_anything_injected_the_defaults_are_the_values():
-    assert vars(checked(namespace(), planning.asked)) == DEFAULTS
+    assert vars(checked(namespace(), planning.experiments_from)) == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_without_anything_injected_the_defaults_are_the_values():
     ],
 )  # fmt: skip
 def test_injected_values_are_converted_to_the_declared_types(name, given, value):
-    chosen = vars(checked(namespace(**{name: given}), planning.asked))
+    chosen = vars(checked(namespace(**{name: given}), planning.experiments_from))
     assert chosen == {**DEFAULTS, name: value}
     assert type(chosen[name]) is type(value)
 
@@ -70,19 +70,21 @@ def test_injected_values_are_converted_to_the_declared_types(name, given, value)
 )
 def test_a_faulty_parameter_is_named_with_its_value(given, message):
     with pytest.raises(ValueError, match=message) as caught:
-        checked(namespace(**given), planning.asked)
+        checked(namespace(**given), planning.experiments_from)
     assert "\n" not in str(caught.value)
     assert "(parameters: scale, dataset, seeds, epochs, lr, train)" in str(caught.value)
 
 
 def test_all_faults_come_in_one_line():
     with pytest.raises(ValueError, match="epoch is not") as caught:
-        checked(namespace(epoch=3, trian=False, lr="fast", train="maybe"), planning.asked)
+        checked(
+            namespace(epoch=3, trian=False, lr="fast", train="maybe"), planning.experiments_from
+        )
     message = str(caught.value)
     for part in ("did you mean epochs", "did you mean train", "lr='fast'", "train='maybe'"):
         assert part in message
     with pytest.raises(ValueError, match=r"epoch is not.*scale='huge'"):
-        checked(namespace(epoch=3, scale="huge"), planning.asked)
+        checked(namespace(epoch=3, scale="huge"), planning.experiments_from)
 
 
 def test_the_check_sees_converted_values_and_its_objection_is_shown():
@@ -102,7 +104,7 @@ def test_the_check_sees_converted_values_and_its_objection_is_shown():
     ],
 )  # fmt: skip
 def test_the_reader_s_own_cells_are_no_parameters(cell):
-    assert vars(checked(namespace(cell), planning.asked)) == DEFAULTS
+    assert vars(checked(namespace(cell), planning.experiments_from)) == DEFAULTS
 
 
 def test_parameters_changed_by_hand_and_run_again():
@@ -110,7 +112,7 @@ def test_parameters_changed_by_hand_and_run_again():
     changed = DECLARED.replace("epochs: int = None", "epochs: int = 4")
     exec(changed, known)
     known["In"] += ["chosen = parameters.checked(globals(), study.asked)", changed]
-    assert checked(known, planning.asked).epochs == 4
+    assert checked(known, planning.experiments_from).epochs == 4
 
 
 ONE = """
@@ -149,12 +151,12 @@ seed: int = 0  # a seed
 )
 def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(given, message):
     with pytest.raises(ValueError, match=message) as caught:
-        checked(namespace(declared=ONE, **given), planning.asked_one)
+        checked(namespace(declared=ONE, **given), planning.experiment_from)
     assert "\n" not in str(caught.value)
 
 
 def test_one_experiment_is_its_row_with_what_was_given_changed():
     known = namespace(declared=ONE, lr="0.5", lambda_start="0.9 0.1", optimizer="adasgd", seed=4)
-    e = planning.asked_one(checked(known, planning.asked_one))
+    e = planning.experiment_from(checked(known, planning.experiment_from))
     (row,) = plan("toy", only=["adasgd"], seeds=[4])
     assert e == replace(row, lr=0.5, lambda_start=(0.9, 0.1))

@@ -23,11 +23,11 @@ def opened(path, **more):
     namespace = {"In": cells}
     for cell in cells:
         exec(cell, namespace)
-    return planning.asked_one(parameters.checked(namespace, planning.asked_one)), given
+    return planning.experiment_from(parameters.checked(namespace, planning.experiment_from)), given
 
 
 def test_every_row_of_the_tables_has_its_file():
-    assert {path.stem for path in FILES} == set(planning.TABLE)
+    assert {path.stem for path in FILES} == set(planning.PAPER_METHODS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -127,7 +127,7 @@ def no_training(monkeypatch, tmp_path):
 @pytest.mark.parametrize("dataset", ["folder:data/cifar10-jpeg", "folder:/else/where/cifar10-jpeg"])
 def test_published_runs_of_the_same_experiments_are_read_and_named_so(no_training, capsys, dataset):
     found = planning.collect(SimpleNamespace(**ASKED | {"dataset": dataset}))
-    assert [h.experiment.name for h in found] == list(planning.TABLE)
+    assert [h.experiment.name for h in found] == list(planning.PAPER_METHODS)
     assert figures.subject(found) == "CIFAR-10 (JPEG copy), published runs"
     assert "8 of 8 runs, published ones" in capsys.readouterr().out
     (sgd,) = planning.collect(SimpleNamespace(**ASKED), ["sgd", "padam"])
@@ -389,9 +389,9 @@ def test_the_papermill_command_of_a_run_is_the_run(e):
     source = nbformat.read(data.PROJECT / words[1], 4)
     given = [(words[i + 1], _resolve_type(words[i + 2])) for i in range(3, len(words), 3)]
     (declared,) = [c.source for c in source.cells if "parameters" in c.metadata.get("tags", [])]
-    chosen = checked(namespace(declared=declared, **dict(given)), planning.asked_one)
+    chosen = checked(namespace(declared=declared, **dict(given)), planning.experiment_from)
     assert chosen.out == "a 'folder'"
-    assert replace(planning.asked_one(chosen), name=e.name) == e
+    assert replace(planning.experiment_from(chosen), name=e.name) == e
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hybrid_lib import History
-from hybrid_lib.study.planning import TABLE
+from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data
 
 
@@ -30,7 +30,7 @@ def test_the_matrix_has_every_row_under_both_protocols_and_every_seed(scale):
     assert len(planned) == len(list(train.matrix(scale, "cifar10", "float32", seeds=2)))
     for protocol in ("clean", "released"):
         for seed in (0, 1):
-            for name in TABLE:
+            for name in PAPER_METHODS:
                 e = planned[f"{protocol}/{name}-seed{seed}"]
                 assert (e.name, e.protocol, e.seed) == (name, protocol, seed)
 
@@ -68,7 +68,7 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
     small = {"shorter": 100, "width": 2, "batch_size": 8}
     monkeypatch.setattr(train, "SCALES", {"paper": small})
     monkeypatch.setattr(train, "ORDER", ("sgd", "adasgd"))
-    monkeypatch.setattr(train, "TABLE", ("sgd", "adasgd"))
+    monkeypatch.setattr(train, "PAPER_METHODS", ("sgd", "adasgd"))
     audit = ("adasgd", "clean", "-decay-in-both", {"weight_decay_in": "both"})
     monkeypatch.setattr(train, "audits", lambda shorter: iter([audit]))
     monkeypatch.setattr(data, "PROJECT", tmp_path)

@@ -159,9 +159,9 @@ def test_a_notebook_s_parameters_go_over_what_the_file_says_unless_they_are_none
     file = tmp_path / "x.yaml"
     file.write_text("{scale: toy, fixed: {width: 3}, grid: {lr: [0.1]}}")
     chosen = SimpleNamespace(space=str(file), scale=None, dataset=None, epochs=None)
-    assert sweeps.asked(chosen) == read(file)
+    assert sweeps.sweep_from(chosen) == read(file)
     chosen = SimpleNamespace(space=str(file), scale="demo", dataset="mnist", epochs=5)
-    ((e,), _) = sweeps.asked(chosen).plan()
+    ((e,), _) = sweeps.sweep_from(chosen).plan()
     assert (e.width, e.epochs, e.dataset, e.batch_size) == (3, 5, "mnist", 64)
 
 

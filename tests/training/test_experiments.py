@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hybrid_lib.optim import rules
-from hybrid_lib.training.experiments import EXPERIMENTS, LABELS, Experiment, faults
+from hybrid_lib.training.experiments import EXPERIMENTS, LABELS, Experiment, error_messages
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT.parent / "shared" / "reference"
@@ -172,7 +172,7 @@ BAD = [
 def test_a_bad_value_is_refused_by_field_and_value(field, bad):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["atmo"], **{field: bad})
-    lines = faults(caught.value)
+    lines = error_messages(caught.value)
     assert any(line.startswith(f"{field}={bad!r}") for line in lines), lines
     assert not any("\n" in line for line in lines)
 
@@ -191,7 +191,9 @@ PAIRS = [
 def test_a_bad_item_is_refused_by_field_and_value(field, bad, shown):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["dyn_atmo"], **{field: bad})
-    assert any(line.startswith(f"{field}=") and shown in line for line in faults(caught.value))
+    assert any(
+        line.startswith(f"{field}=") and shown in line for line in error_messages(caught.value)
+    )
 
 
 FOREIGN = [
@@ -209,7 +211,7 @@ FOREIGN = [
 def test_settings_of_another_optimizer_are_refused(name, field, value):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS[name], **{field: value})
-    (line,) = faults(caught.value)
+    (line,) = error_messages(caught.value)
     assert line.startswith(f"{field}={value!r}: {name} has ")
 
 
@@ -243,14 +245,14 @@ TOGETHER = [
 def test_values_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["atmo"], **changes)
-    (line,) = faults(caught.value)
+    (line,) = error_messages(caught.value)
     assert re.search(message, line)
 
 
 def test_all_faults_come_at_once_and_each_once():
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["atmo"], epochs=0, lr=nan, stem="x", lambda_start=(-1, -1))
-    lines = faults(caught.value)
+    lines = error_messages(caught.value)
     assert sorted(line.split("=")[0] for line in lines) == ["epochs", "lambda_start", "lr", "stem"]
 
 

@@ -143,7 +143,7 @@ def test_any_method_and_any_two_rules_train(open_explorer, method):
     explorer.start()
     explorer.wait()
     assert explorer.history.status == "complete", explorer.status.value
-    assert explorer.history.experiment.optimizer == planning.row(method).optimizer
+    assert explorer.history.experiment.optimizer == planning.get_experiment(method).optimizer
 
 
 def test_every_offered_method_makes_an_experiment(open_explorer):
@@ -359,7 +359,7 @@ def told(command):
     namespace = {"In": cells}
     for cell in cells:
         exec(cell, namespace)
-    return planning.asked_one(parameters.checked(namespace, planning.asked_one))
+    return planning.experiment_from(parameters.checked(namespace, planning.experiment_from))
 
 
 def test_copied_papermill_command_says_the_same(unusual):
@@ -412,7 +412,7 @@ def test_in_colab_start_trains_in_the_foreground(open_explorer, colab, monkeypat
     assert explorer.foreground
     explorer.start()  # returns when it is done
     assert explorer.history.status == "complete"
-    monkeypatch.setattr(module.figures, "watched", lambda: True)
+    monkeypatch.setattr(module.figures, "is_interactive", lambda: True)
     monkeypatch.setattr(module, "display", lambda view: None)
     explorer.show()
     assert "widget manager" in colab

@@ -316,7 +316,7 @@ def controllable(widget):
 
 def test_without_a_front_end_there_is_a_picture_and_no_widget(monkeypatch):
     shown = []
-    monkeypatch.setattr(figures, "watched", lambda: False)
+    monkeypatch.setattr(figures, "is_interactive", lambda: False)
     monkeypatch.setattr(figures, "show", shown.append)
     monkeypatch.setattr("IPython.display.display", shown.append)
     assert playground() is None
@@ -332,7 +332,7 @@ def test_colab_is_asked_to_show_widgets(monkeypatch):
     colab.output = output
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
-    monkeypatch.setattr(figures, "watched", lambda: True)
+    monkeypatch.setattr(figures, "is_interactive", lambda: True)
     assert playground() is not None
     assert asked == [True]
 
