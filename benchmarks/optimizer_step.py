@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.timing import interleaved, show
 from hybrid_lib import resnet18
-from hybrid_lib.optim import hybrid
-from hybrid_lib.optim.compiling import compiled
+from hybrid_lib.optim import methods
+from hybrid_lib.optim.compiled import compiled
 
 # Arrays that a step must read, and of those how many it must write back.
 STREAMS = {"sgd": (3, 2), "adam": (4, 3), "atmo": (5, 4), "adahessian": (5, 3), "adasgd": (6, 4)}
@@ -132,7 +132,7 @@ def main() -> None:
     for name in STREAMS:
         for suffix, compile in (("", True), ("_eager", False)):
             params = parameters(chosen.width)
-            optimizer = getattr(hybrid, name)(params, compile=compile)
+            optimizer = getattr(methods, name)(params, compile=compile)
             if optimizer.needs_hessian:
                 optimizer.step(hess_diag=[torch.randn_like(p) for p in params])
             candidates[name + suffix] = optimizer.step

@@ -17,26 +17,22 @@ import torch
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
     raise ImportError(f"hybrid_lib needs torch 2.6 or newer, here is {torch.__version__}")
 
+from hybrid_lib.optim.methods import METHODS
+
 _HOMES = {
+    **dict.fromkeys(METHODS, "optim.methods"),
+    "CannotCompile": "optim.compiled",
+    "Hybrid": "optim.hybrid",
+    "hessian_diagonal": "optim.curvature",
     "rules": "optim.rules",
     "schedules": "optim.schedules",
-    "CannotCompile": "optim.compiling",
-    "Hybrid": "optim.hybrid",
-    "adahessian": "optim.hybrid",
-    "adam": "optim.hybrid",
-    "adasgd": "optim.hybrid",
-    "atmo": "optim.hybrid",
-    "hessian_diagonal": "optim.curvature",
-    "padam": "optim.hybrid",
-    "padam_sgd": "optim.hybrid",
-    "sgd": "optim.hybrid",
     "EXPERIMENTS": "training.experiments",
     "Experiment": "training.experiments",
     "History": "training.history",
     "resnet18": "training.models",
     "run": "training.loop",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted({*_HOMES, "METHODS"})
 
 
 def __getattr__(name: str):

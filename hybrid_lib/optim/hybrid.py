@@ -4,14 +4,15 @@ The merge of the report (Algorithms 2 and 4) is a product of sums,
 
     w  <-  w - (sum of lambda_i * eta_i) * (sum of lambda_i * d_i),
 
-not the sum of the rules' own steps. :class:`Hybrid` is that line; :func:`atmo`, :func:`padam`,
-:func:`padam_sgd`, :func:`adahessian` and :func:`adasgd` are the report's choices of rules.
+not the sum of the rules' own steps. :func:`move` computes it, for one tensor or for many at once;
+:class:`Hybrid` is the optimizer around it.
 """
 
 from __future__ import annotations
 
-import collections
+import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass, replace
 
@@ -19,9 +20,66 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hybrid_lib.optim import rules as rule
-from hybrid_lib.optim.fused import FusedStep
-from hybrid_lib.optim.rules import Number, Seen, state_dtype
+from hybrid_lib.optim.compiled import compiled
+from hybrid_lib.optim.rules import Number, Seen, Tensors, each, state_dtype, zeros
+
+
+def product(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
+    """(Σ λᵢ ηᵢ) (Σ λᵢ dᵢ): Algorithms 2 and 4."""
+    d_merged = _weighted_sum(λ, d)
+    η_merged = sum(λi * ηi for λi, ηi in zip(λ, η))
+    return None if d_merged is None else d_merged.mul_(η_merged)
+
+
+def sum_of_steps(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
+    """Σ λᵢ ηᵢ dᵢ: what adding up the steps of finished optimizers gives."""
+    return _weighted_sum([λi * ηi for λi, ηi in zip(λ, η)], d)
+
+
+def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
+    """(Σ λᵢ ‖ηᵢ dᵢ‖) d₁ / ‖d₁‖ for each tensor: the first rule's direction, at the length that the
+    rules agree on (Agarwal et al. 2020, at λ = (0, 1))."""
+    lengths = [each(torch.linalg.vector_norm, di) for di in d]
+    length = _weighted_sum([λi * ηi for λi, ηi in zip(λ, η)], lengths)
+    unit = d[0].div(lengths[0].clamp_min(torch.finfo(torch.float32).tiny))
+    return None if length is None else unit.mul_(length)
+
+
+MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
+
+
+def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge) -> None:
+    """One step, in place: the only place where weights move.
+
+    Args:
+        w, g, D: weights, gradient and Hessian diagonal (or None), a tensor each or, for many
+            parameters at once, :class:`~hybrid_lib.optim.rules.Tensors`.
+        buffers: a dict per rule.
+        η, λ, corrections, γ: learning rate, weights, what each rule's ``corrections`` answered,
+            and decoupled weight decay.
+        rules, maximize, merge: of the parameter group.
+    """
+    x, g = _wide(w), _wide(g)  # under bfloat16 the arithmetic is float32's; otherwise x is w
+    seen = Seen(x, -g if maximize else g, D)  # D enters squared: its sign is free
+    held = [dict(b) for b in buffers]
+    answers = [r.propose(seen, b, η, c) for r, b, c in zip(rules, buffers, corrections)]
+    if any(b[name] is not h[name] for b, h in zip(buffers, held) for name in h):
+        raise TypeError("a rule must move its buffers in place, as in buffers['m'].mul_(0.9)")
+
+    step = MERGES[merge](λ, [ηi for _, ηi in answers], [d for d, _ in answers])
+    if isinstance(γ, Tensor) or γ != 0:
+        x.mul_(1 - η * γ)
+    if step is not None:
+        x.sub_(step)
+    if x is not w:
+        w.copy_(x)
+
+
+def move_each(params, grads, diagonals, buffers, *settings) -> None:
+    """:func:`move` of several parameters, one by one; a buffer is a list here. For a compiler."""
+    for i, (w, g) in enumerate(zip(params, grads)):
+        of_this = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
+        move(w, g, diagonals[i] if diagonals else None, of_this, *settings)
 
 
 class Hybrid(Optimizer):
@@ -45,26 +103,25 @@ class Hybrid(Optimizer):
         lambdas: one weight per rule, in their order: finite, at least 0. They need not sum to 1.
         decoupled_weight_decay: :math:`\gamma \ge 0`; weights shrink before they move (Algorithm 3).
         maximize: ascend instead of descend.
-        compile: from the second step on, let ``torch.compile`` fuse the step of all parameters:
-            each tensor is then read and written once. Worth its compilation (seconds to a minute)
-            for thousands of steps. The same numbers up to rounding; ``lr`` and ``lambdas`` may
-            change at every step without another compilation.
-
-    A compiled step never waits for a GPU (checked on meta tensors), as a CUDA graph demands that
-    captures it after two steps. Hold ``lr`` and ``lambdas`` as tensors on the device then
-    (``lambdas`` of shape (number of rules,)): a replay sees what is written into them, and not a
-    number that replaces them.
+        compile: let ``torch.compile`` fuse the step of all parameters: each tensor is then read
+            and written once. Worth its compilation (seconds to a minute) for thousands of steps.
+            The same numbers up to rounding; ``lr`` and ``lambdas`` may change at every step
+            without another compilation.
+        foreach: compute all parameters of a group at once, as in :mod:`torch.optim`: few kernels
+            instead of many, at the price of some memory. None: on NVIDIA GPUs.
+        merge: "product", the report's; "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
 
     Raises:
         ValueError: at construction and in ``add_param_group`` for anything outside its range, and
             in ``step`` for weights or rates that were changed to something impossible.
         TypeError: for complex parameters, and for rules that are not rules.
-        CannotCompile: in the first step that was to be compiled (of every group the second) and
-            cannot be; groups before the one that failed have moved then.
+        CannotCompile: in the first step that was to be compiled and cannot be; groups before the
+            one that failed have moved then.
 
     Example:
+        >>> from hybrid_lib.optim.rules import SGD, Adam
         >>> w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-        >>> optimizer = Hybrid([w], [rule.Adam(), rule.SGD()], lr=0.1, lambdas=(0.5, 0.5))
+        >>> optimizer = Hybrid([w], [Adam(), SGD()], lr=0.1, lambdas=(0.5, 0.5))
         >>> (w**2).sum().backward()
         >>> optimizer.step()
         >>> w
@@ -85,6 +142,8 @@ class Hybrid(Optimizer):
         decoupled_weight_decay: float = 0.0,
         maximize: bool = False,
         compile: bool = False,
+        foreach: bool | None = None,
+        merge: str = "product",
     ):
         defaults = dict(
             lr=lr,
@@ -93,25 +152,28 @@ class Hybrid(Optimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             maximize=maximize,
             compile=compile,
+            foreach=foreach,
+            merge=merge,
         )
+        self._forget()
         super().__init__(params, defaults)
-        self._fused: dict[int, FusedStep] = self._no_steps()  # by group
+
+    def _forget(self) -> None:
+        self._compiled: dict[tuple, Callable] = {}  # by all that torch does not look at
+        self._initialised: dict[int, tuple] = {}  # the rules whose buffers are there, by group
 
     def __setstate__(self, state: dict) -> None:
         """Of a copy, or of a loaded state: the buffers are others now."""
         super().__setstate__(state)
-        self._fused = self._no_steps()
-        for i, group in enumerate(self.param_groups):
-            self._fused[i].moved_eagerly(group["rules"])
-
-    @staticmethod
-    def _no_steps() -> dict[int, FusedStep]:
-        return collections.defaultdict(lambda: FusedStep(Hybrid._move))
+        self._forget()
+        for group in self.param_groups:
+            group.setdefault("foreach", None)  # of a pickle from before these existed
+            group.setdefault("merge", "product")
 
     @property
     def needs_hessian(self) -> bool:
         """Whether any rule of any group asks for ``hess_diag``."""
-        return any(r.needs_hessian for group in self.param_groups for r in group["rules"])
+        return any(map(_needs_hessian, self.param_groups))
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters with settings of their own; what is not given is taken from the defaults.
@@ -122,12 +184,16 @@ class Hybrid(Optimizer):
         group = {**self.defaults, **param_group}
         group["rules"], group["lambdas"] = tuple(group["rules"]), _weights(group["lambdas"])
         for r in group["rules"]:
-            is_rule = hasattr(r, "propose") and hasattr(r, "needs_hessian") and is_dataclass(r)
-            if isinstance(r, type) or not is_rule:
+            is_rule = is_dataclass(r) and not isinstance(r, type)
+            if not is_rule or not all(
+                hasattr(r, name) for name in ("needs_hessian", "init", "corrections", "propose")
+            ):
                 raise TypeError(f"rules: {r!r} is not a rule; use those of rules, as in SGD()")
+        if group["merge"] not in MERGES:
+            raise ValueError(f"merge={group['merge']!r}: must be one of {', '.join(MERGES)}")
+        _check_rates(group)
         if not group["lr"] > 0:
             raise ValueError(f"lr={group['lr']!r}: must be a finite number above 0")
-        _check_rates(group)
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
@@ -156,8 +222,8 @@ class Hybrid(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, or where a rule needs ``hess_diag`` and never had
-                one. Nothing has moved then.
+            RuntimeError: for sparse gradients, where a rule needs ``hess_diag`` and never had one,
+                or inside a CUDA graph's capture. Nothing has moved then.
             ValueError: if ``hess_diag`` does not fit the parameters.
         """
         loss = None
@@ -167,49 +233,77 @@ class Hybrid(Optimizer):
 
         fresh = {} if hess_diag is None else self._matched(list(hess_diag))
         moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        for group, params in zip(self.param_groups, moving):
+            self._check_ready(group, params, fresh)
+        self._keep(fresh)
         for i, (group, params) in enumerate(zip(self.param_groups, moving)):
-            known = self._fused[i].knows(params, group, self.state)
-            self._check_ready(group, params, fresh, known)
-        for p, D in fresh.items():  # a copy: "the last again" must not change with the caller's
-            kept = self.state[p].get("hess_diag")
-            if kept is not None and kept.device == D.device and kept.dtype == state_dtype(p):
-                kept.copy_(D)  # where a captured step finds it
-            else:
-                self.state[p]["hess_diag"] = D.detach().to(state_dtype(p), copy=True)
-        for i, (group, params) in enumerate(zip(self.param_groups, moving)):
-            if not (group["compile"] and self._fused[i].move(params, group, self.state)):
-                self._move_each(params, group)
-                self._fused[i].moved_eagerly(group["rules"])
+            self._make_buffers(i, group, params)
+            # Parameters that have waited are at an earlier step: their corrections are others.
+            alike: dict[tuple, list[Tensor]] = {}
+            for p in params:
+                alike.setdefault((self.state[p]["step"] + 1, p.device, p.dtype), []).append(p)
+            for (t, device, _), part in alike.items():
+                self._move(group, part, t, device)
+                for p in part:
+                    self.state[p]["step"] = t
         return loss
 
-    def _move_each(self, params: list[Tensor], group: dict) -> None:
-        η, λ, rules = group["lr"], group["lambdas"], group["rules"]
-        γ, maximize = group["decoupled_weight_decay"], group["maximize"]
-        for w in params:
-            state = self.state[w]
-            state["step"] = t = int(state.get("step", 0)) + 1
-            buffers = state.setdefault("rules", [{} for _ in rules])
-            self._move(w, w.grad, state.get("hess_diag"), buffers, t, η, λ, rules, γ, maximize)
+    def _move(self, group: dict, params: list[Tensor], t: int, device: torch.device) -> None:
+        """The step t of parameters of one device and dtype."""
+        rules, grads = group["rules"], [p.grad for p in params]
+        states, diagonals = [self.state[p] for p in params], []
+        if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
+            diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
+                         for s, p in zip(states, params)]  # fmt: skip
+        η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+        corrections = [r.corrections(t) for r in rules]
+        how = rules, group["maximize"], group["merge"]
+        foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
+        if not group["compile"] and not foreach:
+            for p, g, s, D in zip(params, grads, states, diagonals or [None] * len(params)):
+                move(p, g, D, s["rules"], η, λ, corrections, γ, *how)
+            return
+        buffers = [
+            {name: [s["rules"][j][name] for s in states] for name in of_rule}
+            for j, of_rule in enumerate(states[0]["rules"])
+        ]
+        if not group["compile"]:
+            D = Tensors(diagonals) if diagonals else None
+            buffers = [{name: Tensors(b) for name, b in of_rule.items()} for of_rule in buffers]
+            move(Tensors(params), Tensors(grads), D, buffers, η, λ, corrections, γ, *how)
+            return
+        number = functools.partial(_on, device, state_dtype(params[0]))  # not compiled in
+        key = (*how, device, params[0].dtype, len(params), len(diagonals), γ == 0)
+        if key not in self._compiled:
+            options = {"only_tensors": True, "size_asserts": False}
+            self._compiled[key] = compiled(move_each, "the optimizer's step", **options)
+        self._compiled[key](
+            params, grads, diagonals, buffers, number(η), [number(λi) for λi in λ],
+            [tuple(map(number, c)) for c in corrections], number(γ) if γ != 0 else 0, *how,
+        )  # fmt: skip
 
-    @staticmethod
-    def _move(
-        w: Tensor, g: Tensor, D: Tensor | None, buffers: list[dict], t: Number, η: Number,
-        λ: Sequence[Number], rules: tuple, γ: float, maximize: bool, corrections=None,
-    ) -> None:  # fmt: skip
-        """The step of one parameter tensor: Algorithms 2 and 4, line by line."""
-        # Under bfloat16 the arithmetic is float32's; otherwise x is w itself.
-        x, g = w.to(state_dtype(w)), g.to(state_dtype(w))
-        # D enters squared: its sign is free.
-        seen = Seen(x, -g if maximize else g, D, corrections)
-        answers = [r.propose(seen, b, η, t) for r, b in zip(rules, buffers)]
+    def _make_buffers(self, i: int, group: dict, params: list[Tensor]) -> None:
+        """What the rules of group i want for these parameters, where it is not there."""
+        rules = group["rules"]
+        for p in params:
+            state = self.state[p]
+            if "rules" not in state:
+                state.setdefault("step", 0)
+                state["rules"] = [r.init(p) for r in rules]
+        if self._initialised.get(i) is not rules:  # changed by hand, or after a copy or a load
+            for state, p in ((self.state.get(p, {}), p) for p in group["params"]):
+                for r, buffers in zip(rules, state.get("rules", ())):
+                    buffers |= {k: b for k, b in r.init(p).items() if k not in buffers}
+            self._initialised[i] = rules
 
-        d_merged = sum(_weighed(λi, d) for λi, (d, _) in zip(λ, answers))
-        η_merged = sum(λi * ηi for λi, (_, ηi) in zip(λ, answers))
-        if isinstance(γ, Tensor) or γ != 0:
-            x.mul_(1 - η * γ)
-        x.sub_(η_merged * d_merged)
-        if x is not w:
-            w.copy_(x)
+    def _keep(self, fresh: dict[Tensor, Tensor]) -> None:
+        """Copy diagonals: "the last again" must not change with the caller's tensor."""
+        kept = {p: self.state[p].get("hess_diag") for p in fresh}
+        again = [p for p, D in kept.items() if D is not None]
+        if again:
+            torch._foreach_copy_([kept[p] for p in again], [fresh[p] for p in again])
+        for p in fresh.keys() - set(again):
+            self.state[p]["hess_diag"] = fresh[p].detach().to(state_dtype(p), copy=True)
 
     def _matched(self, hess_diag: list[Tensor | None]) -> dict[Tensor, Tensor]:
         """The given tensors by parameter, where a rule needs them."""
@@ -229,39 +323,37 @@ class Hybrid(Optimizer):
                     f"hess_diag[{i}] is {D.dtype} on {D.device}, its parameter {p.dtype} on "
                     f"{p.device}: the diagonal must be real and on its parameter's device"
                 )
-        needing = {
-            p
-            for group in self.param_groups
-            if any(r.needs_hessian for r in group["rules"])
-            for p in group["params"]
-        }
-        return {p: D for p, D in zip(params, hess_diag) if D is not None and p in needing}
+        wanted = {p for group in self.param_groups if _needs_hessian(group)
+                  for p in group["params"]}  # fmt: skip
+        return {p: D for p, D in zip(params, hess_diag) if D is not None and p in wanted}
 
-    def _check_ready(
-        self, group: dict, moving: list[Tensor], fresh: dict[Tensor, Tensor], known: bool
-    ) -> None:
+    def _check_ready(self, group: dict, params: list[Tensor], fresh: dict[Tensor, Tensor]) -> None:
         _check_rates(group)
-        for p in moving:
+        # A step with lr = 0 only makes buffers, as torch.distributed.checkpoint does.
+        must_have_one = _needs_hessian(group) and _if_here(group["lr"]) != 0
+        for p in params:
             if p.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
                     "use dense gradients (for an embedding: sparse=False)"
                 )
-        if known:
-            return
-        needs_hessian = any(r.needs_hessian for r in group["rules"])
-        for p in moving:
             state = self.state.get(p, {})
-            if len(state.get("rules", group["rules"])) != len(group["rules"]):
+            if "rules" in state and len(state["rules"]) != len(group["rules"]):
                 raise RuntimeError(
                     "rules were added or removed after the first step: their buffers are not "
                     "there; make a new optimizer, or weigh a rule with 0 until it is wanted"
                 )
-            if needs_hessian and p not in fresh and "hess_diag" not in state:
+            if must_have_one and p not in fresh and "hess_diag" not in state:
                 raise RuntimeError(
                     "AdaHessian needs the Hessian diagonal at its first step: "
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
+        on_gpu = params and params[0].device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph would repeat this step's bias corrections for ever: capture forward "
+                "and backward pass, and call step() outside"
+            )
 
     def state_dict(self) -> dict:
         """As in :class:`torch.optim.Optimizer`; rules become dicts of numbers and strings.
@@ -270,13 +362,11 @@ class Hybrid(Optimizer):
         weights_only=True)`` reads it back.
         """
         packed = super().state_dict()
-        packed["state"] = {
-            key: {**state, "step": int(state["step"])} if "step" in state else state
-            for key, state in packed["state"].items()
-        }
         for group in packed["param_groups"]:
-            group["lr"] = _float(group["lr"])
-            group["lambdas"] = tuple(map(_float, group["lambdas"]))
+            group["lr"], group["lambdas"] = (
+                _value(group["lr"]),
+                tuple(map(_value, group["lambdas"])),
+            )
             group["rules"] = [{"rule": type(r).__name__, **asdict(r)} for r in group["rules"]]
             group.update(_plain(group))
         return packed
@@ -284,11 +374,38 @@ class Hybrid(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore a ``state_dict()``, copied: later steps do not write into it.
 
+        How to compute (``compile``, ``foreach``) stays this optimizer's own.
+
         Raises:
             ValueError: if it belongs to other rules or to other parameters.
         """
-        saved_groups = []
-        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+        given: dict = {}
+
+        def checked(_, state_dict: dict) -> dict:  # after the hooks that the user has registered
+            given.update(state_dict)
+            return {**state_dict, "param_groups": self._restored_groups(state_dict)}
+
+        def copy(_) -> None:  # torch rounds to the parameter's dtype; under bfloat16 ours are wider
+            for key, p in self._keyed(given):
+                if key in given["state"]:
+                    self.state[p] = _copied(given["state"][key], p)
+
+        hooks = [self.register_load_state_dict_pre_hook(checked),
+                 self.register_load_state_dict_post_hook(copy, prepend=True)]  # fmt: skip
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _keyed(self, state_dict: dict):
+        """(key in the saved state, parameter), in order."""
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        return zip(keys, (p for group in self.param_groups for p in group["params"]))
+
+    def _restored_groups(self, state_dict: dict) -> list[dict]:
+        saved_groups = list(state_dict["param_groups"])
+        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
             theirs = [r["rule"] for r in saved.get("rules", [])]
             ours = [type(r).__name__ for r in group["rules"]]
             if theirs != ours:
@@ -296,266 +413,106 @@ class Hybrid(Optimizer):
                     f"the saved state belongs to {' + '.join(theirs) or 'another optimizer'}, "
                     f"this optimizer is {' + '.join(ours)}"
                 )
-            restored = tuple(
+            rules = tuple(
                 replace(r, **{k: v for k, v in packed.items() if k != "rule"})
                 for r, packed in zip(group["rules"], saved["rules"])
             )
-            ours = {"rules": restored, "lambdas": tuple(saved["lambdas"])}
-            # How to compute is this optimizer's own, whatever the saved one did.
-            saved_groups.append({**saved, **ours, "compile": group["compile"]})
-        saved_groups += state_dict["param_groups"][len(saved_groups) :]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params):
-            for name, shape in _shapes(state_dict["state"].get(key, {})):
-                if shape != p.shape:
-                    raise ValueError(
-                        f"the saved state of parameter {key} ({name}) has shape {tuple(shape)}, "
-                        f"the parameter {tuple(p.shape)}"
-                    )
-        super().load_state_dict({**state_dict, "param_groups": saved_groups})
-        # torch rounds every buffer to its parameter's dtype; under bfloat16 ours are float32.
-        for key, p in zip(keys, params):
-            if key in state_dict["state"]:
-                self.state[p] = _copied(state_dict["state"][key], p)
+            own = {name: group[name] for name in ("compile", "foreach")}
+            restored = {"rules": rules, "lambdas": tuple(saved["lambdas"]), **own}
+            saved_groups[i] = {"merge": "product", **saved, **restored}  # older ones name no merge
+        for key, p in self._keyed(state_dict):
+            state = state_dict["state"].get(key, {})
+            for buffers in [state, *state.get("rules", [])]:
+                for name, value in buffers.items():
+                    if isinstance(value, Tensor) and name != "step" and value.shape != p.shape:
+                        raise ValueError(
+                            f"the saved state of parameter {key} ({name}) has shape "
+                            f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                        )
+        return saved_groups
 
 
-def _weighed(λ: Number, d: Tensor) -> Number:
-    """λ d, and 0 for λ = 0 even where a direction that nobody wants is not finite."""
-    if isinstance(λ, Tensor):
-        return torch.where(λ != 0, λ * d, 0.0)
-    return λ * d if λ != 0 else 0.0
+def _weighted_sum(weights: Sequence[Number], terms: Sequence):
+    """A new tensor, or None if nothing has weight.
 
-
-def sgd(
-    params,
-    lr: float = 0.01,
-    momentum: float = 0.95,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 5e-4,
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """SGD alone, with the defaults of Table I; the same steps as :class:`torch.optim.SGD`."""
-    alone = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    return Hybrid(params, (alone,), lr, maximize=maximize, compile=compile)
-
-
-def adam(
-    params,
-    lr: float = 0.001,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 5e-4,
-    amsgrad: bool = False,
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """Adam alone, with the defaults of Table I; the same steps as :class:`torch.optim.Adam`."""
-    alone = rule.Adam(betas, eps, weight_decay, amsgrad)
-    return Hybrid(params, (alone,), lr, maximize=maximize, compile=compile)
-
-
-def atmo(
-    params,
-    lr: float = 0.01,
-    lambdas: Sequence[float] = (0.5, 0.5),
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    momentum: float = 0.95,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 5e-4,
-    weight_decay_in: str = "both",
-    amsgrad: bool = False,
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """ATMO, Adam + SGD (Algorithm 2; Landro et al. 2021), with the defaults of Table I.
-
-    Args:
-        lambdas: (weight of Adam, weight of SGD).
-        weight_decay: L2 term. Algorithm 2 has it in SGD alone: ``weight_decay_in="sgd"``. The
-            released code has it in both rules, and so has the default.
-
-    Other arguments: :class:`rules.Adam`, :class:`rules.SGD` and :class:`Hybrid`.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = atmo(model.parameters(), lambdas=(0.8, 0.2))
-        >>> optimizer.param_groups[0]["lambdas"]
-        (0.8, 0.2)
+    What has none is left out, even where a direction that nobody wants is not finite.
     """
-    adam = rule.Adam(betas, eps, _unless_sgd_only(weight_decay, weight_decay_in), amsgrad)
-    sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    return Hybrid(params, (adam, sgd), lr, lambdas, maximize=maximize, compile=compile)
+    weighed = [
+        each(functools.partial(_times, λ), x) if isinstance(λ, Tensor) else x.mul(λ)
+        for λ, x in zip(weights, terms)
+        if isinstance(λ, Tensor) or λ != 0
+    ]
+    return functools.reduce(lambda total, term: total.add_(term), weighed) if weighed else None
 
 
-def padam(
-    params,
-    lr: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 5e-4,
-    amsgrad: bool = True,
-    partial: float = 1 / 8,
-    bias_correction: str = "released",
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """Padam (Algorithm 1; Chen et al. 2018). Arguments: :class:`rules.Padam`, :class:`Hybrid`.
-
-    The report lists no settings for Padam alone; lr and weight decay are those of its paper.
-    """
-    alone = rule.Padam(betas, eps, weight_decay, amsgrad, partial, bias_correction)
-    return Hybrid(params, (alone,), lr, maximize=maximize, compile=compile)
+def _times(λ: Tensor, x: Tensor) -> Tensor:
+    return torch.where(λ != 0, x * λ, 0.0)
 
 
-def padam_sgd(
-    params,
-    lr: float = 0.01,
-    lambdas: Sequence[float] = (0.5, 0.5),
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    momentum: float = 0.9,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.025,
-    weight_decay_in: str = "both",
-    amsgrad: bool = False,
-    partial: float = 1 / 8,
-    bias_correction: str = "released",
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """PADAM-SGD, Padam + SGD merged as in Algorithm 2, with the defaults of Table I.
-
-    As released: no AMSGrad maximum, p = 1/8, L2 in both rules (``weight_decay_in="sgd"``: in SGD
-    alone). Arguments: :class:`rules.Padam`, :class:`rules.SGD` and :class:`Hybrid`; ``lambdas`` is
-    (weight of Padam, weight of SGD).
-    """
-    decay = _unless_sgd_only(weight_decay, weight_decay_in)
-    adaptive = rule.Padam(betas, eps, decay, amsgrad, partial, bias_correction)
-    sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    return Hybrid(params, (adaptive, sgd), lr, lambdas, maximize=maximize, compile=compile)
+def _wide(x):
+    first = x.tensors[0] if isinstance(x, Tensors) else x
+    dtype = state_dtype(first)
+    return x if first.dtype == dtype else each(lambda of_one: of_one.to(dtype), x)
 
 
-def adahessian(
-    params,
-    lr: float = 0.15,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 5e-4,
-    hessian_power: float = 1.0,
-    spatial_average: str | int | None = None,
-    signed_average: bool = False,
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """AdaHessian (Algorithm 3; Yao et al. 2020), with the defaults of Table I.
-
-    ``weight_decay`` is decoupled, as in the algorithm. Arguments: :class:`rules.AdaHessian` and
-    :class:`Hybrid`. Every step wants a Hessian diagonal:
-
-    Example:
-        >>> from hybrid_lib import hessian_diagonal
-        >>> w = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
-        >>> optimizer = adahessian([w], lr=0.5, weight_decay=0.0)
-        >>> grads, diag = hessian_diagonal((torch.tensor([1.0, 10.0]) * w**2).sum(), [w])
-        >>> w.grad = grads[0]
-        >>> optimizer.step(hess_diag=diag)
-        >>> w.data.round(decimals=4)  # curvature 2 and 20, the same relative step: Newton's, halved
-        tensor([ 1.5000, -0.5000])
-    """
-    alone = rule.AdaHessian(betas, eps, hessian_power, spatial_average, signed_average)
-    return Hybrid(params, (alone,), lr, (1.0,), weight_decay, maximize, compile)
-
-
-def adasgd(
-    params,
-    lr: float = 0.1,
-    lambdas: Sequence[float] = (0.5, 0.5),
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    momentum: float = 0.95,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 5e-4,
-    weight_decay_in: str = "sgd",
-    hessian_power: float = 1.0,
-    spatial_average: str | int | None = None,
-    signed_average: bool = False,
-    maximize: bool = False,
-    compile: bool = False,
-) -> Hybrid:
-    """AdaSGD, AdaHessian + SGD (Algorithm 4), with the defaults of Table I.
-
-    Args:
-        lambdas: (weight of AdaHessian, weight of SGD).
-        weight_decay: L2 term of the SGD rule, as released. Algorithm 4 decays both:
-            ``weight_decay_in="both"`` adds AdaHessian's own, decoupled decay.
-
-    Other arguments: :class:`rules.AdaHessian`, :class:`rules.SGD` and :class:`Hybrid`.
-    """
-    adaptive = rule.AdaHessian(betas, eps, hessian_power, spatial_average, signed_average)
-    sgd = rule.SGD(momentum, dampening, nesterov, weight_decay)
-    decoupled = _unless_sgd_only(weight_decay, weight_decay_in)
-    return Hybrid(params, (adaptive, sgd), lr, lambdas, decoupled, maximize, compile)
-
-
-def _unless_sgd_only(weight_decay: float, weight_decay_in: str) -> float:
-    """The adaptive rule's share of the weight decay."""
-    if weight_decay_in not in ("both", "sgd"):
-        raise ValueError(f'weight_decay_in={weight_decay_in!r}: must be "both" or "sgd"')
-    return weight_decay if weight_decay_in == "both" else 0.0
+def _needs_hessian(group: dict) -> bool:
+    return any(r.needs_hessian for r in group["rules"])
 
 
 def _check_rates(group: dict) -> None:
     """lr and lambdas may be changed between steps: looked at again before each."""
-    γ = group["decoupled_weight_decay"]
-    lr, *lambdas = (_float_if_here(v) for v in (group["lr"], *group["lambdas"]))
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr={lr!r}: must be a finite number, at least 0")
-    if not (math.isfinite(γ) and γ >= 0):
-        raise ValueError(f"decoupled_weight_decay={γ!r}: must be a finite number, at least 0")
+    for name in ("lr", "decoupled_weight_decay"):
+        if not _is_weight(group[name]):
+            raise ValueError(f"{name}={group[name]!r}: must be a finite number, at least 0")
+    lambdas = tuple(group["lambdas"])
     if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):
         raise ValueError(
-            f"lambdas={tuple(lambdas)!r} for {len(group['rules'])} rules: one weight per rule"
+            f"lambdas={lambdas!r} for {len(group['rules'])} rules: one weight per rule"
         )
-    if not all(math.isfinite(λ) and λ >= 0 for λ in lambdas):
-        raise ValueError(f"lambdas={tuple(lambdas)!r}: weights must be finite and at least 0")
+    if not all(map(_is_weight, lambdas)):
+        raise ValueError(f"lambdas={lambdas!r}: weights must be finite and at least 0")
+
+
+def _is_weight(number) -> bool:
+    number = _if_here(number)
+    return isinstance(number, numbers.Real) and math.isfinite(number) and number >= 0
+
+
+def _if_here(number: Number) -> float:
+    """Of a tensor elsewhere, which would have to be waited for, only that there is one."""
+    elsewhere = isinstance(number, Tensor) and number.device.type != "cpu"
+    return 1.0 if elsewhere else _value(number)
 
 
 def _weights(lambdas) -> tuple | Tensor:
-    return lambdas if isinstance(lambdas, Tensor) else tuple(lambdas)
+    if isinstance(lambdas, Tensor):
+        return lambdas
+    if not isinstance(lambdas, Iterable):
+        raise ValueError(f"lambdas={lambdas!r}: must be a sequence of numbers, one per rule")
+    return tuple(lambdas)
 
 
-def _float(number: Number) -> float:
+def _value(number: Number) -> float:
     return number.item() if isinstance(number, Tensor) else number
 
 
-def _float_if_here(number: Number) -> float:
-    """Of a tensor elsewhere, which would have to be waited for, only that there is one."""
-    elsewhere = isinstance(number, Tensor) and number.device.type != "cpu"
-    return 1.0 if elsewhere else _float(number)
+def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(device, dtype)
+    return torch.full((), number, device=device, dtype=dtype)  # filled there: no copy to wait for
 
 
-def _copied(value, p: Tensor):
+def _copied(value, p: Tensor, name: str = ""):
     """A copy of one parameter's state, on its device and in the dtype its buffers have."""
+    if name == "step":
+        return int(value)
     if isinstance(value, Tensor):
         return value.detach().to(p.device, state_dtype(p), copy=True)
     if isinstance(value, dict):
-        return {k: _copied(v, p) for k, v in value.items()}
+        return {k: _copied(v, p, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_copied(v, p) for v in value]
     return value
-
-
-def _shapes(state: dict):
-    """(name, shape) of every tensor in one parameter's state."""
-    for buffers in [state, *state.get("rules", [])]:
-        yield from ((k, v.shape) for k, v in buffers.items() if isinstance(v, Tensor))
 
 
 def _plain(value):

@@ -1,17 +1,23 @@
-"""Update rules: SGD, Adam, Padam and AdaHessian, each reduced to what a hybrid needs of it.
+"""Update rules: SGD, Adam, Padam, AdaHessian and Lion, each reduced to what a hybrid needs of it.
 
-A rule looks at one parameter tensor (:class:`Seen`), moves its own buffers and answers with a
-direction d and a step size eta. Used alone, a rule would move the weights by ``-eta * d``; the
-merge of several answers, and the only place where weights move, is :mod:`hybrid_lib.optim.hybrid`.
+Used alone, a rule would move the weights by ``-step_size * direction``; the merge of several
+answers, and the only place where weights move, is :mod:`hybrid_lib.optim.hybrid`. A rule is a
+frozen dataclass of hyper-parameters with
 
-Rules are frozen dataclasses of hyper-parameters. What changes while training (buffers, the step
-count t, the learning rate) is handed in, so one rule can serve any number of parameters.
+- ``needs_hessian``: whether it wants the diagonal of the Hessian,
+- ``init(w)``: its buffers for one parameter, by name,
+- ``corrections(t)``: what depends on the step count t = 1, 2, … alone, as Python floats,
+- ``propose(seen, buffers, lr, corrections)``: moves the buffers in place and answers
+  (direction, step size).
+
+One text serves a tensor and, as :class:`Tensors`, all tensors of a parameter group at once: in
+``propose`` write methods (``x.add(y)``), not functions of torch, and do not look at values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +25,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Number = float | Tensor  # a compiled step has lr, t and the step sizes as tensors of no dimension
+Number = float | Tensor  # in a compiled step, numbers are tensors of no dimension
+
+
+class Tensors:
+    """Tensors that compute as one: every method is ``torch._foreach_<method>`` of all of them.
+
+    >>> x = Tensors([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
+    >>> x.add(x, alpha=2).tensors
+    [tensor([3., 6.]), tensor([9.])]
+    """
+
+    def __init__(self, tensors):
+        self.tensors = list(tensors)
+
+    def __getattr__(self, name: str) -> Callable[..., Tensors]:
+        operation = getattr(torch, f"_foreach_{name}")
+
+        def of_all(*others, **options):
+            others = [x.tensors if isinstance(x, Tensors) else x for x in others]
+            result = operation(self.tensors, *others, **options)
+            return self if name.endswith("_") else Tensors(result)
+
+        return of_all
+
+    def __neg__(self) -> Tensors:
+        return self.neg()
+
+
+def each(function: Callable[[Tensor], Tensor], x: Tensor | Tensors) -> Tensor | Tensors:
+    """``function`` of a tensor, or of every one of several."""
+    return Tensors(map(function, x.tensors)) if isinstance(x, Tensors) else function(x)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -28,21 +64,23 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return p.dtype if wide else torch.promote_types(p.dtype, torch.float32)
 
 
+def zeros(w: Tensor) -> Tensor:
+    """A buffer for ``w``: of its shape and strides, in float32 at least."""
+    return torch.zeros_like(w, dtype=state_dtype(w), requires_grad=False)
+
+
 class Seen(NamedTuple):
-    """What a rule may look at in one step; the three tensors have the same shape.
+    """What a rule may look at in one step; the three are of the same shape.
 
     Attributes:
         w: the weights, before this step.
         g: the gradient of the loss at ``w`` (already negated where the loss is maximised).
         hess_diag: an estimate of the diagonal of the Hessian at ``w``, or None if no rule asked.
-        corrections: (1 - beta^t)^power by (beta, power), each of POWERS, where they are known: a
-            compiled step computes them once, and not for every weight.
     """
 
-    w: Tensor
-    g: Tensor
-    hess_diag: Tensor | None = None
-    corrections: Mapping[tuple[float, float], Tensor] | None = None
+    w: Tensor | Tensors
+    g: Tensor | Tensors
+    hess_diag: Tensor | Tensors | None = None
 
 
 @dataclass(frozen=True)
@@ -82,16 +120,22 @@ class SGD:
                 "Nesterov's step needs momentum > 0 and dampening = 0"
             )
 
-    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """The momentum buffer, if there is momentum."""
+        return {"momentum_buffer": zeros(w)} if self.momentum else {}
+
+    def corrections(self, t: int) -> tuple[float, ...]:
+        """1 - d, but 1 for the first gradient."""
+        return (1.0 if t == 1 else 1 - self.dampening,)
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
         """Move the momentum buffer and answer (direction, step size)."""
+        (share,) = corrections
         g = _with_l2(seen, self.weight_decay)
         if self.momentum == 0:
             return g, lr
-        if not buffers:
-            buffers["momentum_buffer"] = g.clone()
-        else:
-            buffers["momentum_buffer"].mul_(self.momentum).add_(g, alpha=1 - self.dampening)
-        b = buffers["momentum_buffer"]
+        b = buffers["momentum_buffer"].mul_(self.momentum)
+        b.add_(g if self.dampening == 0 else g.mul(share))
         return (g.add(b, alpha=self.momentum) if self.nesterov else b), lr
 
 
@@ -129,14 +173,21 @@ class Adam:
         object.__setattr__(self, "betas", _checked_betas(self.betas))
         _check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
 
-    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """The averages m and v and, with AMSGrad, the maximum of v."""
+        return _averages(w, self.amsgrad)
+
+    def corrections(self, t: int) -> tuple[float, ...]:
+        """1 / (1 - beta1^t) and 1 / sqrt(1 - beta2^t)."""
+        return _unbiased(self.betas[0], t, -1), _unbiased(self.betas[1], t, -0.5)
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
         """Move m and v and answer (direction, step size)."""
-        beta1, beta2 = self.betas
+        of_m, of_root = corrections
         g = _with_l2(seen, self.weight_decay)
-        m, v = _moments(buffers, g, g, self.betas)
-        root = _second_moment(buffers, v, self.amsgrad).sqrt()
-        root.mul_(_correction(beta2, t, seen, -0.5))
-        return m / root.add_(self.eps), lr * _correction(beta1, t, seen, -1)
+        m, v = _moved_averages(buffers, g, g, self.betas)
+        root = _second_moment(buffers, v, self.amsgrad).sqrt().mul_(of_root)
+        return m.div(root.add_(self.eps)), lr * of_m
 
 
 @dataclass(frozen=True)
@@ -193,19 +244,28 @@ class Padam:
                 'must be "released", "none" or "consistent"'
             )
 
-    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
-        """Move m and v and answer (direction, step size)."""
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """The averages m and v and, with AMSGrad, the maximum of v."""
+        return _averages(w, self.amsgrad)
+
+    def corrections(self, t: int) -> tuple[float, ...]:
+        """Factors of the step size and of the root of v, as ``bias_correction`` reads them."""
         beta1, beta2 = self.betas
+        return {
+            "released": (_unbiased(beta2, t, 0.5) * _unbiased(beta1, t, -1), 1.0),
+            "none": (1.0, 1.0),
+            "consistent": (_unbiased(beta1, t, -1), _unbiased(beta2, t, -0.5)),
+        }[self.bias_correction]
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
+        """Move m and v and answer (direction, step size)."""
+        of_step, of_root = corrections
         g = _with_l2(seen, self.weight_decay)
-        m, v = _moments(buffers, g, g, self.betas)
+        m, v = _moved_averages(buffers, g, g, self.betas)
         root = _second_moment(buffers, v, self.amsgrad).sqrt()
-        step_size = lr
-        if self.bias_correction == "released":
-            step_size = lr * _correction(beta2, t, seen, 0.5) * _correction(beta1, t, seen, -1)
-        elif self.bias_correction == "consistent":
-            root.mul_(_correction(beta2, t, seen, -0.5))
-            step_size = lr * _correction(beta1, t, seen, -1)
-        return m / root.add_(self.eps).pow_(2 * self.partial), step_size
+        if self.bias_correction == "consistent":
+            root.mul_(of_root)
+        return m.div(root.add_(self.eps).pow_(2 * self.partial)), lr * of_step
 
 
 @dataclass(frozen=True)
@@ -254,15 +314,64 @@ class AdaHessian:
                 "or a block size of at least 1"
             )
 
-    def propose(self, seen: Seen, buffers: dict, lr: Number, t: Number) -> tuple[Tensor, Number]:
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """The averages m and v."""
+        return _averages(w)
+
+    def corrections(self, t: int) -> tuple[float, ...]:
+        """1 / (1 - beta1^t) and 1 / (1 - beta2^t)."""
+        return _unbiased(self.betas[0], t, -1), _unbiased(self.betas[1], t, -1)
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
         """Move m and v and answer (direction, step size)."""
-        beta1, beta2 = self.betas
+        of_m, of_v = corrections
         D = seen.hess_diag
         if self.spatial_average is not None:
-            D = spatial_average(D if self.signed_average else D.abs(), self.spatial_average)
-        m, v = _moments(buffers, seen.g, D, self.betas)
-        scale = v.mul(_correction(beta2, t, seen, -1)).pow_(self.hessian_power / 2)
-        return m / scale.add_(self.eps), lr * _correction(beta1, t, seen, -1)
+            D = D if self.signed_average else D.abs()
+            D = each(lambda of_one: spatial_average(of_one, self.spatial_average), D)
+        m, v = _moved_averages(buffers, seen.g, D, self.betas)
+        scale = v.mul(of_v).pow_(self.hessian_power / 2)
+        return m.div(scale.add_(self.eps)), lr * of_m
+
+
+@dataclass(frozen=True)
+class Lion:
+    r"""Lion, a sign of two averages (Chen et al. 2023); not in the report.
+
+    .. math:: \text{direction } \mathrm{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \quad
+              m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t, \quad \eta_t = \eta
+
+    Weight decay, if any, is decoupled and belongs to :class:`~hybrid_lib.Hybrid`.
+
+    Args:
+        betas: how the direction and the average m weigh the past, each in [0, 1).
+
+    Raises:
+        ValueError: for a hyper-parameter outside its range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    needs_hessian = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", _checked_betas(self.betas))
+
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """The average m."""
+        return {"exp_avg": zeros(w)}
+
+    def corrections(self, t: int) -> tuple[float, ...]:
+        """None: m starts at zero and is not corrected."""
+        return ()
+
+    def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
+        """Move m and answer (direction, step size)."""
+        beta1, beta2 = self.betas
+        m = buffers["exp_avg"]
+        direction = m.mul(beta1).add_(seen.g, alpha=1 - beta1).sign_()
+        m.lerp_(seen.g, 1 - beta2)
+        return direction, lr
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
@@ -289,38 +398,34 @@ def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
     return values.mean(dim=averaged_dims[values.dim()], keepdim=True).expand_as(values)
 
 
-def _with_l2(seen: Seen, weight_decay: float) -> Tensor:
+def _with_l2(seen: Seen, weight_decay: float):
     return seen.g if weight_decay == 0 else seen.g.add(seen.w, alpha=weight_decay)
 
 
-def _moments(buffers: dict, first: Tensor, second: Tensor, betas: tuple[float, float]):
+def _averages(w: Tensor, amsgrad: bool = False) -> dict[str, Tensor]:
+    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    return {name: zeros(w) for name in names}
+
+
+def _moved_averages(buffers: dict, first, second, betas: tuple[float, float]) -> tuple:
     """Exponential moving averages m of ``first`` and v of ``second`` squared."""
-    if not buffers:
-        buffers["exp_avg"] = torch.zeros_like(first)
-        buffers["exp_avg_sq"] = torch.zeros_like(first)
     beta1, beta2 = betas
     m = buffers["exp_avg"].lerp_(first, 1 - beta1)
     v = buffers["exp_avg_sq"].mul_(beta2).addcmul_(second, second, value=1 - beta2)
     return m, v
 
 
-POWERS = (-1, -0.5, 0.5)  # of corrections, that rules ask for
-
-
-def _correction(beta: float, t: Number, seen: Seen, power: float) -> Number:
+def _unbiased(beta: float, t: int, power: float) -> float:
     """(1 - beta^t)^power: 1 - beta^t is the bias of a moving average that started at zero."""
-    if seen.corrections is None:
-        return (1 - beta**t) ** power
-    return seen.corrections[beta, power]
+    return (1 - beta**t) ** power
 
 
-def _second_moment(buffers: dict, v: Tensor, amsgrad: bool) -> Tensor:
+def _second_moment(buffers: dict, v, amsgrad: bool):
+    """v or, with AMSGrad, its running maximum."""
     if not amsgrad:
         return v
-    if "max_exp_avg_sq" not in buffers:
-        buffers["max_exp_avg_sq"] = v.clone()
     largest = buffers["max_exp_avg_sq"]
-    return largest.copy_(torch.maximum(largest, v))
+    return largest.copy_(largest.maximum(v))
 
 
 def _check_at_least_zero(**values: float) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid_lib.optim.compiling import CannotCompile, compiled
+from hybrid_lib.optim.compiled import CannotCompile, compiled
 from hybrid_lib.optim.curvature import forward_over_reverse, hessian_diagonal, random_bits, signs
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.models import ResNet18

@@ -18,7 +18,8 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from hybrid_lib.optim import hybrid, rules, schedules
+from hybrid_lib.optim import methods, rules, schedules
+from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training import data
 from hybrid_lib.training.models import ResNet18, resnet18, seeded
 
@@ -217,7 +218,7 @@ class Experiment:
         """Whether one of its rules is AdaHessian."""
         return bool({"adahessian", "adasgd"} & set(self.optimizer.split("+")))
 
-    def build_optimizer(self, params, compile: bool = False) -> hybrid.Hybrid:
+    def build_optimizer(self, params, compile: bool = False) -> Hybrid:
         """The optimizer for ``params``, with the weights of the first epoch."""
         settings = {f: getattr(self, f) for f in OPTIMIZER_SETTINGS}
         settings = {f: value for f, value in settings.items() if value is not None}
@@ -228,14 +229,14 @@ class Experiment:
                 r(**{f: v for f, v in settings.items() if f in inspect.signature(r).parameters})
                 for r in self._rules
             ]
-            return hybrid.Hybrid(params, made, self.lr, self.lambdas()(0), compile=compile)
+            return Hybrid(params, made, self.lr, self.lambdas()(0), compile=compile)
         if self.is_hybrid:
             settings["lambdas"] = self.lambdas()(0)
-        return getattr(hybrid, self.optimizer)(params, lr=self.lr, compile=compile, **settings)
+        return getattr(methods, self.optimizer)(params, lr=self.lr, compile=compile, **settings)
 
     def settings(self) -> set[str]:
         """Which of the optimizer's settings (momentum, partial, …) this optimizer has."""
-        makers = self._rules or [getattr(hybrid, self.optimizer)]
+        makers = self._rules or [getattr(methods, self.optimizer)]
         known = set().union(*(inspect.signature(m).parameters for m in makers))
         return known & set(OPTIMIZER_SETTINGS)
 

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hybrid_lib.optim import hybrid, schedules
+from hybrid_lib.optim import methods, schedules
+from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training.experiments import LABELS, SCHEDULES
 from hybrid_lib.widgets.anatomy import record
 from hybrid_lib.widgets.surfaces import SURFACES, Surface
@@ -63,17 +64,17 @@ class Path:
         return None if self.left is not None or first == len(self.losses) else first
 
 
-def method(name: str, lr: float) -> Callable[[list[Tensor]], hybrid.Hybrid]:
+def method(name: str, lr: float) -> Callable[[list[Tensor]], Hybrid]:
     """A method of Table I on a surface: its own settings, the rate ``lr``, no weight decay.
 
     Weight decay would move the minima.
     """
-    return functools.partial(getattr(hybrid, name), lr=lr, weight_decay=0.0)
+    return functools.partial(getattr(methods, name), lr=lr, weight_decay=0.0)
 
 
 def paths(
     surface: Surface,
-    optimizers: Mapping[str, Callable[[list[Tensor]], hybrid.Hybrid]],
+    optimizers: Mapping[str, Callable[[list[Tensor]], Hybrid]],
     lambdas: Callable[[int], tuple] | Mapping[str, Callable[[int], tuple]] | None = None,
     steps: int = STEPS,
     noise: float = 0.0,
@@ -118,7 +119,7 @@ def paths(
         w.grad = g
         groups += make([w]).param_groups
     # All in one optimizer, a parameter group each: one call moves them.
-    crowd = hybrid.Hybrid(groups, groups[0]["rules"], groups[0]["lr"])
+    crowd = Hybrid(groups, groups[0]["rules"], groups[0]["lr"])
     recorded = [record(group) for group in crowd.param_groups]
     if not isinstance(lambdas, Mapping):
         lambdas = dict.fromkeys(names, lambdas)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_lib.optim import hybrid, schedules
+from hybrid_lib.optim import methods, schedules
 from hybrid_lib.optim.curvature import hessian_diagonal
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -157,13 +157,13 @@ def build(family, hyper, params):
     elif hyper.get("average_conv_kernel"):
         ours["spatial_average"] = "kernel"
     constructors = {
-        "atmo": hybrid.atmo,
-        "padam": hybrid.padam,
-        "padam_sgd": hybrid.padam_sgd,
-        "adahessian": hybrid.adahessian,
-        "adahessian_ag": hybrid.adahessian,
-        "adahessian_dense": hybrid.adahessian,
-        "adasgd": hybrid.adasgd,
+        "atmo": methods.atmo,
+        "padam": methods.padam,
+        "padam_sgd": methods.padam_sgd,
+        "adahessian": methods.adahessian,
+        "adahessian_ag": methods.adahessian,
+        "adahessian_dense": methods.adahessian,
+        "adasgd": methods.adasgd,
     }
     return constructors[family](list(params), **ours)
 
@@ -176,3 +176,24 @@ def set_rates(optimizer, case, step):
         (weights,) = case["lambda_per_step"][step]
         order = case["lambda_order"]
         group["lambdas"] = tuple(weights[order.index(k)] for k in ("lambda_adaptive", "lambda_sgd"))
+
+
+STATES = torch.load(GOLDEN / "states-0.1.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}], ids=["loop", "foreach"])
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_version_0_1_saved_goes_on(name, how):
+    """Saved after three steps; weights recorded after three more, by that version's own code."""
+    saved = STATES[name]
+    params = [torch.nn.Parameter(w.clone()) for w in saved["at_3"]]
+    optimizer = getattr(methods, name)(params, lr=0.77, **how)
+    optimizer.load_state_dict(saved["state_dict"])
+    for step in range(3, 6):
+        draw = torch.Generator().manual_seed(100 + step)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=draw, dtype=p.dtype)
+        diag = [torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in params]
+        optimizer.step(hess_diag=diag)
+    for p, expected in zip(params, saved["at_6"]):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)

@@ -16,21 +16,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lib.optim import hybrid
+from hybrid_lib.optim import methods
 from hybrid_lib.optim.curvature import hessian_diagonal
 from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Padam
 
 SHAPES = [(2, 3, 2, 2), (4, 3), (5,), ()]
 OPTIMIZERS = {
-    "sgd": lambda params, **kw: hybrid.sgd(params, nesterov=True, **kw),
-    "adam": lambda params, **kw: hybrid.adam(params, amsgrad=True, **kw),
-    "atmo": lambda params, **kw: hybrid.atmo(params, lambdas=(0.7, 0.4), **kw),
-    "padam": hybrid.padam,
-    "padam_sgd": lambda params, **kw: hybrid.padam_sgd(params, dampening=0.1, **kw),
-    "adahessian": lambda params, **kw: hybrid.adahessian(params, spatial_average="auto", **kw),
-    "adasgd": lambda params, **kw: hybrid.adasgd(params, spatial_average=4, **kw),
+    "sgd": lambda params, **kw: methods.sgd(params, nesterov=True, **kw),
+    "adam": lambda params, **kw: methods.adam(params, amsgrad=True, **kw),
+    "atmo": lambda params, **kw: methods.atmo(params, lambdas=(0.7, 0.4), **kw),
+    "padam": methods.padam,
+    "padam_sgd": lambda params, **kw: methods.padam_sgd(params, dampening=0.1, **kw),
+    "adahessian": lambda params, **kw: methods.adahessian(params, spatial_average="auto", **kw),
+    "adasgd": lambda params, **kw: methods.adasgd(params, spatial_average=4, **kw),
+    "lion_sgd": methods.lion_sgd,
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 unhurried = settings(deadline=None)  # a busy machine is no fault
@@ -149,8 +151,8 @@ def test_all_weight_on_one_rule_is_pytorch_s_optimizer(rule_and_witness, positio
 @pytest.mark.parametrize(
     ("constructor", "witness"),
     [
-        (hybrid.sgd, lambda p, **kw: torch.optim.SGD(p, momentum=0.95, weight_decay=5e-4, **kw)),
-        (hybrid.adam, lambda p, **kw: torch.optim.Adam(p, weight_decay=5e-4, **kw)),
+        (methods.sgd, lambda p, **kw: torch.optim.SGD(p, momentum=0.95, weight_decay=5e-4, **kw)),
+        (methods.adam, lambda p, **kw: torch.optim.Adam(p, weight_decay=5e-4, **kw)),
     ],
     ids=["sgd", "adam"],
 )
@@ -169,7 +171,7 @@ def test_adahessian_is_the_public_package_s(hessian_power, weight_decay):
     same_for_both = dict(
         lr=0.15, betas=(0.9, 0.99), weight_decay=weight_decay, eps=1e-4, hessian_power=hessian_power
     )
-    ours = hybrid.adahessian(parameters(), **same_for_both)
+    ours = methods.adahessian(parameters(), **same_for_both)
     theirs = package.AdaHessian(parameters(), **same_for_both)
     for step in range(50):
         ours.step(hess_diag=observe(parameters_of(ours), step))
@@ -182,17 +184,26 @@ def test_padam_is_the_public_package_s(partial):
     """Theirs has no AMSGrad maximum, and the released bias correction."""
     package = pytest.importorskip("pytorch_optimizer")
     same_for_both = dict(lr=0.1, betas=(0.9, 0.99), weight_decay=0.05, partial=partial)
-    ours = train(hybrid.padam(parameters(), amsgrad=False, **same_for_both), range(50))
+    ours = train(methods.padam(parameters(), amsgrad=False, **same_for_both), range(50))
     theirs = train(package.PAdam(parameters(), **same_for_both), range(50))
+    assert_close(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_is_the_public_package_s(weight_decay):
+    package = pytest.importorskip("pytorch_optimizer")
+    same_for_both = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=weight_decay)
+    ours = train(methods.lion(parameters(), **same_for_both), range(50))
+    theirs = train(package.Lion(parameters(), **same_for_both), range(50))
     assert_close(weights(ours), weights(theirs))
 
 
 # --- The merge. ---
 
 
-def moved_once(rules, lambdas, lr=0.125, grad_scale=1.0):
+def moved_once(rules, lambdas, lr=0.125, grad_scale=1.0, **settings):
     params = parameters()
-    optimizer = Hybrid(params, rules, lr, lambdas)
+    optimizer = Hybrid(params, rules, lr, lambdas, **settings)
     before = weights(optimizer)
     diag = observe(params, 0)
     for p in params:
@@ -212,6 +223,81 @@ def test_the_merge_is_a_product_of_sums(lambdas, c):
     moved = moved_once(MIXTURE, lambdas)
     assert_close(moved_once(MIXTURE, [c * λ for λ in lambdas]), [c**2 * d for d in moved], 1e-9)
     assert_close(moved_once(MIXTURE, lambdas, lr=0.125 * c), [c * d for d in moved], 1e-9)
+
+
+@quick
+@given(st.integers(0, 2), st.sampled_from([0.0, 1.0, 0.3]))
+def test_with_one_rule_alone_all_merges_are_that_rule_s_step(which, λ):
+    """For graft, where that rule is the first."""
+    lambdas = [λ if i == which else 0.0 for i in range(3)]
+    steps = [λ * d for d in moved_once([MIXTURE[which]], (1.0,))]
+    first = [MIXTURE[which], *MIXTURE[:which], *MIXTURE[which + 1 :]]
+    assert_close(moved_once(MIXTURE, lambdas, merge="sum"), steps, 1e-9)
+    assert_close(moved_once(first, (λ, 0.0, 0.0), merge="graft"), steps, 1e-9)
+
+
+def test_a_grafted_step_has_one_rule_s_direction_and_another_s_length():
+    rules = (Adam(), SGD())
+    adam, sgd = moved_once(rules[:1], (1.0,)), moved_once(rules[1:], (1.0,))
+    for moved, a, s in zip(moved_once(rules, (0.0, 1.0), merge="graft"), adam, sgd):
+        torch.testing.assert_close(moved.norm(), s.norm())
+        torch.testing.assert_close(moved / moved.norm(), a / a.norm())
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}], ids=["loop", "foreach"])
+def test_a_grafted_step_without_direction_stands_still(how):
+    w = torch.nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    optimizer = Hybrid([w], (Adam(), SGD(weight_decay=0.1)), 0.1, (0.5, 0.5), merge="graft", **how)
+    optimizer.step()
+    assert torch.equal(w, torch.ones(3))
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_foreach_is_the_loop(name, dtype):
+    both = [OPTIMIZERS[name](parameters(dtype=dtype), foreach=foreach) for foreach in (False, True)]
+    for step in range(6):
+        for optimizer in both:
+            (group,) = optimizer.param_groups
+            group["lr"] = 0.1 / (1 + step)
+            group["lambdas"] = ((1.0,), (0.25 * (step % 5), 1.0))[len(group["rules"]) - 1]
+            train(optimizer, [step])
+    for a, b in zip(*map(weights, both)):
+        torch.testing.assert_close(a, b)
+
+
+def test_foreach_takes_several_precisions_in_one_group():
+    def mixed(**how):
+        params = parameters(dtype=torch.float32)
+        params[1] = torch.nn.Parameter(params[1].detach().double())
+        params[2] = torch.nn.Parameter(params[2].detach().bfloat16())
+        return methods.adasgd(params, **how)
+
+    loop, foreach = (train(mixed(foreach=foreach), range(4)) for foreach in (False, True))
+    for a, b in zip(weights(loop), weights(foreach)):
+        torch.testing.assert_close(a, b)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that reach a device."""
+
+    n = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.n += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "most"), [("atmo", 60), ("adasgd", 60), ("adahessian", 60)])
+def test_a_foreach_step_dispatches_few_operations(name, most):
+    """However many parameters there are: on a GPU each is a launch."""
+    params = parameters(dtype=torch.float32, shapes=[(3,)] * 62)
+    optimizer = train(getattr(methods, name)(params, foreach=True), [0])
+    diag = observe(params, 1)
+    with Counting() as counting:
+        optimizer.step(hess_diag=diag)
+    assert counting.n <= most
 
 
 def test_half_and_half_is_not_half_of_each_step():
@@ -307,25 +393,25 @@ def test_gradients_may_live_in_the_same_memory_for_ever(name):
 def test_the_defaults_are_those_of_table_i():
     p = parameters()
     rows = {
-        "sgd": (hybrid.sgd(p), 0.01, (1.0,), 0.0, [SGD(0.95, weight_decay=5e-4)]),
-        "adam": (hybrid.adam(p), 0.001, (1.0,), 0.0, [Adam(weight_decay=5e-4)]),
+        "sgd": (methods.sgd(p), 0.01, (1.0,), 0.0, [SGD(0.95, weight_decay=5e-4)]),
+        "adam": (methods.adam(p), 0.001, (1.0,), 0.0, [Adam(weight_decay=5e-4)]),
         "atmo": (
-            hybrid.atmo(p),
+            methods.atmo(p),
             0.01,
             (0.5, 0.5),
             0.0,
             [Adam(weight_decay=5e-4), SGD(0.95, weight_decay=5e-4)],
         ),
         "padam_sgd": (
-            hybrid.padam_sgd(p),
+            methods.padam_sgd(p),
             0.01,
             (0.5, 0.5),
             0.0,
             [Padam(weight_decay=0.025, amsgrad=False), SGD(0.9, weight_decay=0.025)],
         ),
-        "adahessian": (hybrid.adahessian(p), 0.15, (1.0,), 5e-4, [AdaHessian()]),
+        "adahessian": (methods.adahessian(p), 0.15, (1.0,), 5e-4, [AdaHessian()]),
         "adasgd": (
-            hybrid.adasgd(p),
+            methods.adasgd(p),
             0.1,
             (0.5, 0.5),
             0.0,
@@ -340,7 +426,7 @@ def test_the_defaults_are_those_of_table_i():
 
 @pytest.mark.parametrize(
     ("constructor", "l2", "decoupled"),
-    [(hybrid.atmo, 0.3, 0.0), (hybrid.padam_sgd, 0.3, 0.0), (hybrid.adasgd, None, 0.3)],
+    [(methods.atmo, 0.3, 0.0), (methods.padam_sgd, 0.3, 0.0), (methods.adasgd, None, 0.3)],
     ids=["atmo", "padam_sgd", "adasgd"],
 )
 def test_where_weight_decay_goes(constructor, l2, decoupled):
@@ -353,6 +439,12 @@ def test_where_weight_decay_goes(constructor, l2, decoupled):
     assert decays("sgd") == (l2 and 0.0, 0.3, 0.0)
     with pytest.raises(ValueError, match="weight_decay_in='adam'"):
         decays("adam")
+
+
+def test_averages_may_keep_the_sign():
+    for make in (methods.adahessian, methods.adasgd):
+        rule = make(parameters(), signed_average=True).param_groups[0]["rules"][0]
+        assert rule == AdaHessian(signed_average=True)
 
 
 def test_decoupled_decay_shrinks_by_the_learning_rate_alone():
@@ -411,6 +503,10 @@ REFUSED_GROUPS = {
     "lr 0": (dict(lr=0.0), ValueError, "lr=0.0"),
     "lr nan": (dict(lr=math.nan), ValueError, "lr=nan"),
     "lr inf": (dict(lr=math.inf), ValueError, "lr=inf"),
+    "lr text": (dict(lr="0.1"), ValueError, "lr='0.1'"),
+    "lambda text": (dict(lambdas=("0.5", "0.5")), ValueError, "lambdas="),
+    "lambda a number": (dict(lambdas=0.5), ValueError, "lambdas=0.5"),
+    "merge unknown": (dict(merge="mean"), ValueError, "merge='mean'.*product"),
     "lambda negative": (dict(lambdas=(0.5, -0.5)), ValueError, "lambdas="),
     "lambda nan": (dict(lambdas=(0.5, math.nan)), ValueError, "lambdas="),
     "lambda missing": (dict(lambdas=(0.5,)), ValueError, "2 rules"),
@@ -434,8 +530,8 @@ REFUSED_GROUPS = {
 def test_a_refused_group_says_why_and_leaves_the_optimizer_as_it_was(group, error, reason):
     group = {"params": [new()], **group}
     with pytest.raises(error, match=reason):
-        hybrid.atmo([group])
-    optimizer = train(hybrid.atmo(parameters()), range(3))
+        methods.atmo([group])
+    optimizer = train(methods.atmo(parameters()), range(3))
     before, defaults = snapshot(optimizer), dict(optimizer.defaults)
     with pytest.raises(error, match=reason):
         optimizer.add_param_group(group)
@@ -447,7 +543,7 @@ def test_a_refused_group_says_why_and_leaves_the_optimizer_as_it_was(group, erro
 
 def test_a_parameter_belongs_to_one_group():
     params = parameters()
-    optimizer = hybrid.atmo(params)
+    optimizer = methods.atmo(params)
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": [params[0]]})
     assert len(optimizer.param_groups) == 1
@@ -487,7 +583,7 @@ def test_a_step_without_any_gradient_does_nothing(name):
 
 def test_sparse_gradients_are_refused_and_nothing_moves():
     dense, embedding = new(), torch.nn.Embedding(4, 2, sparse=True)
-    optimizer = hybrid.atmo([{"params": [dense]}, {"params": embedding.parameters()}])
+    optimizer = methods.atmo([{"params": [dense]}, {"params": embedding.parameters()}])
     dense.grad = torch.ones(2)
     embedding(torch.tensor([1, 2])).sum().backward()
     before = snapshot(optimizer)
@@ -539,7 +635,7 @@ def test_no_new_hessian_diagonal_uses_the_last_one(name):
 def test_the_last_hessian_diagonal_is_the_one_that_was_given():
     """Not whatever the caller computes into the same memory later."""
     params = parameters()
-    optimizer, twin = hybrid.adahessian(params), hybrid.adahessian(parameters())
+    optimizer, twin = methods.adahessian(params), methods.adahessian(parameters())
     diag = observe(params, 0)
     optimizer.step(hess_diag=diag)
     for D in diag:
@@ -552,14 +648,14 @@ def test_the_last_hessian_diagonal_is_the_one_that_was_given():
 
 
 def test_any_iterable_of_hessian_diagonals_will_do():
-    a, b = hybrid.adahessian(parameters()), hybrid.adahessian(parameters())
+    a, b = methods.adahessian(parameters()), methods.adahessian(parameters())
     a.step(hess_diag=iter(observe(parameters_of(a), 0)))
     b.step(hess_diag=tuple(observe(parameters_of(b), 0)))
     assert same(weights(a), weights(b))
 
 
 def test_a_hessian_diagonal_may_come_in_another_precision():
-    a, b = hybrid.adahessian(parameters(dtype=torch.float32)), hybrid.adahessian(parameters())
+    a, b = methods.adahessian(parameters(dtype=torch.float32)), methods.adahessian(parameters())
     for step in range(3):
         a.step(hess_diag=[D.double() for D in observe(parameters_of(a), step)])
         b.step(hess_diag=[D.float() for D in observe(parameters_of(b), step)])
@@ -583,7 +679,7 @@ def test_a_hessian_diagonal_nobody_needs_is_not_kept(name):
 def test_any_rule_of_any_group_may_need_the_hessian():
     groups = [{"params": [new()]}, {"params": [new()], "rules": (AdaHessian(),), "lambdas": (1,)}]
     assert Hybrid(groups, (SGD(),), 0.1).needs_hessian
-    assert hybrid.adasgd([new()]).needs_hessian
+    assert methods.adasgd([new()]).needs_hessian
     assert not Hybrid(groups[:1], (SGD(),), 0.1).needs_hessian
 
 
@@ -612,7 +708,7 @@ def test_a_hessian_diagonal_that_does_not_fit_is_refused(name, spoil, error, rea
 
 def test_a_refused_step_does_not_keep_its_hessian_diagonal():
     params = parameters()
-    optimizer = train(hybrid.adahessian(params), range(2))
+    optimizer = train(methods.adahessian(params), range(2))
     before, diag = snapshot(optimizer), observe(params, 2)
     optimizer.param_groups[0]["lr"] = math.nan
     with pytest.raises(ValueError, match="lr=nan"):
@@ -772,21 +868,54 @@ def test_a_checkpoint_at_any_moment_continues_bit_by_bit(name, dtype, before, af
     assert same(snapshot(resumed), snapshot(original))
 
 
-@every_optimizer
-def test_loading_restores_the_settings_too(name):
-    saved = saved_and_loaded(train(OPTIMIZERS[name](parameters(), lr=0.03), range(2)).state_dict())
-    optimizer = OPTIMIZERS[name](parameters(), lr=0.5)
+def test_loading_restores_every_number_that_decides_a_step():
+    """Into an optimizer that has others: nothing is right by accident."""
+    given = dict(lr=0.03, lambdas=(0.2, 0.9), maximize=True, merge="sum")
+    source = methods.adasgd(parameters(), weight_decay_in="both", **given)
+    saved = saved_and_loaded(source.state_dict())
+    optimizer = methods.adasgd(parameters(), weight_decay=0.0, compile=True, foreach=True)
+    optimizer.load_state_dict(saved)
     (group,) = optimizer.param_groups
-    stranger = {f.name for f in dataclasses.fields(group["rules"][0])} & {"eps", "weight_decay"}
-    group["rules"] = (
-        dataclasses.replace(group["rules"][0], **{stranger.pop(): 0.77}),
-        *group["rules"][1:],
+    assert {k: group[k] for k in given} == given
+    assert group["decoupled_weight_decay"] == 5e-4
+    assert group["rules"] == (AdaHessian(), SGD(0.95, weight_decay=5e-4))
+    assert (group["compile"], group["foreach"]) == (True, True)  # how to compute is its own
+
+
+def test_loading_hooks_have_their_say():
+    """As with torch's own: a hook before may change the state, a hook after sees it loaded."""
+    saved = train(methods.adasgd(parameters()), range(3)).state_dict()
+    optimizer, after = methods.adasgd(parameters()), []
+
+    def zeroed(_, state_dict):
+        state = copy.deepcopy(state_dict["state"])
+        for of_one in state.values():
+            of_one["rules"][0]["exp_avg"].zero_()
+        return {**state_dict, "state": state}
+
+    optimizer.register_load_state_dict_pre_hook(zeroed)
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: after.extend(s["rules"][0]["exp_avg"].abs().sum() for s in o.state.values())
     )
     optimizer.load_state_dict(saved)
-    (group,), (expected,) = optimizer.param_groups, OPTIMIZERS[name](parameters()).param_groups
-    assert group["lr"] == 0.03
-    assert group["rules"] == expected["rules"]
-    assert group["lambdas"] == expected["lambdas"]
+    assert after == [0, 0, 0, 0]
+    assert all(s["rules"][0]["exp_avg_sq"].abs().sum() > 0 for s in optimizer.state.values())
+    assert optimizer.state[parameters_of(optimizer)[0]]["step"] == 3
+
+
+@every_optimizer
+def test_torch_s_distributed_checkpoints_take_a_fresh_optimizer(name):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = torch.nn.Linear(3, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = OPTIMIZERS[name](model.parameters())
+    saved = checkpoint.get_optimizer_state_dict(model, optimizer)
+    assert set(saved["state"]) == {"weight", "bias"}
+    assert same(before, weights(optimizer))
+    if optimizer.needs_hessian:  # the empty step has left no diagonal behind
+        observe(parameters_of(optimizer), 0)
+        with pytest.raises(RuntimeError, match="hessian_diagonal"):
+            optimizer.step()
 
 
 @every_optimizer
@@ -819,7 +948,7 @@ def test_a_checkpoint_may_continue_in_another_precision(name, saved_in, loaded_i
 def test_numpy_s_numbers_are_saved_as_plain_ones():
     """Weights and settings often come from np.linspace; torch.load would refuse its scalars."""
     ramp = np.linspace(0, 1, 5)
-    optimizer = hybrid.atmo(parameters(), momentum=ramp[3], eps=ramp[1])
+    optimizer = methods.atmo(parameters(), momentum=ramp[3], eps=ramp[1])
     optimizer.param_groups[0].update(lambdas=(ramp[1], ramp[3]), lr=ramp[1])
     saved = saved_and_loaded(train(optimizer, range(2)).state_dict())
     assert saved["param_groups"][0]["lambdas"] == (0.25, 0.75)
@@ -833,25 +962,25 @@ def test_a_checkpoint_holds_tensors_and_primitives_only():
             return set().union(set(), *map(kinds, value))
         return {type(value)}
 
-    state = train(hybrid.adasgd(parameters()), range(2)).state_dict()
+    state = train(methods.adasgd(parameters()), range(2)).state_dict()
     assert kinds(state) <= {torch.Tensor, str, int, float, bool, type(None)}
 
 
 OTHERS = {
-    "other rules": lambda: hybrid.padam_sgd(parameters()),
+    "other rules": lambda: methods.padam_sgd(parameters()),
     "rules in another order": lambda: Hybrid(parameters(), (SGD(), Adam()), 0.1, (1, 1)),
-    "one rule less": lambda: hybrid.adam(parameters()),
+    "one rule less": lambda: methods.adam(parameters()),
     "torch's SGD": lambda: torch.optim.SGD(parameters(), lr=0.1, momentum=0.9),
     "torch's Adam": lambda: torch.optim.Adam(parameters()),
-    "fewer parameters": lambda: hybrid.atmo(parameters()[:3]),
-    "more groups": lambda: hybrid.atmo([{"params": [p]} for p in parameters()]),
-    "other shapes": lambda: hybrid.atmo(parameters(shapes=[(3,), *SHAPES[1:]])),
+    "fewer parameters": lambda: methods.atmo(parameters()[:3]),
+    "more groups": lambda: methods.atmo([{"params": [p]} for p in parameters()]),
+    "other shapes": lambda: methods.atmo(parameters(shapes=[(3,), *SHAPES[1:]])),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_another_optimizer_s_state_is_refused(other):
-    optimizer = train(hybrid.atmo(parameters()), range(2))
+    optimizer = train(methods.atmo(parameters()), range(2))
     before, foreign = snapshot(optimizer), train(other(), range(2)).state_dict()
     with pytest.raises(ValueError):  # noqa: PT011  (some of the words are torch's)
         optimizer.load_state_dict(foreign)
@@ -872,10 +1001,10 @@ def test_copies_live_on_their_own(name, copied):
 
 def test_named_parameters_are_taken_as_pytorch_takes_them():
     net = torch.nn.Linear(3, 2).double()
-    optimizer = hybrid.atmo(net.named_parameters())
+    optimizer = methods.atmo(net.named_parameters())
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     train(optimizer, range(2))
-    resumed = hybrid.atmo(copy.deepcopy(net).named_parameters())
+    resumed = methods.atmo(copy.deepcopy(net).named_parameters())
     resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     assert same(snapshot(train(resumed, [2])), snapshot(train(optimizer, [2])))
 
@@ -894,7 +1023,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS)
 def test_pytorch_s_schedulers_drive_the_learning_rate(scheduler):
-    ours = hybrid.sgd(parameters(), lr=0.1)
+    ours = methods.sgd(parameters(), lr=0.1)
     theirs = torch.optim.SGD(parameters(), lr=0.1, momentum=0.95, weight_decay=5e-4)
     driven = [(optimizer, scheduler(optimizer)) for optimizer in (ours, theirs)]
     for step in range(12):
@@ -942,7 +1071,7 @@ def test_a_bfloat16_step_is_the_exact_step_rounded_once(name):
 def test_the_second_moment_of_a_bfloat16_parameter_decays():
     """In bfloat16, 0.999 v rounds back to v and one early gradient would be remembered for ever."""
     w = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    optimizer = hybrid.adam([w], weight_decay=0.0)
+    optimizer = methods.adam([w], weight_decay=0.0)
     for step in range(1000):
         w.grad = torch.full_like(w, float(step == 0))
         optimizer.step()
@@ -986,7 +1115,7 @@ def test_strided_parameters_step_like_contiguous_ones(name):
 def test_empty_parameters_are_no_obstacle(average):
     """Layers of width zero exist; their mean is over nothing."""
     params = parameters(shapes=[(0,), (0, 3), (2,)])
-    optimizer = hybrid.adasgd(params, spatial_average=average)
+    optimizer = methods.adasgd(params, spatial_average=average)
     before = params[2].detach().clone()
     optimizer.step(hess_diag=observe(params, 0))
     assert not torch.equal(params[2], before)
@@ -994,7 +1123,7 @@ def test_empty_parameters_are_no_obstacle(average):
 
 def test_training_holds_no_graph_and_grows_no_state():
     w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = hybrid.adasgd([w])
+    optimizer = methods.adasgd([w])
     held = []
     for _ in range(3):
         (w.grad,), diag = hessian_diagonal((w**4).sum(), [w])
@@ -1013,7 +1142,7 @@ def test_training_holds_no_graph_and_grows_no_state():
 def test_adahessian_takes_newton_steps_on_a_parabola(curvature, distance):
     """One step with lr = 1: the bias corrections cancel, and g / |D| is the whole distance."""
     w = torch.nn.Parameter(torch.tensor([distance], dtype=torch.float64))
-    optimizer = hybrid.adahessian([w], lr=1.0, weight_decay=0.0, eps=0.0)
+    optimizer = methods.adahessian([w], lr=1.0, weight_decay=0.0, eps=0.0)
     (w.grad,), diag = hessian_diagonal((curvature * w**2 / 2).sum(), [w])
     optimizer.step(hess_diag=diag)
     assert abs(w.item()) < 1e-9 * distance

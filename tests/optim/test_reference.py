@@ -13,8 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybrid_lib.optim import hybrid
-from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Padam
+from hybrid_lib.optim import methods
+from hybrid_lib.optim.hybrid import Hybrid
+from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Lion, Padam
 
 SHAPES = [(2, 2, 3, 3), (3, 5), (2, 2, 3), (7,), ()]
 
@@ -69,10 +70,29 @@ def delta_adahessian(g, w, D, η, *, β1, β2, ε, k):
     return average(β1, g) / (v + ε), η / (1 - β1**t)
 
 
-def merged(answers, λ):
-    d_merged = sum(λi * d for λi, (d, _) in zip(λ, answers))
-    η_merged = sum(λi * η for λi, (_, η) in zip(λ, answers))
-    return η_merged * d_merged
+def delta_lion(g, w, D, η, *, β1, β2):
+    c = β1 * average(β2, g[:-1]) + (1 - β1) * g[-1]
+    return math.copysign(1, c) if c else 0.0, η
+
+
+def product(answers, λ):
+    """How far each entry of a tensor moves; answers: per entry, one (d, η) per rule."""
+    η_merged = sum(λi * η for λi, (_, η) in zip(λ, answers[0]))
+    return [η_merged * sum(λi * d for λi, (d, _) in zip(λ, of_entry)) for of_entry in answers]
+
+
+def sum_of_steps(answers, λ):
+    return [sum(λi * η * d for λi, (d, η) in zip(λ, of_entry)) for of_entry in answers]
+
+
+def graft(answers, λ):
+    norms = [math.sqrt(sum((η * d) ** 2 for d, η in rule)) for rule in zip(*answers)]
+    length = sum(λi * norm for λi, norm in zip(λ, norms))
+    first = math.sqrt(sum(of_entry[0][0] ** 2 for of_entry in answers))
+    return [length * of_entry[0][0] / first if first else 0.0 for of_entry in answers]
+
+
+MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
 
 
 def spatially_averaged(D, shape, how, signed):
@@ -87,20 +107,22 @@ def spatially_averaged(D, shape, how, signed):
     return answer
 
 
-def reference(case, deltas, how=None, signed=False):
+def reference(case, deltas, how=None, signed=False, merge="product"):
     """All weights after all steps; ``deltas``: one per rule, each a function with its letters."""
     sign = -1 if case.maximize else 1
     ends = []
     for i, shape in enumerate(SHAPES):
         D_s = [spatially_averaged(D[i].flatten().tolist(), shape, how, signed) for D in case.D]
-        for entry, w0 in enumerate(case.w[i].flatten().tolist()):
-            w = [w0]
-            for t, (η, λ) in enumerate(zip(case.η, case.λ), start=1):
-                g = [sign * g[i].flatten()[entry].item() for g in case.g[:t]]
-                D = [D[entry] for D in D_s[:t]]
-                answers = [delta(g, w, D, η, **letters) for delta, letters in deltas]
-                w.append(w[-1] * (1 - η * case.γ_decoupled) - merged(answers, λ))
-            ends.append(w[-1])
+        g_s = [[sign * x for x in g[i].flatten().tolist()] for g in case.g]
+        w_s = [[w] for w in case.w[i].flatten().tolist()]
+        for t, (η, λ) in enumerate(zip(case.η, case.λ), start=1):
+            answers = []
+            for entry, w in enumerate(w_s):
+                g, D = ([x[entry] for x in x_s[:t]] for x_s in (g_s, D_s))
+                answers.append([delta(g, w, D, η, **letters) for delta, letters in deltas])
+            for w, moved in zip(w_s, MERGES[merge](answers, λ)):
+                w.append(w[-1] * (1 - η * case.γ_decoupled) - moved)
+        ends += [w[-1] for w in w_s]
     return ends
 
 
@@ -110,7 +132,7 @@ def reference(case, deltas, how=None, signed=False):
 class Case:
     """Start weights; per step: gradients, Hessian diagonals (some repeat the last), η and λ."""
 
-    def __init__(self, seed, steps, n_rules, maximize=False, γ_decoupled=0.0):
+    def __init__(self, seed, steps, n_rules, maximize=False, γ_decoupled=0.0, foreach=False):
         generator = torch.Generator().manual_seed(seed)
 
         def normal():
@@ -118,7 +140,7 @@ class Case:
                 torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES
             ]
 
-        self.maximize, self.γ_decoupled, self.n_rules = maximize, γ_decoupled, n_rules
+        self.maximize, self.γ_decoupled, self.foreach = maximize, γ_decoupled, foreach
         self.w, self.g = normal(), [normal() for _ in range(steps)]
         self.g[0][1][0] = 0.0  # a row of dead units
         self.η = (10 ** -(1 + 2 * torch.rand(steps, generator=generator))).tolist()
@@ -133,7 +155,8 @@ class Case:
     def library(self, constructor, **settings):
         """All weights after all steps of the real optimizer."""
         params = [torch.nn.Parameter(w.clone()) for w in self.w]
-        optimizer = constructor(params, lr=1.0, maximize=self.maximize, **settings)
+        how = {"maximize": self.maximize, "foreach": self.foreach}
+        optimizer = constructor(params, lr=1.0, **how, **settings)
         for g, D, η, λ in zip(self.g, self.given, self.η, self.λ):
             optimizer.param_groups[0].update(lr=η, lambdas=λ)
             for p, gi in zip(params, g):
@@ -149,6 +172,7 @@ def cases(n_rules, decoupled=False):
         steps=st.integers(1, 6),
         n_rules=st.just(n_rules),
         maximize=st.booleans(),
+        foreach=st.booleans(),
         γ_decoupled=st.sampled_from([0.0, 0.03]) if decoupled else st.just(0.0),
     )
 
@@ -180,7 +204,7 @@ def test_algorithm_1_padam(case, betas, ε, γ, amsgrad, p, reading):
     β1, β2 = betas
     letters = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad, p=p, reading=reading)
     ours = case.library(
-        hybrid.padam,
+        methods.padam,
         betas=betas,
         eps=ε,
         weight_decay=γ,
@@ -198,7 +222,7 @@ def test_algorithm_2_atmo(case, betas, ε, sgd, amsgrad, decayed_in):
     β1, β2 = betas
     γ = sgd["γ"] if decayed_in == "both" else 0.0
     ours = case.library(
-        hybrid.atmo,
+        methods.atmo,
         betas=betas,
         eps=ε,
         momentum=sgd["μ"],
@@ -227,7 +251,7 @@ def test_algorithm_2_with_padam_for_adam(case, betas, ε, sgd, amsgrad, p, readi
     β1, β2 = betas
     γ = sgd["γ"] if decayed_in == "both" else 0.0
     ours = case.library(
-        hybrid.padam_sgd,
+        methods.padam_sgd,
         betas=betas,
         eps=ε,
         momentum=sgd["μ"],
@@ -256,7 +280,7 @@ def test_algorithm_3_adahessian(case, betas, ε, k, how, signed):
     """With signed_average=True and a block size as printed; the mean of \\|D\\| as published."""
     β1, β2 = betas
     ours = case.library(
-        hybrid.adahessian,
+        methods.adahessian,
         betas=betas,
         eps=ε,
         weight_decay=case.γ_decoupled,
@@ -283,7 +307,7 @@ def test_algorithm_4_adasgd(case, betas, ε, sgd, k, how, decayed_in):
     β1, β2 = betas
     case.γ_decoupled = sgd["γ"] if decayed_in == "both" else 0.0
     ours = case.library(
-        hybrid.adasgd,
+        methods.adasgd,
         betas=betas,
         eps=ε,
         momentum=sgd["μ"],
@@ -299,25 +323,35 @@ def test_algorithm_4_adasgd(case, betas, ε, sgd, k, how, decayed_in):
     assert_same(ours, reference(case, deltas, how))
 
 
-@settings(random, max_examples=20)
-@given(cases(4, decoupled=True))
-def test_any_number_of_rules_merge_as_two_do(case):
-    rules = (
+@random
+@given(cases(2, decoupled=True), betas)
+def test_lion_and_its_hybrid(case, betas):
+    """Its weight decay is decoupled, that of SGD an L2 term."""
+    β1, β2 = betas
+    settings = dict(betas=betas, momentum=0.5, weight_decay=case.γ_decoupled)
+    ours = case.library(methods.lion_sgd, **settings)
+    lion, sgd = dict(β1=β1, β2=β2), dict(μ=0.5, d=0.0, nesterov=False, γ=case.γ_decoupled)
+    assert_same(ours, reference(case, [(delta_lion, lion), (delta_sgd, sgd)]))
+
+
+@random
+@given(cases(5, decoupled=True), st.sampled_from(sorted(MERGES)), st.integers(0, 4))
+def test_any_number_of_rules_merge_as_the_formula_says(case, merge, first):
+    rules = [
         SGD(momentum=0.9, weight_decay=0.01),
         AdaHessian(betas=(0.8, 0.9), eps=0.01, hessian_power=0.5),
         Padam(betas=(0.5, 0.99), eps=1e-3, amsgrad=True, partial=0.25, bias_correction="none"),
         Adam(betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1),
-    )
-    ours = case.library(
-        hybrid.Hybrid,
-        rules=rules,
-        lambdas=(1, 1, 1, 1),
-        decoupled_weight_decay=case.γ_decoupled,
-    )
+        Lion(betas=(0.9, 0.5)),
+    ]
     deltas = [
         (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01)),
         (delta_adahessian, dict(β1=0.8, β2=0.9, ε=0.01, k=0.5)),
         (delta_padam, dict(β1=0.5, β2=0.99, ε=1e-3, γ=0, amsgrad=True, p=0.25, reading="none")),
         (delta_adam, dict(β1=0.9, β2=0.95, ε=1e-4, γ=0.1, amsgrad=False)),
+        (delta_lion, dict(β1=0.9, β2=0.5)),
     ]
-    assert_same(ours, reference(case, deltas))
+    rules, deltas = (listed[first:] + listed[:first] for listed in (rules, deltas))
+    settings = dict(decoupled_weight_decay=case.γ_decoupled, merge=merge)
+    ours = case.library(Hybrid, rules=rules, lambdas=(1, 1, 1, 1, 1), **settings)
+    assert_same(ours, reference(case, deltas, merge=merge))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from plotly.basedatatypes import Undefined
 
-from hybrid_lib.optim import hybrid, schedules
+from hybrid_lib.optim import methods, schedules
 from hybrid_lib.study import figures
 from hybrid_lib.widgets import anatomy, walks
 from hybrid_lib.widgets.playground import Playground, describe, draw, playground
@@ -135,7 +135,7 @@ def test_impossible_walks_are_refused(settings, complaint):
 def test_recording_changes_nothing():
     def trained(watched):
         w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-        optimizer = hybrid.atmo([w], lr=0.1)
+        optimizer = methods.atmo([w], lr=0.1)
         if watched:
             anatomy.record(optimizer.param_groups[0])
         for _ in range(5):
@@ -370,9 +370,9 @@ def test_the_three_things_to_try():
 
 
 def test_bias_correction_scales_the_whole_step():
-    atmo = anatomy.step_sizes(hybrid.atmo, [1, 10, 44])
+    atmo = anatomy.step_sizes(methods.atmo, [1, 10, 44])
     assert atmo.tolist() == pytest.approx([5.5, 1.27, 1.005], rel=5e-3)
-    padam_sgd = anatomy.step_sizes(hybrid.padam_sgd, [1, 100, 391, 3000])
+    padam_sgd = anatomy.step_sizes(methods.padam_sgd, [1, 100, 391, 3000])
     assert padam_sgd.tolist() == pytest.approx([0.66, 0.65, 0.78, 0.99], abs=6e-3)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -15,17 +14,17 @@ class CannotCompile(RuntimeError):
     """There is no compiler on the machine, or it cannot take this function."""
 
 
-def compiled(function: Callable, what: str, only: Sequence[str] = (), **options) -> Callable:
+def compiled(function: Callable, what: str, only_tensors: bool = False, **options) -> Callable:
     """``function``, compiled at its first call; it must not branch on the values of tensors.
 
-    Tensors may change between calls, but not their shapes, dtypes, devices or strides: a call
-    with others compiles again. Compilations are kept on disk by torch, between processes too.
+    Tensors may change between calls, but a call with other shapes, dtypes, devices or strides
+    compiles again. Compilations are kept on disk by torch, between processes too.
 
     Args:
         function: takes and returns tensors, in lists, tuples and dicts as it likes.
         what: names the function in errors, as in "the optimizer's step".
-        only: arguments in whose tensors alone calls differ: the caller promises that everything
-            else, in all others, stays as it is. Looking there would take a short function's time.
+        only_tensors: calls differ in tensors alone: the caller promises that everything else that
+            is handed in stays as it is. Looking there would take a short function's time.
         options: of torch's inductor.
 
     Raises:
@@ -36,12 +35,8 @@ def compiled(function: Callable, what: str, only: Sequence[str] = (), **options)
         function.__code__.replace(), function.__globals__, function.__name__,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
-    filters = hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # from torch 2.8
-    if only and filters:
-        looked_at = re.compile(rf"(L\[')?({'|'.join(only)})\b")
-        options["guard_filter_fn"] = lambda guards: [
-            g.guard_type == "TENSOR_MATCH" and bool(looked_at.match(g.name)) for g in guards
-        ]
+    if only_tensors and hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # from torch 2.8
+        options["guard_filter_fn"] = lambda guards: [g.guard_type == "TENSOR_MATCH" for g in guards]
     fast = None
 
     @functools.wraps(function)

@@ -1,0 +1,250 @@
+"""The methods: rules, defaults and looks in one table, from which every other list follows.
+
+A method is an entry of :data:`METHODS`; its constructor, ``NAME(params, lr=…, …)``, is made from
+the fields of its rules. A new rule is a class in :mod:`hybrid_lib.optim.rules` and an entry here;
+so is its hybrid with SGD. Defaults are those of Table I of the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hybrid_lib.optim import rules
+from hybrid_lib.optim.hybrid import Hybrid
+
+# Okabe and Ito's four colours with a contrast of 3:1 on white; families share one.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+
+_FIRST = ("betas", "eps", "momentum", "dampening", "nesterov")  # settings, as in torch.optim
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer with a name: one rule, or a hybrid of several.
+
+    Attributes:
+        label: its name in figures and tables.
+        rules: classes of rules, adaptive ones first; of a hybrid the last one is SGD's.
+        summary: what it is, for the constructor's docstring.
+        defaults: of its constructor, where they are not the rules' own.
+        colour, dash: of its lines.
+    """
+
+    label: str
+    rules: tuple[type, ...]
+    summary: str
+    defaults: Mapping = field(default_factory=dict)
+    colour: str = BLUE
+    dash: str = "solid"
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether rules are merged."""
+        return len(self.rules) > 1
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether one of its rules is AdaHessian."""
+        return any(rule.needs_hessian for rule in self.rules)
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """Of its constructor: ``params``, ``lr``, ``lambdas`` of a hybrid, and all settings."""
+        settings = {"lr": 0.01}
+        if self.is_hybrid:
+            settings["lambdas"] = (1 / len(self.rules),) * len(self.rules)
+        fields = {f.name: f.default for r in reversed(self.rules) for f in dataclasses.fields(r)}
+        settings |= {name: fields[name] for name in _FIRST if name in fields}
+        settings["weight_decay"] = 0.0
+        if self.is_hybrid:
+            settings["weight_decay_in"] = "both"
+        settings |= {k: v for k, v in fields.items() if k not in settings}
+        settings |= {"maximize": False, "compile": False, "foreach": None, "merge": "product"}
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature(
+            [inspect.Parameter("params", kind)]
+            + [inspect.Parameter(k, kind, default=self.defaults.get(k, v))
+               for k, v in settings.items()]
+        )  # fmt: skip
+
+    @property
+    def settings(self) -> set[str]:
+        """The settings of its rules: momentum, partial, weight_decay, …"""
+        around = {"params", "lr", "lambdas", "maximize", "compile", "foreach", "merge"}
+        return set(self.signature.parameters) - around
+
+    def __call__(self, *arguments, **settings) -> Hybrid:
+        """The optimizer; arguments as in :attr:`signature`.
+
+        Weight decay is an L2 term in the rules that have one, decoupled for those that do not.
+        """
+        given = dict(self.defaults) | self.signature.bind(*arguments, **settings).arguments
+        decay, where = given.pop("weight_decay", 0.0), given.pop("weight_decay_in", "both")
+        if where not in ("both", "sgd"):
+            raise ValueError(f'weight_decay_in={where!r}: must be "both" or "sgd"')
+        made, decoupled = [], 0.0
+        for rule in self.rules:
+            names = {f.name for f in dataclasses.fields(rule)}
+            own = {name: given[name] for name in names & given.keys()}
+            share = decay if where == "both" or rule is self.rules[-1] else 0.0
+            if "weight_decay" in names:
+                own["weight_decay"] = share
+            else:
+                decoupled = share
+            made.append(rule(**own))
+        around = {k: given[k] for k in ("maximize", "compile", "foreach", "merge") if k in given}
+        lambdas = given.get("lambdas", (1 / len(made),) * len(made))
+        return Hybrid(given["params"], made, given.get("lr", 0.01), lambdas, decoupled, **around)
+
+    def constructor(self, name: str) -> Callable[..., Hybrid]:
+        """The function ``name(params, lr=…, …)``."""
+
+        def construct(*arguments, **settings) -> Hybrid:
+            return self(*arguments, **settings)
+
+        parts = [f":class:`~hybrid_lib.optim.rules.{rule.__name__}`" for rule in self.rules]
+        weights = ""
+        if self.is_hybrid:
+            names = ", ".join(f"weight of {rule.__name__}" for rule in self.rules)
+            weights = f"\n\n    ``lambdas`` is ({names})."
+        construct.__name__ = construct.__qualname__ = name
+        construct.__doc__ = (
+            f"{self.summary}{weights}\n\n    Other arguments: {', '.join(parts)}, "
+            ":class:`~hybrid_lib.Hybrid`.\n    "
+        )
+        construct.__signature__ = self.signature
+        return construct
+
+
+METHODS = {
+    "sgd": Method(
+        "SGD", (rules.SGD,),
+        "SGD with momentum; the same steps as :class:`torch.optim.SGD`.",
+        {"lr": 0.01, "momentum": 0.95, "weight_decay": 5e-4},
+    ),
+    "adam": Method(
+        "Adam", (rules.Adam,),
+        "Adam; the same steps as :class:`torch.optim.Adam`.",
+        {"lr": 0.001, "weight_decay": 5e-4}, VERMILLION,
+    ),
+    "atmo": Method(
+        "ATMO", (rules.Adam, rules.SGD),
+        """ATMO, Adam + SGD (Algorithm 2; Landro et al. 2021).
+
+    Algorithm 2 has weight decay in SGD alone: ``weight_decay_in="sgd"``. The released code has it
+    in both rules, and so has the default.""",
+        {"lr": 0.01, "momentum": 0.95, "weight_decay": 5e-4}, GREEN,
+    ),
+    "padam": Method(
+        "Padam", (rules.Padam,),
+        """Padam (Algorithm 1; Chen et al. 2018).
+
+    The report lists no settings for Padam alone; rate and weight decay are those of its paper.""",
+        {"lr": 0.1, "weight_decay": 5e-4}, PURPLE, "dot",
+    ),
+    "padam_sgd": Method(
+        "PADAM-SGD", (rules.Padam, rules.SGD),
+        """PADAM-SGD, Padam + SGD merged as in Algorithm 2.
+
+    As released: no AMSGrad maximum, p = 1/8, L2 in both rules (``weight_decay_in="sgd"``: in SGD
+    alone).""",
+        {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.025, "amsgrad": False}, PURPLE,
+    ),
+    "adahessian": Method(
+        "AdaHessian", (rules.AdaHessian,),
+        """AdaHessian (Algorithm 3; Yao et al. 2020).
+
+    ``weight_decay`` is decoupled, as in the algorithm. Every step wants a Hessian diagonal:
+
+    >>> import torch
+    >>> from hybrid_lib import adahessian, hessian_diagonal
+    >>> w = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
+    >>> optimizer = adahessian([w], lr=0.5, weight_decay=0.0)
+    >>> grads, diag = hessian_diagonal((torch.tensor([1.0, 10.0]) * w**2).sum(), [w])
+    >>> w.grad = grads[0]
+    >>> optimizer.step(hess_diag=diag)
+    >>> w.data.round(decimals=4)  # curvature 2 and 20, the same relative step: Newton's, halved
+    tensor([ 1.5000, -0.5000])""",
+        {"lr": 0.15, "weight_decay": 5e-4}, VERMILLION, "dot",
+    ),
+    "adasgd": Method(
+        "AdaSGD", (rules.AdaHessian, rules.SGD),
+        """AdaSGD, AdaHessian + SGD (Algorithm 4 of the report).
+
+    Not the AdaSGD of Wang and Wiens (2020), which is SGD with one adaptive rate for all weights.
+
+    Weight decay is an L2 term of the SGD rule, as released. Algorithm 4 decays both:
+    ``weight_decay_in="both"`` adds AdaHessian's own, decoupled decay.""",
+        {"lr": 0.1, "momentum": 0.95, "weight_decay": 5e-4, "weight_decay_in": "sgd"},
+        BLUE, "dashdot",
+    ),
+    "lion": Method(
+        "Lion", (rules.Lion,),
+        """Lion (Chen et al. 2023), with the rate of its paper; not in the report.
+
+    ``weight_decay`` is decoupled.""",
+        {"lr": 1e-4, "weight_decay": 0.0}, GREEN, "dot",
+    ),
+    "lion_sgd": Method(
+        "Lion + SGD", (rules.Lion, rules.SGD),
+        """Lion + SGD merged as in Algorithm 2; not in the report, and its defaults are not tuned.
+
+    Weight decay is decoupled for Lion, L2 in SGD.""",
+        {"lr": 1e-3, "momentum": 0.95, "weight_decay": 5e-4}, GREEN, "dashdot",
+    ),
+}  # fmt: skip
+RULES = {name: m.rules[0] for name, m in METHODS.items() if not m.is_hybrid}
+globals().update({name: method.constructor(name) for name, method in METHODS.items()})
+
+
+def get_method(name: str) -> Method:
+    """An entry of METHODS; for "RULE+RULE", rules joined by +, the hybrid of them.
+
+    Raises:
+        ValueError: if it is neither.
+
+    >>> get_method("adam+adahessian").label
+    'Adam + AdaHessian'
+    """
+    if name in METHODS:
+        return METHODS[name]
+    parts = name.split("+")
+    if len(parts) < 2 or not RULES.keys() >= set(parts):
+        raise ValueError(
+            f"{name!r} is no method: must be one of {', '.join(METHODS)}, or rules joined by + "
+            f"({', '.join(RULES)})"
+        )
+    label = " + ".join(METHODS[part].label for part in parts)
+    return Method(
+        label, tuple(RULES[part] for part in parts), f"{label}, merged as in Algorithm 2."
+    )
+
+
+def label(name: str) -> str:
+    """What figures call a method, or one with dynamic weights.
+
+    >>> label("dyn_padam_sgd"), label("my run")
+    ('Dyn. PADAM-SGD', 'my run')
+    """
+    base = name.removeprefix("dyn_")
+    if base not in METHODS:
+        return name
+    return f"Dyn. {METHODS[base].label}" if name != base else METHODS[base].label
+
+
+def look(name: str) -> tuple[str, str]:
+    """Colour and dash of a method's lines; dynamic weights are dashed.
+
+    What is not in the table has one of eight looks that no method has, the same in every figure.
+    """
+    base = name.removeprefix("dyn_")
+    if base in METHODS:
+        return METHODS[base].colour, "dash" if name != base else METHODS[base].dash
+    looks = list(itertools.product((BLUE, VERMILLION, GREEN, PURPLE), ("longdash", "longdashdot")))
+    return looks[zlib.crc32(name.encode("utf-8")) % len(looks)]
