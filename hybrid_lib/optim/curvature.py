@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,9 +45,11 @@ def hessian_diagonal(
         Of a function ``(grads, diag, other)``, with gradient 0 where it does not depend.
 
     Raises:
-        ValueError: for ``n_samples`` below 1 or a loss that is not a scalar (of a function:
-            torch's RuntimeError).
+        ValueError: for ``n_samples`` below 1, a loss that is not a scalar or that depends on none
+            of the parameters, frozen parameters or none at all.
         TypeError: if ``params`` is a single tensor.
+        RuntimeError, NotImplementedError: where torch cannot differentiate twice (fused attention,
+            compiled models) or, of a function, forward (LSTM); with the way out.
 
     Reference: Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007.
 
@@ -61,34 +64,88 @@ def hessian_diagonal(
     if isinstance(params, Tensor):
         raise TypeError("params is a tensor: pass a list of tensors, as in [w]")
     params = list(params)
+    if not params:
+        raise ValueError("params is empty: there is nothing to differentiate by")
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples!r}: at least 1")
     if callable(loss):
         probes = [rademacher(params, generator) for _ in range(n_samples)]
-        with torch.no_grad():  # of other tensors that the function uses
+        with torch.no_grad(), _explained():  # no_grad: of other tensors that the function uses
             return forward_over_reverse(loss, [p.detach() for p in params], probes)
     if loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
+    if not loss.requires_grad:
+        raise ValueError("loss has no graph: compute it with gradients on, and do not detach it")
+    frozen = [i for i, p in enumerate(params) if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"params at {frozen} require no gradient: leave frozen parameters out")
+    with _explained():
+        return _reverse_over_reverse(loss, params, n_samples, generator)
 
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """torch's refusals in one line, with the usual ways out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        forward = isinstance(error, NotImplementedError)  # of derivatives taken forward
+        ways_out = (
+            "pass the loss itself instead of a function: it is then differentiated backwards twice"
+            if forward
+            else "use the model as it was before torch.compile"
+        )
+        raise type(error)(
+            f"this loss cannot be differentiated twice ({str(error).splitlines()[0]}): for "
+            "attention, compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); else "
+            f"{ways_out}"
+        ) from error
+
+
+def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, generator) -> tuple:
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    if all(g is None for g in grads):
+        raise ValueError(
+            "the loss depends on none of params: are they the model's own? Checkpointed "
+            "activations hide them, too: checkpoint(..., use_reentrant=False) does not"
+        )
     # Summed in at least float32: in bfloat16 many small terms would be lost.
     diag = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
     curved = [g for g in grads if g is not None and g.requires_grad]  # the rest has H z = 0
-    if curved:
-        for sample in range(n_samples):
-            zs = rademacher(params, generator)
-            z_curved = [z for z, g in zip(zs, grads) if g is not None and g.requires_grad]
-            last = sample == n_samples - 1
-            Hz = torch.autograd.grad(
-                curved, params, z_curved, retain_graph=not last, allow_unused=True
-            )
-            for D, z, h in zip(diag, zs, Hz):
-                if h is not None:
-                    D.add_(z * h, alpha=1 / n_samples)
+    if not curved and _has_own_backward(loss):
+        raise ValueError(
+            "no gradient of this loss can be differentiated again: an autograd.Function of its "
+            "own has a backward() that is not differentiable; D would be 0 without being so"
+        )
+    for sample in range(n_samples if curved else 0):
+        zs = rademacher(params, generator)
+        z_curved = [z for z, g in zip(zs, grads) if g is not None and g.requires_grad]
+        last = sample == n_samples - 1
+        Hz = torch.autograd.grad(curved, params, z_curved, retain_graph=not last, allow_unused=True)
+        for D, z, h in zip(diag, zs, Hz):
+            if h is not None:
+                D.add_(z * h, alpha=1 / n_samples)
     return (
         [None if g is None else g.detach() for g in grads],
         [D.to(p.dtype) for D, p in zip(diag, params)],
     )
+
+
+def _has_own_backward(loss: Tensor) -> bool:
+    """Whether an autograd.Function in Python is part of the graph; torch's own operations are
+    differentiable twice, or say that they are not."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def forward_over_reverse(

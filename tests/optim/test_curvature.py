@@ -13,8 +13,12 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from hybrid_lib.optim.curvature import hessian_diagonal, rademacher
 
@@ -323,3 +327,103 @@ def test_it_works_where_gradients_are_switched_off():
     with torch.no_grad():
         _, (D,) = hessian_diagonal(loss, [x])
     assert D.tolist() == [2, 2, 2]
+
+
+# --- What cannot be differentiated twice is refused in a line that says what to do. ---
+
+
+def attention_of(q):
+    return F.scaled_dot_product_attention(q, q, q).square().mean()
+
+
+def lstm():
+    return nn.LSTM(3, 2, batch_first=True), torch.randn(2, 4, 3)
+
+
+def of_an_lstm_as_a_function():
+    net, x = lstm()
+    names = [name for name, _ in net.named_parameters()]
+
+    def loss(params):
+        y, _ = torch.func.functional_call(net, dict(zip(names, params)), (x,))
+        return y.square().mean(), ()
+
+    return hessian_diagonal(loss, net.parameters())
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+def leaf(*shape):
+    return torch.randn(*shape, requires_grad=True)
+
+
+def of_a_checkpoint():
+    """Its gradients are all None and D would be 0: AdaHessian would divide by epsilon."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    return hessian_diagonal(checkpoint(net, leaf(4, 3), use_reentrant=True).sum(), net.parameters())
+
+
+def of_a_frozen_parameter():
+    net = nn.Linear(3, 2)
+    net.weight.requires_grad_(False)
+    return hessian_diagonal(net(torch.randn(4, 3)).square().mean(), net.parameters())
+
+
+def of_a_compiled_model():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    fast = torch.compile(net, backend="aot_eager")
+    return hessian_diagonal(fast(torch.randn(4, 3)).square().mean(), net.parameters())
+
+
+def of_attention(as_function=False):
+    q = leaf(1, 2, 4, 8)
+    loss = (lambda p: (attention_of(p[0]), ())) if as_function else attention_of(q)
+    return hessian_diagonal(loss, [q])
+
+
+REFUSED = {
+    "attention": (of_attention, r"sdpa_kernel\(SDPBackend.MATH\)"),
+    "attention, forward": (lambda: of_attention(True), r"sdpa_kernel\(SDPBackend.MATH\)"),
+    "an LSTM, forward": (of_an_lstm_as_a_function, "pass the loss itself"),
+    "a compiled model": (of_a_compiled_model, "before torch.compile"),
+    "a reentrant checkpoint": (of_a_checkpoint, "use_reentrant=False"),
+    "a frozen parameter": (of_a_frozen_parameter, r"params at \[0\].*frozen"),
+    "a backward of one's own": (
+        lambda: hessian_diagonal(OnceOnly.apply(w := leaf(3)).sum(), [w]), "not differentiable",
+    ),
+    "no graph": (lambda: hessian_diagonal(torch.zeros(()), [leaf(3)]), "no graph"),
+    "no parameters": (lambda: hessian_diagonal(leaf(3).sum(), []), "params is empty"),
+    "no parameters, forward": (lambda: hessian_diagonal(lambda p: (), []), "params is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("attempt", "way_out"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of checkpoints and compilers
+def test_a_refusal_names_the_way_out(attempt, way_out):
+    with pytest.raises((ValueError, RuntimeError), match=way_out) as refused:
+        attempt()
+    assert "\n" not in str(refused.value)
+
+
+def test_the_ways_out_work():
+    with sdpa_kernel(SDPBackend.MATH):
+        _, (D,) = of_attention()
+    assert D.abs().sum() > 0
+    net, x = lstm()
+    _, diag = hessian_diagonal(net(x)[0].square().mean(), net.parameters())
+    assert all(D.abs().sum() > 0 for D in diag)
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    again = checkpoint(net, leaf(4, 3), use_reentrant=False).square().sum()
+    _, diag = hessian_diagonal(again, net.parameters())
+    assert all(D.abs().sum() > 0 for D in diag)
