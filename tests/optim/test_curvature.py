@@ -364,14 +364,12 @@ class OnceOnly(torch.autograd.Function):
         return 2 * x * g
 
 
-def leaf(*shape):
-    return torch.randn(*shape, requires_grad=True)
-
-
 def of_a_checkpoint():
     """Its gradients are all None and D would be 0: AdaHessian would divide by epsilon."""
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
-    return hessian_diagonal(checkpoint(net, leaf(4, 3), use_reentrant=True).sum(), net.parameters())
+    return hessian_diagonal(
+        checkpoint(net, leaf(4, 3, dtype=torch.float32), use_reentrant=True).sum(), net.parameters()
+    )
 
 
 def of_a_frozen_parameter():
@@ -387,7 +385,7 @@ def of_a_compiled_model():
 
 
 def of_attention(as_function=False):
-    q = leaf(1, 2, 4, 8)
+    q = leaf(1, 2, 4, 8, dtype=torch.float32)
     loss = (lambda p: (attention_of(p[0]), ())) if as_function else attention_of(q)
     return hessian_diagonal(loss, [q])
 
@@ -424,6 +422,6 @@ def test_the_ways_out_work():
     _, diag = hessian_diagonal(net(x)[0].square().mean(), net.parameters())
     assert all(D.abs().sum() > 0 for D in diag)
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
-    again = checkpoint(net, leaf(4, 3), use_reentrant=False).square().sum()
+    again = checkpoint(net, leaf(4, 3, dtype=torch.float32), use_reentrant=False).square().sum()
     _, diag = hessian_diagonal(again, net.parameters())
     assert all(D.abs().sum() > 0 for D in diag)
