@@ -14,7 +14,7 @@ class CannotCompile(RuntimeError):
     """There is no compiler on the machine, or it cannot take this function."""
 
 
-def compiled(function: Callable, what: str, only_tensors: bool = False, **options) -> Callable:
+def compiled(function: Callable, what: str, only: str = "", **options) -> Callable:
     """``function``, compiled at its first call; it must not branch on the values of tensors.
 
     Tensors may change between calls, but a call with other shapes, dtypes, devices or strides
@@ -23,8 +23,8 @@ def compiled(function: Callable, what: str, only_tensors: bool = False, **option
     Args:
         function: takes and returns tensors, in lists, tuples and dicts as it likes.
         what: names the function in errors, as in "the optimizer's step".
-        only_tensors: calls differ in tensors alone: the caller promises that everything else that
-            is handed in stays as it is. Looking there would take a short function's time.
+        only: the argument in whose tensors alone calls differ: the caller promises that everything
+            else stays as it is, but for numbers. To look there would take a short function's time.
         options: of torch's inductor.
 
     Raises:
@@ -35,8 +35,11 @@ def compiled(function: Callable, what: str, only_tensors: bool = False, **option
         function.__code__.replace(), function.__globals__, function.__name__,
         function.__defaults__, function.__closure__,
     )  # fmt: skip
-    if only_tensors and hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # from torch 2.8
-        options["guard_filter_fn"] = lambda guards: [g.guard_type == "TENSOR_MATCH" for g in guards]
+    if only and hasattr(torch.compiler, "keep_tensor_guards_unsafe"):  # from torch 2.8
+        looked_at = (only, f"L['{only}']")
+        options["guard_filter_fn"] = lambda guards: [
+            g.guard_type == "TENSOR_MATCH" and g.name.startswith(looked_at) for g in guards
+        ]
     fast = None
 
     @functools.wraps(function)

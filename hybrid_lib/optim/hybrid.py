@@ -11,6 +11,7 @@ not the sum of the rules' own steps. :func:`move` computes it, for one tensor or
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -232,30 +233,28 @@ class Hybrid(Optimizer):
                 loss = closure()
 
         fresh = {} if hess_diag is None else self._matched(list(hess_diag))
-        moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        for group, params in zip(self.param_groups, moving):
-            self._check_ready(group, params, fresh)
+        ready = [self._ready(group, fresh) for group in self.param_groups]
         self._keep(fresh)
-        for i, (group, params) in enumerate(zip(self.param_groups, moving)):
-            self._make_buffers(i, group, params)
+        for i, (group, members) in enumerate(zip(self.param_groups, ready)):
+            self._make_buffers(i, group, members)
             # Parameters that have waited are at an earlier step: their corrections are others.
-            alike: dict[tuple, list[Tensor]] = {}
-            for p in params:
-                alike.setdefault((self.state[p]["step"] + 1, p.device, p.dtype), []).append(p)
-            for (t, device, _), part in alike.items():
-                self._move(group, part, t, device)
-                for p in part:
-                    self.state[p]["step"] = t
+            alike: dict[tuple, list] = {}
+            for member in members:
+                p, _, state = member
+                alike.setdefault((state["step"] + 1, p.device, p.dtype), []).append(member)
+            for (t, device, dtype), part in alike.items():
+                self._move(group, *zip(*part), t, device, dtype)
+                for _, _, state in part:
+                    state["step"] = t
         return loss
 
-    def _move(self, group: dict, params: list[Tensor], t: int, device: torch.device) -> None:
+    def _move(self, group: dict, params, grads, states, t: int, device, dtype) -> None:
         """The step t of parameters of one device and dtype."""
-        rules, grads = group["rules"], [p.grad for p in params]
-        states, diagonals = [self.state[p] for p in params], []
+        η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+        rules, diagonals = group["rules"], ()
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
-                         for s, p in zip(states, params)]  # fmt: skip
-        η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+                         for p, s in zip(params, states)]  # fmt: skip
         corrections = [r.corrections(t) for r in rules]
         how = rules, group["maximize"], group["merge"]
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
@@ -272,24 +271,25 @@ class Hybrid(Optimizer):
             buffers = [{name: Tensors(b) for name, b in of_rule.items()} for of_rule in buffers]
             move(Tensors(params), Tensors(grads), D, buffers, η, λ, corrections, γ, *how)
             return
-        number = functools.partial(_on, device, state_dtype(params[0]))  # not compiled in
-        key = (*how, device, params[0].dtype, len(params), len(diagonals), γ == 0)
+        number = functools.partial(_on, device, torch.promote_types(dtype, torch.float32))
+        lists = [b for of_rule in buffers for b in of_rule.values()]
+        held = list(itertools.chain(params, diagonals, *lists))  # so that no id is another's
+        key = (*how, γ == 0, *map(id, held))  # all that the compiled step does not look at itself
         if key not in self._compiled:
-            options = {"only_tensors": True, "size_asserts": False}
-            self._compiled[key] = compiled(move_each, "the optimizer's step", **options)
-        self._compiled[key](
-            params, grads, diagonals, buffers, number(η), [number(λi) for λi in λ],
-            [tuple(map(number, c)) for c in corrections], number(γ) if γ != 0 else 0, *how,
-        )  # fmt: skip
+            options = {"only": "grads", "size_asserts": False}
+            self._compiled[key] = held, compiled(move_each, "the optimizer's step", **options)
+        _, fused = self._compiled[key]
+        numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
+        fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
 
-    def _make_buffers(self, i: int, group: dict, params: list[Tensor]) -> None:
+    def _make_buffers(self, i: int, group: dict, members: list[tuple]) -> None:
         """What the rules of group i want for these parameters, where it is not there."""
         rules = group["rules"]
-        for p in params:
-            state = self.state[p]
+        for place, (p, g, state) in enumerate(members):
             if "rules" not in state:
-                state.setdefault("step", 0)
-                state["rules"] = [r.init(p) for r in rules]
+                state = self.state[p]
+                state |= {"step": state.get("step", 0), "rules": [r.init(p) for r in rules]}
+                members[place] = p, g, state
         if self._initialised.get(i) is not rules:  # changed by hand, or after a copy or a load
             for state, p in ((self.state.get(p, {}), p) for p in group["params"]):
                 for r, buffers in zip(rules, state.get("rules", ())):
@@ -327,33 +327,39 @@ class Hybrid(Optimizer):
                   for p in group["params"]}  # fmt: skip
         return {p: D for p, D in zip(params, hess_diag) if D is not None and p in wanted}
 
-    def _check_ready(self, group: dict, params: list[Tensor], fresh: dict[Tensor, Tensor]) -> None:
+    def _ready(self, group: dict, fresh: dict[Tensor, Tensor]) -> list[tuple]:
+        """(parameter, gradient, state) of what moves, once nothing speaks against it."""
         _check_rates(group)
         # A step with lr = 0 only makes buffers, as torch.distributed.checkpoint does.
-        must_have_one = _needs_hessian(group) and _if_here(group["lr"]) != 0
-        for p in params:
-            if p.grad.layout != torch.strided:
+        must_have_diagonal = _needs_hessian(group) and _if_here(group["lr"]) != 0
+        members, n_rules = [], len(group["rules"])
+        for p in group["params"]:
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout is not torch.strided:
                 raise RuntimeError(
-                    f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
+                    f"a gradient of layout {g.layout}: the rules keep dense averages; "
                     "use dense gradients (for an embedding: sparse=False)"
                 )
             state = self.state.get(p, {})
-            if "rules" in state and len(state["rules"]) != len(group["rules"]):
+            if "rules" in state and len(state["rules"]) != n_rules:
                 raise RuntimeError(
                     "rules were added or removed after the first step: their buffers are not "
                     "there; make a new optimizer, or weigh a rule with 0 until it is wanted"
                 )
-            if must_have_one and p not in fresh and "hess_diag" not in state:
+            if must_have_diagonal and "hess_diag" not in state and p not in fresh:
                 raise RuntimeError(
                     "AdaHessian needs the Hessian diagonal at its first step: "
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
-        on_gpu = params and params[0].device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+            members.append((p, g, state))
+        if members and members[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph would repeat this step's bias corrections for ever: capture forward "
                 "and backward pass, and call step() outside"
             )
+        return members
 
     def state_dict(self) -> dict:
         """As in :class:`torch.optim.Optimizer`; rules become dicts of numbers and strings.
