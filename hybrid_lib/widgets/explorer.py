@@ -21,21 +21,23 @@ from IPython.display import display
 from plotly.subplots import make_subplots
 from pydantic import ValidationError
 
+from hybrid_lib.optim import methods
+from hybrid_lib.optim.schedules import SHAPES
 from hybrid_lib.study import figures, planning
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import (
     EXPERIMENTS,
-    LABELS,
-    RULES,
-    SCHEDULES,
     Experiment,
     error_messages,
+    get_experiment,
 )
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
 
 METHODS = [(e.label, name) for name, e in EXPERIMENTS.items()]
-METHODS += [(f"{LABELS[a]} + {LABELS[b]}", f"{a}+{b}") for a, b in itertools.permutations(RULES, 2)]
+METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
+PAIRS = ("+".join(pair) for pair in itertools.permutations(methods.RULES, 2))
+METHODS += [(methods.get_method(pair).label, pair) for pair in PAIRS]
 # Per section: (field of Experiment, label, kind, choices, what an empty text means).
 SECTIONS = {
     "The step": [
@@ -48,7 +50,7 @@ SECTIONS = {
         ("hessian_power", "Hessian power", widgets.Text, None, "1"),
     ],
     "The weights λ": [
-        ("lambda_schedule", "Schedule of λ", widgets.Dropdown, ("constant", *SCHEDULES), ""),
+        ("lambda_schedule", "Schedule of λ", widgets.Dropdown, ("constant", *SHAPES), ""),
         ("lambda_epochs", "over epochs", widgets.Text, None, "all"),
         ("lambda_start", "λ at the start", widgets.Text, None, "0.5, 0.5"),
         ("lambda_end", "λ at the end", widgets.Text, None, "0, 1"),
@@ -127,7 +129,7 @@ class Explorer:
         Raises:
             pydantic.ValidationError: if there is none.
         """
-        method = planning.get_experiment(self.controls["method"].value)
+        method = get_experiment(self.controls["method"].value)
         values = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
             values["lambda_epochs"] = values["epochs"]
@@ -238,11 +240,11 @@ class Explorer:
     def _changed(self, field: str) -> None:
         if self._filling:
             return
-        method = planning.get_experiment(self.controls["method"].value)
+        method = get_experiment(self.controls["method"].value)
         if field == "method":
             epochs = max(1, self.controls["epochs"].value)
             self._fill(method.scaled(epochs), [f for f in FIELDS if f not in KEPT])
-        available = method.settings()
+        available = method.method.settings
         for name in ("momentum", "weight_decay", "partial", "hessian_power"):
             self.controls[name].disabled = name not in available
         constant = self.controls["lambda_schedule"].value == "constant"
@@ -558,7 +560,7 @@ def _colours(histories) -> list[str]:
     """Each run its method's colour, or a free one where that is taken."""
     taken: list[str] = []
     for history in histories:
-        own = figures.STYLES.get(history.experiment.name, (figures.BLUE, ""))[0]
+        own = methods.look(history.experiment.name)[0]
         palette = (own, figures.BLUE, figures.VERMILLION, figures.GREEN, figures.PURPLE)
         taken.append(next((colour for colour in palette if colour not in taken), "#808080"))
     return taken
