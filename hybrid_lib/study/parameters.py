@@ -1,4 +1,4 @@
-"""What a reader asks for: a notebook's parameters, checked before anything is computed."""
+"""A notebook's parameters, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import difflib
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import pydantic
 
@@ -15,7 +16,14 @@ INJECTED = "# Parameters\n"  # the first line of papermill's cell
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> SimpleNamespace:
+class Parameters(SimpleNamespace):
+    """Values by name; ``plan`` is what the notebook's check made of them."""
+
+    __slots__ = ("plan",)
+    plan: Any
+
+
+def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> Parameters:
     """Check a notebook's parameters: the cell after them calls this with ``globals()``.
 
     The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
@@ -24,10 +32,10 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> Simp
 
     Args:
         namespace: the notebook's globals, with IPython's list of cells ``In``.
-        check: called with the values; raises for values that are impossible.
+        check: called with the values; raises ValueError for values that are impossible.
 
     Returns:
-        The values as attributes, converted to their types.
+        The values as attributes, converted to their types, and as ``plan`` what ``check`` returned.
 
     Raises:
         ValueError: with one line that names every fault: names that were not declared, values
@@ -50,10 +58,12 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> Simp
         for name in given
         if name not in declared
     ]
-    values = {name: namespace[name] for name in declared}
+    # Papermill turns the text 0 into a number, also where text was declared.
+    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    model = pydantic.create_model("Parameters", __config__=config, **declared)
     try:
-        values = SimpleNamespace(**dict(_model(declared)(**values)))
-        check(values)
+        values = Parameters(**dict(model(**{name: namespace[name] for name in declared})))
+        values.plan = check(values)
     except pydantic.ValidationError as error:
         messages += error_messages(error)
     except ValueError as error:
@@ -78,12 +88,6 @@ def _assignments(source: str) -> list[ast.stmt]:
     if injected and not plain:  # papermill quotes values, but writes names as they come
         raise ValueError("papermill's cell holds more than values: give names that are declared")
     return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
-
-
-def _model(declared: dict) -> type[pydantic.BaseModel]:
-    # Papermill turns the text 0 into a number, also where text was declared.
-    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
-    return pydantic.create_model("Parameters", __config__=config, **declared)
 
 
 def seed_list(text: str) -> list[int]:

@@ -16,13 +16,10 @@ Command line: ``hybrid-sweep FILE.yaml``, or its text, as in
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import re
-import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -32,9 +29,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from scipy import stats
 
-from hybrid_lib.study import figures, planning, statistics
+from hybrid_lib.study import planning, statistics
 from hybrid_lib.study.parameters import did_you_mean, seed_list
-from hybrid_lib.study.report import html_table, write_page
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import Experiment, error_messages
 from hybrid_lib.training.history import History
@@ -196,16 +192,16 @@ def read(space: str | Path, **given) -> Sweep:
         raise ValueError(f"{space}: {error}") from None
 
 
-def sweep_from(chosen: SimpleNamespace) -> Sweep:
-    """The sweep that a notebook's parameters ask for.
+def sweep_from(params: SimpleNamespace) -> Sweep:
+    """The sweep of a notebook's parameters.
 
-    ``chosen`` has space, and scale, dataset and epochs, which go over what is written there unless
+    ``params`` has space, and scale, dataset and epochs, which go over what is written there unless
     they are None.
     """
-    given = {k: getattr(chosen, k) for k in ("scale", "dataset") if getattr(chosen, k) is not None}
-    sweep = read(chosen.space, **given)
-    if chosen.epochs is not None:
-        sweep = read(chosen.space, **given, fixed={**sweep.fixed, "epochs": chosen.epochs})
+    given = {k: v for k in ("scale", "dataset") if (v := getattr(params, k)) is not None}
+    sweep = read(params.space, **given)
+    if params.epochs is not None:
+        sweep = read(params.space, **given, fixed={**sweep.fixed, "epochs": params.epochs})
     return sweep
 
 
@@ -282,68 +278,10 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     return points.loc[order.index]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0 if every run succeeded, else 1; 2 if there was nothing to do."""
-    parser = argparse.ArgumentParser("hybrid-sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
-    parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
-    chosen = planning.parse(parser, arguments)
-    out = (chosen.out or default_out(chosen.space)).resolve()
-    try:
-        sweep = read(chosen.space)
-        experiments, refused = sweep.plan()
-        first = experiments[0]
-        with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
-            data.load(first.dataset, first.train_limit, first.test_limit)
-        found, failures = planning.run_many(
-            experiments, out, **planning.scale_out(chosen), progress=sys.stderr.isatty()
-        )
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        print(f"hybrid-sweep: {error}", file=sys.stderr)
-        return 2
-    failures = refused + failures
-    if not found:
-        print(f"hybrid-sweep: {'; '.join(failures)}", file=sys.stderr)
-        return 2
-    runs = table(found)
-    runs.to_csv(out / "table.csv")
-    report = write_report(out, sweep, found, failures)
-    print(f"\n{over_seeds(runs).round(4).to_string(na_rep='-')}\n")
-    for failure in failures:
-        print(f"failed: {failure}")
-    print(f"table: {out / 'table.csv'}\nreport: {report}")
-    return 1 if failures else 0
-
-
-def write_report(
-    out: Path, sweep: Sweep, found: Sequence[History], failures: Sequence[str] = ()
-) -> Path:
-    """Write ``out/report.html``: the sweep's figures and tables; it needs no network."""
-    runs, subject = table(found), figures.subject(found)
-    shown = {"lambda_start": "lambda_sgd"} if "lambda_sgd" in runs else {}
-    axes = [n for n in (shown.get(n, n) for n in sweep.varied) if n in runs] or varied(runs)
-    sections = [("All settings", figures.parallel(runs, axes, subject), PARALLEL_NOTE)]
-    cells = [n for n in (shown.get(n, n) for n in sweep.grid) if n in runs]
-    if len(cells) > 1:
-        sections.append(("Two settings", figures.heat_map(runs, *cells[:2], subject), HEAT_NOTE))
-    sections += [
-        ("Points", html_table(over_seeds(runs)), POINTS_NOTE),
-        ("Runs", html_table(runs), ""),
-    ]
-    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
-    intro = f"{len(found)} runs on {'; '.join(sorted(machines))}."
-    return write_page(out, f"Sweep on {subject}", intro, sections, failures)
-
-
-PARALLEL_NOTE = "A line is a run that finished. Drag along an axis to keep only the lines there."
-HEAT_NOTE = "Means over seeds and over all settings but these two."
-POINTS_NOTE = (
-    "The first of many points is partly first by luck, and the test set has chosen it: run it with "
-    "other seeds before quoting its accuracy."
-)
+def axes(names: Iterable[str], runs: pd.DataFrame) -> list[str]:
+    """The columns of :func:`table` for settings of these names, where the runs differ in them."""
+    columns = ["lambda_sgd" if n == "lambda_start" and n not in runs else n for n in names]
+    return [column for column in columns if column in runs]
 
 
 def _name(optimizer: str, point: dict) -> str:
@@ -354,7 +292,3 @@ def _name(optimizer: str, point: dict) -> str:
     ]
     text = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in words)
     return text if len(text) <= 80 else f"{text[:71]}-{zlib.crc32(text.encode('utf-8')):08x}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
