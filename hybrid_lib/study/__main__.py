@@ -9,13 +9,10 @@ import sys
 import threading
 from pathlib import Path
 
-import pydantic
-
 from hybrid_lib.study import planning
-from hybrid_lib.study.parameters import seed_list
+from hybrid_lib.study.parameters import reason, seed_list
 from hybrid_lib.study.running import run_many
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import error_messages
 from hybrid_lib.training.loop import loaded
 
 
@@ -121,20 +118,14 @@ def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except pydantic.ValidationError as error:
-        return _refused(parser, "; ".join(error_messages(error)))
     except (ImportError, ValueError, OSError, RuntimeError) as error:
-        return _refused(parser, error)
+        print(f"{parser.prog}: {reason(error)}", file=sys.stderr)
+        return 2
     print(f"\n{table.round(4).to_string(na_rep='-')}\n")
     for failure in failures:
         print(f"failed: {failure}")
     print(f"report: {out / 'report.html'}")
     return 1 if failures else 0
-
-
-def _refused(parser: argparse.ArgumentParser, reason) -> int:
-    print(f"{parser.prog}: {reason}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
             print(f"notebook {name}: {'failed' if error else 'executed'}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for manager in _PrivateKernelManager.started:  # after an interrupt; else there is none
+        for manager in PrivateKernelManager.started:  # after an interrupt; else there is none
             if manager.has_kernel and manager.provisioner.pid:
                 os.kill(manager.provisioner.pid, signal.SIGKILL)
         pool.shutdown()
@@ -109,7 +109,7 @@ def _execute(source: Path, folder: Path, given: dict) -> None:
     executed = folder / source.name
     papermill.execute_notebook(
         source, executed, given, progress_bar=False, cwd=os.getcwd(),
-        kernel_manager_class=_PrivateKernelManager,
+        kernel_manager_class=PrivateKernelManager,
     )  # fmt: skip
     notebook = nbformat.read(executed, 4)
     text = nbformat.v4.nbjson.JSONWriter().writes(notebook, indent=None, separators=(",", ":"))
@@ -162,7 +162,7 @@ def write_page(
     write_atomically(page, text.encode("utf-8"))
 
 
-class _PrivateKernelManager(AsyncKernelManager):
+class PrivateKernelManager(AsyncKernelManager):
     """Talks to the kernel through files of this user instead of open ports; one thread each."""
 
     transport = "tcp" if os.name == "nt" else "ipc"

@@ -53,21 +53,16 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> Paramet
                 declared[node.target.id] = (kind | None if optional else kind, ...)
             else:
                 given += [target.id for target in node.targets]
-    messages = [
-        f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
-        for name in given
-        if name not in declared
-    ]
+    messages = [f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
+                for name in given if name not in declared]  # fmt: skip
     # Papermill turns the text 0 into a number, also where text was declared.
     config = pydantic.ConfigDict(coerce_numbers_to_str=True)
     model = pydantic.create_model("Parameters", __config__=config, **declared)
     try:
         values = Parameters(**dict(model(**{name: namespace[name] for name in declared})))
         values.plan = check(values)
-    except pydantic.ValidationError as error:
-        messages += error_messages(error)
     except ValueError as error:
-        messages.append(str(error))
+        messages.append(reason(error))
     if messages:
         raise ValueError(f"{'; '.join(messages)} (parameters: {', '.join(declared)})") from None
     return values
@@ -80,14 +75,21 @@ def _assignments(source: str) -> list[ast.stmt]:
     except SyntaxError:  # a cell with shell commands, say
         return []
     plain = all(
-        (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
-        or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
+        isinstance(name, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign)
         for node in body
+        for name in getattr(node, "targets", [getattr(node, "target", None)])
     )
-    injected = source.startswith(INJECTED)
-    if injected and not plain:  # papermill quotes values, but writes names as they come
-        raise ValueError("papermill's cell holds more than values: give names that are declared")
-    return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
+    if source.startswith(INJECTED):
+        if not plain:  # papermill quotes values, but writes names as they come
+            raise ValueError("papermill's cell holds more than values: give declared names")
+        return body
+    return body if plain and any(isinstance(node, ast.AnnAssign) for node in body) else []
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    messages = error_messages(error) if isinstance(error, pydantic.ValidationError) else [error]
+    return " ".join("; ".join(map(str, messages)).split())
 
 
 def seed_list(text: str) -> list[int]:

@@ -26,13 +26,13 @@ from typing import Annotated, Any
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 
 from hybrid_lib.study import planning, statistics
-from hybrid_lib.study.parameters import did_you_mean, seed_list
+from hybrid_lib.study.parameters import did_you_mean, reason, seed_list
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import Experiment, error_messages
+from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
@@ -155,10 +155,8 @@ class Sweep(_Strict):
                 seeds = seed_list(self.seeds)
                 for e in planning.plan(self.scale, self.dataset, [optimizer], seeds, **settings):
                     planned[name, e.seed] = dataclasses.replace(e, name=name)
-            except ValidationError as error:
-                refused.append(f"{name}: refused, {'; '.join(error_messages(error))}")
             except (TypeError, ValueError) as error:
-                refused.append(f"{name}: refused, {error}")
+                refused.append(f"{name}: refused, {reason(error)}")
         if not planned:
             raise ValueError(f"every point of the sweep is impossible: {'; '.join(refused)}")
         return list(planned.values()), refused
@@ -180,16 +178,11 @@ def read(space: str | Path, **given) -> Sweep:
     try:
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
-            raise ValueError(
-                "give FILE.yaml, or text as {optimizer: atmo, grid: {lr: [0.01, 0.1]}}"
-            )
+            raise ValueError("give FILE.yaml, or text: {optimizer: atmo, grid: {lr: [0.01, 0.1]}}")
         return Sweep(**{**content, **given})
-    except yaml.YAMLError as error:
-        raise ValueError(f"{space}: not YAML ({' '.join(str(error).split())})") from None
-    except ValidationError as error:
-        raise ValueError(f"{space}: {'; '.join(error_messages(error))}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{space}: {error}") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        kind = "not YAML: " if isinstance(error, yaml.YAMLError) else ""
+        raise ValueError(f"{space}: {kind}{reason(error)}") from None
 
 
 def sweep_from(params: SimpleNamespace) -> Sweep:
@@ -199,10 +192,9 @@ def sweep_from(params: SimpleNamespace) -> Sweep:
     they are None.
     """
     given = {k: v for k in ("scale", "dataset") if (v := getattr(params, k)) is not None}
-    sweep = read(params.space, **given)
     if params.epochs is not None:
-        sweep = read(params.space, **given, fixed={**sweep.fixed, "epochs": params.epochs})
-    return sweep
+        given["fixed"] = {**read(params.space, **given).fixed, "epochs": params.epochs}
+    return read(params.space, **given)
 
 
 def default_out(space: str | Path) -> Path:
@@ -224,20 +216,19 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
     varied = [k for k in dict.fromkeys(k for s in settings for k in s)
               if len({repr(s.get(k)) for s in settings}) > 1]  # fmt: skip
     rows = []
-    for h, s in zip(histories, settings):
-        done = h.final if h.status == "complete" else {}
-        measured = {
+    for h, setting in zip(histories, settings):
+        done = h.status == "complete"
+        rows.append({k: setting.get(k) for k in varied} | {
+            "run": h.experiment.name,
             "seed": h.experiment.seed,
             "status": h.status,
             "epochs done": len(h.rows),
-            **{k: done.get(k) for k in OF_LAST_EPOCH},
+            **({k: h.final[k] for k in OF_LAST_EPOCH} if done else {}),
             "best_test_accuracy": h.best["test_accuracy"] if done else None,
             "train_seconds": sum(row["train_seconds"] for row in h.rows),
-        }
-        rows.append({k: s.get(k) for k in varied} | measured)
-    named = pd.Index([h.experiment.name for h in histories], name="run")
-    numbers = dict.fromkeys(NUMBERS, float)
-    return pd.DataFrame(rows, index=named, columns=[*varied, *MEASURED]).astype(numbers)
+        })  # fmt: skip
+    runs = pd.DataFrame(rows, columns=["run", *varied, *MEASURED]).set_index("run")
+    return runs.astype(dict.fromkeys(NUMBERS, float))
 
 
 def _settings(experiment: Experiment) -> dict:
@@ -260,19 +251,13 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     Sorted by the mean. Points with a run that diverged stand last: their mean is that of the seeds
     that were lucky.
     """
-    rows = {}
-    for name, group in runs.groupby("run", sort=False):
-        done = group["test_accuracy"].dropna()
-        low, high = statistics.interval(done)
-        rows[name] = {
-            **group.iloc[0][varied(runs)],
-            "test_accuracy": done.mean(),
-            "from": low,
-            "to": high,
-            "seeds": len(done),
-            "diverged": (group["status"] == "diverged").sum(),
-        }
-    points = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    groups = runs.groupby("run", sort=False)
+    points, accuracies = groups[varied(runs)].first(), groups["test_accuracy"]
+    points["test_accuracy"] = accuracies.mean()
+    bounds = [statistics.interval(group.dropna()) for _, group in accuracies]
+    points["from"], points["to"] = zip(*bounds)
+    points["seeds"] = accuracies.count()
+    points["diverged"] = (runs["status"] == "diverged").groupby("run", sort=False).sum()
     order = points.assign(failed=points["diverged"] > 0)
     order = order.sort_values(["failed", "test_accuracy"], ascending=[True, False], kind="stable")
     return points.loc[order.index]
