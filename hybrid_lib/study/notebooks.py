@@ -7,6 +7,8 @@ nothing but plotly.js, which lies beside them once.
 from __future__ import annotations
 
 import ast
+import asyncio
+import contextlib
 import html
 import os
 import shutil
@@ -107,10 +109,14 @@ def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
 
 def _execute(source: Path, folder: Path, given: dict) -> None:
     executed = folder / source.name
-    papermill.execute_notebook(
-        source, executed, given, progress_bar=False, cwd=os.getcwd(),
-        kernel_manager_class=PrivateKernelManager,
-    )  # fmt: skip
+    try:
+        papermill.execute_notebook(
+            source, executed, given, progress_bar=False, cwd=os.getcwd(),
+            kernel_manager_class=PrivateKernelManager,
+        )  # fmt: skip
+    finally:
+        with contextlib.suppress(RuntimeError):  # there may be none yet
+            asyncio.get_event_loop().close()  # which papermill has made for this thread
     notebook = nbformat.read(executed, 4)
     text = nbformat.v4.nbjson.JSONWriter().writes(notebook, indent=None, separators=(",", ":"))
     executed.write_text(text, encoding="utf-8")  # indented, a quarter would be blanks

@@ -145,9 +145,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("number", "whom"), [(signal.SIGINT, "all"), (signal.SIGKILL, "first")], ids=["Ctrl-C", "kill"]
 )
-def test_interrupted_or_killed_no_process_is_left_and_the_same_call_goes_on(
-    number, whom, tmp_path
-):
+def test_interrupted_or_killed_no_process_is_left_and_the_same_call_goes_on(number, whom, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
@@ -159,7 +157,10 @@ def test_interrupted_or_killed_no_process_is_left_and_the_same_call_goes_on(
     folders = [f.parent for f in out.glob("runs/*/.lock")]
     waited_for(lambda: all(map(is_free, folders)), 20)
     assert folders
-    assert {History.load(f).status for f in folders if (f / FILE).exists()} <= {"stopped", "complete"}
+    assert {History.load(f).status for f in folders if (f / FILE).exists()} <= {
+        "stopped",
+        "complete",
+    }
     experiments = toy_runs(2, epochs=40)
     found, failed = run_many(experiments, out, "cpu", workers=1)
     expected, _ = run_many(experiments, tmp_path / "alone", "cpu", workers=1)
