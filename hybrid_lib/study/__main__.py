@@ -49,7 +49,8 @@ def _study(args: argparse.Namespace, how: dict) -> tuple:
         raise RuntimeError("; ".join(failures))
     from hybrid_lib.study import figures, notebooks
 
-    jobs = notebooks.for_study(found, out, args.scale, args.dataset, args.seeds)
+    given = {"dataset": args.dataset, "seeds": args.seeds, "epochs": args.epochs, "out": str(out)}
+    jobs = notebooks.for_study(found, args.scale, **given)
     title = f"Hybrid optimizers on {figures.subject(found)}"
     failures += notebooks.report(out, title, jobs, notebooks.RESULTS, found, failures)
     return figures.accuracy_table(found).sort_values("final", ascending=False), failures, out

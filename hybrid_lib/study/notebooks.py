@@ -26,6 +26,7 @@ import papermill
 import plotly
 from jupyter_client.manager import AsyncKernelManager
 
+from hybrid_lib.study.planning import method
 from hybrid_lib.study.running import cores, one_line
 from hybrid_lib.training import data
 from hybrid_lib.training.history import History, write_atomically
@@ -38,7 +39,7 @@ PAGE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
        max-width: 1100px; margin: 2em auto; padding: 0 1em }}
-h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2em }} .anchor-link {{ display: none }}
+h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2em }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; text-align: right }}
 tbody tr {{ border-top: 1px solid #ccc }} .output_html {{ overflow-x: auto }}
 pre {{ overflow-x: auto }} .input_area pre {{ background: #f5f5f5; padding: .5em }}
@@ -52,15 +53,12 @@ img {{ max-width: 100% }} .failed {{ border-left: 4px solid #D55E00; padding-lef
 """
 
 
-def for_study(
-    found: Sequence[History], out: Path, scale: str, dataset: str, seeds: str
-) -> dict[Path, dict]:
+def for_study(found: Sequence[History], scale: str, **given) -> dict[Path, dict]:
     """The notebooks that read a study with these histories, and what to inject into each.
 
     At toy size, the results alone; a notebook none of whose methods is there is left out.
     """
-    given = {"out": str(out), "scale": scale, "dataset": dataset, "seeds": seeds, "train": False}
-    names, jobs = list(dict.fromkeys(h.experiment.name for h in found)), {}
+    names, jobs = list(dict.fromkeys(method(h.experiment) for h in found)), {}
     for source in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         declared = papermill.inspect_notebook(source)
         if "train" not in declared or "space" in declared:
@@ -72,7 +70,7 @@ def for_study(
         if not there:
             print(f"notebook {source.stem}: none of its methods is in this study")
             continue
-        values = {**given, "methods": ",".join(there)}
+        values = {"scale": scale, **given, "train": False, "methods": ",".join(there)}
         jobs[source] = {k: v for k, v in values.items() if k in declared}
     return jobs
 
@@ -136,7 +134,7 @@ def report(
     head = f'<div class="failed"><h2>What failed</h2><ul>{items}</ul></div>' if items else ""
     machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
     links = [f'<a href="notebooks/{f.stem}.html">{f.stem}</a>' for f in executed]
-    head += (f"<p>{len(found)} runs on {html.escape('; '.join(sorted(machines)))}. Notebooks, "
+    head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks, "
              f"executed on them: {', '.join(links) or 'none'}.</p>")  # fmt: skip
     chosen = next((file for file in executed if file.stem == main), None)
     write_page(out / "report.html", title, chosen, head, code=False)
@@ -150,7 +148,7 @@ def write_page(
     """Write an executed notebook as a page that loads nothing but ``js``."""
     exporter = nbconvert.HTMLExporter(
         template_name="basic", exclude_input=not code, exclude_input_prompt=True,
-        exclude_output_prompt=True,
+        exclude_output_prompt=True, exclude_anchor_links=True,
     )  # fmt: skip
     notebook = nbformat.read(executed, 4) if executed else nbformat.v4.new_notebook()
     if not code:

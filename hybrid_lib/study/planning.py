@@ -129,6 +129,11 @@ def get_experiment(name: str) -> Experiment:
     return Experiment(name=name.replace("+", "-"), optimizer=name, lr=0.01, epochs=200)
 
 
+def method(experiment: Experiment) -> str:
+    """The name by which :func:`get_experiment` knows the row that it was made from."""
+    return experiment.name if experiment.name in EXPERIMENTS else experiment.optimizer
+
+
 def as_python(experiment: Experiment, folder: str | Path) -> str:
     """Python code that repeats a run exactly."""
     defaults = {f.name: f.default for f in dataclasses.fields(Experiment)}
@@ -142,7 +147,7 @@ def as_python(experiment: Experiment, folder: str | Path) -> str:
 
 def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     """A shell command that repeats a run exactly, through the notebook ``10_train_one``."""
-    name = experiment.name if experiment.name in EXPERIMENTS else experiment.optimizer
+    name = method(experiment)
     start = dataclasses.asdict(get_experiment(name).scaled(experiment.epochs))
     given = {"scale": "paper", "optimizer": name, "dataset": experiment.dataset,
              "epochs": experiment.epochs, "seed": experiment.seed}  # fmt: skip
