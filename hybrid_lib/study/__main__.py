@@ -23,16 +23,14 @@ def study(arguments: list[str] | None = None) -> int:
         0 if every run and every notebook succeeded, 1 if not, 2 if there was nothing to do.
     """
     parser = argparse.ArgumentParser("hybrid-study", description=study.__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=planning.SCALES, default="demo",
-                        help="default: %(default)s")  # fmt: skip
-    parser.add_argument("--dataset", default="digits",
-                        help=f"{', '.join(data.NAMES)} or folder:PATH")  # fmt: skip
-    parser.add_argument("--only", default=",".join(planning.PAPER_METHODS),
-                        help="methods, separated by commas")  # fmt: skip
-    parser.add_argument("--seeds", default="0", help="as in 0,3 or 0-4; default: %(default)s")
-    parser.add_argument("--protocol", default="clean", help="clean or released")
-    parser.add_argument("--epochs", type=int, help="other than the scale's; schedules keep shape")
-    parser.add_argument("--out", type=Path, help="default: runs/SCALE; others say DATASET, too")
+    option, methods = parser.add_argument, ",".join(planning.PAPER_METHODS)
+    option("--scale", choices=planning.SCALES, default="demo", help="default: demo")
+    option("--dataset", default="digits", help=f"{', '.join(data.NAMES)} or folder:PATH")
+    option("--only", default=methods, help="methods, separated by commas")
+    option("--seeds", default="0", help="as in 0,3 or 0-4; default: 0")
+    option("--protocol", default="clean", help="clean or released")
+    option("--epochs", type=int, help="other than the scale's; schedules keep their shape")
+    option("--out", type=Path, help="default: runs/SCALE-DATASET-PROTOCOL, less digits and clean")
     return _command(parser, arguments, _study)
 
 
@@ -92,21 +90,15 @@ def _sweep(args: argparse.Namespace, how: dict) -> tuple:
 
 def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry_out) -> int:
     """Parse, carry out, print the table, the failures and where the report is."""
-    parser.add_argument("--device", help="cpu, cuda, …; default: a GPU if there is one")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction,
-        help="fuse the training step with torch.compile; default: where a run is long enough",
-    )  # fmt: skip
-    parser.add_argument("--workers", type=int,
-                        help="runs at once; default: as many as cores, on a GPU one")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of each run on a CPU; default: 1")
-    parser.add_argument("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
-    parser.add_argument("--gpu-share", type=float, default=1,
-                        help="part of a cluster's GPU that a run claims")  # fmt: skip
+    option, number = parser.add_argument, {"type": _count, "metavar": "N"}
+    option("--device", help="cpu, cuda, …; default: a GPU if there is one")
+    option("--workers", **number, help="runs at once; default: one per core, on a GPU one")
+    option("--threads", **number, help="of each run on a CPU; default: 1")
+    option("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
+    option("--gpu-share", type=float, default=1, help="part of a cluster's GPU that a run claims")
+    compiling = "fuse the training step with torch.compile; default: where a run is long enough"
+    option("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     args = parser.parse_args(arguments)
-    for name in ("workers", "threads"):
-        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1, or leave it out")
     if not 0 < args.gpu_share <= 1:
         parser.error(f"--gpu-share {args.gpu_share}: above 0, at most 1")
     for stream in (sys.stdout, sys.stderr):
@@ -127,6 +119,12 @@ def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry
         print(f"failed: {failure}")
     print(f"report: {out / 'report.html'}")
     return 1 if failures else 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1, or leave it out")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,8 @@ def run_many(
     jobs = [(e, run_folder(out, e)) for e in experiments]
     settings = {"device": device, "threads": threads, "compile": compile}
     over = [i for i, (_, folder) in enumerate(jobs) if _is_over(folder)]
-    order = sorted(
-        set(range(len(jobs))) - {*over}, key=lambda i: -jobs[i][0].epochs * epoch_cost(jobs[i][0])
-    )
+    costs = [-e.epochs * epoch_cost(e) for e, _ in jobs]
+    order = sorted(set(range(len(jobs))) - {*over}, key=costs.__getitem__)
     at_once = min(workers or cores(device, threads), len(order))
     progress = Progress([e for e, _ in jobs])
     try:
@@ -138,36 +137,56 @@ def _one_by_one(jobs: Sequence[Job], order: Iterable[int], report, settings: dic
 # --- Processes of this machine. ---
 
 
-class _Worker:
-    """A process that trains one run after the other.
+def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_once: int) -> None:
+    waiting, killed, everyone = list(order), Counter(), []
+    busy: dict[connection.Connection, tuple] = {}  # pipes to processes that have a run
 
-    When the pipe to it is closed, as also happens if its owner dies, it stops after its step.
-    """
-
-    def __init__(self, slot: int, settings: dict):
-        self.slot, gpus = slot, torch.cuda.device_count()
+    def start(slot: int) -> tuple:
+        context, gpus, mine = multiprocessing.get_context("spawn"), torch.cuda.device_count(), {}
         if settings["device"] in (None, "cuda") and gpus > 1:
-            settings = {**settings, "device": f"cuda:{slot % gpus}"}
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, settings))
-        self.process.start()
+            mine = {"device": f"cuda:{slot % gpus}"}
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, {**settings, **mine}))
+        process.start()
         theirs.close()
+        everyone.append((pipe, process))
+        return pipe, process, slot
 
-    def take(self, number: int, job: Job) -> None:
-        self.number = number
-        with contextlib.suppress(OSError):  # killed already: event() will tell
-            self.pipe.send(job)
+    def give(pipe, process, slot: int) -> None:
+        busy[pipe] = process, slot, waiting.pop(0)
+        with contextlib.suppress(OSError):  # killed already: to be seen below
+            pipe.send(jobs[busy[pipe][-1]])
 
-    def event(self) -> Event | None:
-        """What it reports; None if it has been killed."""
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            return self.process.join()
+    try:
+        for slot in range(at_once):
+            give(*start(slot))
+        while busy:
+            for pipe in connection.wait([*busy]):
+                process, slot, number = busy[pipe]
+                try:
+                    event = pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    event = f"killed (exit code {process.exitcode})"
+                    killed[number] += 1
+                    if killed[number] < ATTEMPTS:
+                        waiting.insert(0, number)
+                        event = None
+                if event is not None:
+                    report(number, event)
+                if not isinstance(event, int):
+                    del busy[pipe]
+                    if waiting:
+                        give(*(start(slot) if process.exitcode else (pipe, process, slot)))
+    finally:  # where its pipe is closed, a process stops after the step it is in
+        for pipe, _ in everyone:
+            pipe.close()
+        for _, process in everyone:
+            process.join()
 
 
 def _serve(pipe: connection.Connection, settings: dict) -> None:
+    """A process: it trains what comes through the pipe, until that is closed or its owner dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first process decides
 
     def report(event: Event) -> None:
@@ -177,36 +196,3 @@ def _serve(pipe: connection.Connection, settings: dict) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             report(train(pipe.recv(), report, settings, should_stop=pipe.poll))
-
-
-def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_once: int) -> None:
-    waiting, killed = list(order), Counter()
-    everyone = [_Worker(slot, settings) for slot in range(at_once)]
-    try:
-        for worker in everyone:
-            worker.take(i := waiting.pop(0), jobs[i])
-        busy = {worker.pipe: worker for worker in everyone}
-        while busy:
-            for pipe in connection.wait([*busy]):
-                worker = busy[pipe]
-                event, number = worker.event(), worker.number
-                if event is None and killed[number] + 1 < ATTEMPTS:
-                    killed[number] += 1
-                    waiting.insert(0, number)
-                else:
-                    code = worker.process.exitcode
-                    report(number, f"killed (exit code {code})" if event is None else event)
-                if isinstance(event, int):
-                    continue
-                del busy[pipe]
-                if waiting and event is None:
-                    worker = _Worker(worker.slot, settings)
-                    everyone.append(worker)
-                if waiting:
-                    worker.take(i := waiting.pop(0), jobs[i])
-                    busy[worker.pipe] = worker
-    finally:
-        for worker in everyone:
-            worker.pipe.close()
-        for worker in everyone:
-            worker.process.join()
