@@ -47,7 +47,8 @@ def _study(args: argparse.Namespace, how: dict) -> tuple:
         raise RuntimeError("; ".join(failures))
     from hybrid_lib.study import figures, notebooks
 
-    given = {"dataset": args.dataset, "seeds": args.seeds, "epochs": args.epochs, "out": str(out)}
+    given = {"dataset": args.dataset, "seeds": args.seeds, "out": str(out)}
+    given |= {"epochs": args.epochs} if args.epochs else {}
     jobs = notebooks.for_study(found, args.scale, **given)
     title = f"Hybrid optimizers on {figures.subject(found)}"
     failures += notebooks.report(out, title, jobs, notebooks.RESULTS, found, failures)

@@ -37,12 +37,12 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-       max-width: 1100px; margin: 2em auto; padding: 0 1em }}
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2em }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; text-align: right }}
 tbody tr {{ border-top: 1px solid #ccc }} .output_html {{ overflow-x: auto }}
-pre {{ overflow-x: auto }} .input_area pre {{ background: #f5f5f5; padding: .5em }}
+pre {{ overflow-x: auto }} .input_area pre {{ background: #f5f5f5; color: #222; padding: .5em }}
 img {{ max-width: 100% }} .failed {{ border-left: 4px solid #D55E00; padding-left: 1em }}
 {css}
 </style>
@@ -136,8 +136,8 @@ def report(
     links = [f'<a href="notebooks/{f.stem}.html">{f.stem}</a>' for f in executed]
     head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks, "
              f"executed on them: {', '.join(links) or 'none'}.</p>")  # fmt: skip
-    chosen = next((file for file in executed if file.stem == main), None)
-    write_page(out / "report.html", title, chosen, head, code=False)
+    of_main = next((file for file in executed if file.stem == main), None)
+    write_page(out / "report.html", title, of_main, head, code=False)
     return failed
 
 

@@ -137,7 +137,7 @@ import sys
 from test_running import toy_runs
 from hybrid_lib.study.running import run_many
 if __name__ == "__main__":
-    run_many(toy_runs(2, epochs=40), sys.argv[1], "cpu", workers=2)
+    run_many(toy_runs(2, epochs=9999), sys.argv[1], "cpu", workers=2)
 """
 
 
@@ -145,27 +145,18 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("number", "whom"), [(signal.SIGINT, "all"), (signal.SIGKILL, "first")], ids=["Ctrl-C", "kill"]
 )
-def test_interrupted_or_killed_no_process_is_left_and_the_same_call_goes_on(number, whom, tmp_path):
+def test_interrupted_or_killed_the_runs_stop_in_good_order(number, whom, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     first = subprocess.Popen([sys.executable, script, out], env=where, start_new_session=True,
                              stderr=subprocess.DEVNULL)  # fmt: skip
-    waited_for(lambda: in_the_middle(out / "runs"))
+    folders = [run_folder(out, e) for e in toy_runs(2)]
+    waited_for(lambda: all((folder / FILE).exists() for folder in folders))
     (os.killpg if whom == "all" else os.kill)(first.pid, number)
     assert first.wait(60) != 0
-    folders = [f.parent for f in out.glob("runs/*/.lock")]
     waited_for(lambda: all(map(is_free, folders)), 20)
-    assert folders
-    assert {History.load(f).status for f in folders if (f / FILE).exists()} <= {
-        "stopped",
-        "complete",
-    }
-    experiments = toy_runs(2, epochs=40)
-    found, failed = run_many(experiments, out, "cpu", workers=1)
-    expected, _ = run_many(experiments, tmp_path / "alone", "cpu", workers=1)
-    assert failed == []
-    assert [rows(h) for h in found] == [rows(h) for h in expected]
+    assert [History.load(folder).status for folder in folders] == ["stopped", "stopped"]
 
 
 # --- How many at once, in which order, and what is seen. ---

@@ -4,15 +4,19 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 from test_planning import folder_of_images
+from test_running import waited_for
 
 from hybrid_lib.study import notebooks, running, sweeps
 from hybrid_lib.study.__main__ import study, sweep
@@ -275,6 +279,27 @@ def test_notebooks_that_fail_are_named_and_leave_the_others(tmp_path, told, monk
     page = Page(out / "report.html")
     assert "a &lt;bad&gt; cell" in page.text
     assert page.links == ["notebooks/01_good.html"]
+
+
+@of_jupyter
+def test_interrupted_in_a_notebook_its_kernel_ends(tmp_path, told, monkeypatch):
+    pid = tmp_path / "pid"
+    waits = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    nbformat.write(notebook("train: bool = True  # x", waits + "\ntime.sleep(99)"),
+                   tmp_path / "01_waits.ipynb")  # fmt: skip
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def interrupt():
+        waited_for(lambda: pid.exists() and pid.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    before = signal.getsignal(signal.SIGTERM)
+    words = ("--scale", "demo", "--epochs", "1", "--only", "sgd", "--out", tmp_path)
+    code, _, errors = told(*words)
+    signal.signal(signal.SIGTERM, before)
+    assert (code, errors) == (130, "stopped; the same command goes on from here\n")
+    assert not psutil.pid_exists(int(pid.read_text()))
 
 
 # --- What is asked for. ---
