@@ -44,7 +44,7 @@ class Progress:
         self.ended: dict[int, History | str] = {}
         self.start = self.said = time.monotonic()
         self.line = tqdm(bar_format="{desc}", disable=not sys.stderr.isatty(), leave=False)
-        self.display = _display()
+        self.display = _display(self._table)
 
     def __call__(self, number: int, event: Event) -> None:
         """Take note of what happened to a run, and show it."""
@@ -64,10 +64,12 @@ class Progress:
             self.said = now
             tqdm.write(text)
         if self.display:
-            import pandas as pd
+            self.display.update(self._table())
 
-            table = pd.DataFrame({"epoch": self.epochs, "of": self.of}, index=self.names)
-            self.display.update(table)
+    def _table(self):
+        import pandas as pd
+
+        return pd.DataFrame({"epoch": self.epochs, "of": self.of}, index=self.names)
 
     def _left(self, now: float) -> str:
         done = sum(self.cost[i] * (self.epochs[i] - before) for i, before in self.begun.items())
@@ -76,20 +78,17 @@ class Progress:
         if not done or not todo:
             return ""
         seconds = (now - self.start) * todo / done
-        return (
-            f", about {seconds / 60:.0f} min left"
-            if seconds > 90
-            else f", about {seconds:.0f} s left"
-        )
+        time_left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+        return f", about {time_left} left"
 
 
-def _display():
-    """A place in a notebook that can be drawn again; None where nobody sees one."""
+def _display(table):
+    """The table's place in a notebook, where it can be drawn again; None where nobody sees one."""
     if "IPython" in sys.modules:
         from hybrid_lib.study import figures
 
         if figures.is_interactive():
             from IPython.display import display
 
-            return display(display_id=True)
+            return display(table(), display_id=True)
     return None
