@@ -25,6 +25,7 @@ import contextlib
 import queue
 import re
 import shutil
+import signal
 import threading
 import traceback
 import uuid
@@ -174,8 +175,10 @@ def slurm(profile: str | Path):
     Raises:
         ValueError: if the file is not there or holds no profile.
     """
+    interrupt = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 
+    signal.signal(signal.SIGINT, interrupt)  # that import makes Ctrl-C a silent exit
     try:
         settings = yaml.safe_load(Path(profile).read_text("utf-8"))
         timeout = settings.pop("timeout", 3600)

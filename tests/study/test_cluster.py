@@ -201,6 +201,7 @@ leaves_files_open = pytest.mark.filterwarnings("ignore")
 @leaves_files_open
 def test_the_job_script_of_the_example(profile):
     there, timeout = cluster.slurm(profile)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with there:
         script, address = there.job_script(), there.scheduler_address
         link, addresses = there.dashboard_link, listening(os.getpid())

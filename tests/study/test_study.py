@@ -338,8 +338,8 @@ def test_engine_and_threads_are_those_asked_for(monkeypatch, tmp_path, no_notebo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--workers", "0"], "--workers 0: at least 1"),
-        (["--threads", "-1"], "--threads -1: at least 1"),
+        (["--workers", "0"], "--workers: 0: at least 1"),
+        (["--threads", "-1"], "--threads: -1: at least 1"),
         (["--gpu-share", "0"], "--gpu-share 0.0: above 0, at most 1"),
     ],
 )
