@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import hybrid_lib as hl
-from hybrid_lib.study import planning
+from hybrid_lib.study.__main__ import study
 
 try:
     import tomllib
@@ -67,7 +67,8 @@ DASK = {"dask", "distributed", "dask_jobqueue"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Brought by one that is declared.
 BROUGHT = {
-    "sympy": "torch", "IPython": "ipykernel", "jupyter_client": "ipykernel", "comm": "ipywidgets"
+    "sympy": "torch", "IPython": "ipykernel", "jupyter_client": "ipykernel", "comm": "ipywidgets",
+    "nbformat": "nbconvert",
 }  # fmt: skip
 
 
@@ -218,7 +219,7 @@ def test_the_readme_s_python_runs():
 @needs_readme
 def test_every_option_of_the_readme_s_commands_exists(capsys):
     with pytest.raises(SystemExit):
-        planning.main(["--help"])
+        study(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     lines = [
         line for block in blocks("sh") for line in block.splitlines() if "hybrid-study" in line

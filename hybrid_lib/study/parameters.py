@@ -1,4 +1,4 @@
-"""What a reader asks for: a notebook's parameters, checked before anything is computed."""
+"""A notebook's parameters, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import difflib
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import pydantic
 
@@ -15,7 +16,14 @@ INJECTED = "# Parameters\n"  # the first line of papermill's cell
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> SimpleNamespace:
+class Parameters(SimpleNamespace):
+    """Values by name; ``plan`` is what the notebook's check made of them."""
+
+    __slots__ = ("plan",)
+    plan: Any
+
+
+def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> Parameters:
     """Check a notebook's parameters: the cell after them calls this with ``globals()``.
 
     The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
@@ -24,10 +32,10 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> Simp
 
     Args:
         namespace: the notebook's globals, with IPython's list of cells ``In``.
-        check: called with the values; raises for values that are impossible.
+        check: called with the values; raises ValueError for values that are impossible.
 
     Returns:
-        The values as attributes, converted to their types.
+        The values as attributes, converted to their types, and as ``plan`` what ``check`` returned.
 
     Raises:
         ValueError: with one line that names every fault: names that were not declared, values
@@ -45,19 +53,16 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], object]) -> Simp
                 declared[node.target.id] = (kind | None if optional else kind, ...)
             else:
                 given += [target.id for target in node.targets]
-    messages = [
-        f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
-        for name in given
-        if name not in declared
-    ]
-    values = {name: namespace[name] for name in declared}
+    messages = [f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
+                for name in given if name not in declared]  # fmt: skip
+    # Papermill turns the text 0 into a number, also where text was declared.
+    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    model = pydantic.create_model("Parameters", __config__=config, **declared)
     try:
-        values = SimpleNamespace(**dict(_model(declared)(**values)))
-        check(values)
-    except pydantic.ValidationError as error:
-        messages += error_messages(error)
+        values = Parameters(**dict(model(**{name: namespace[name] for name in declared})))
+        values.plan = check(values)
     except ValueError as error:
-        messages.append(str(error))
+        messages.append(reason(error))
     if messages:
         raise ValueError(f"{'; '.join(messages)} (parameters: {', '.join(declared)})") from None
     return values
@@ -70,20 +75,21 @@ def _assignments(source: str) -> list[ast.stmt]:
     except SyntaxError:  # a cell with shell commands, say
         return []
     plain = all(
-        (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name))
-        or (isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) for t in node.targets))
+        isinstance(name, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign)
         for node in body
+        for name in getattr(node, "targets", [getattr(node, "target", None)])
     )
-    injected = source.startswith(INJECTED)
-    if injected and not plain:  # papermill quotes values, but writes names as they come
-        raise ValueError("papermill's cell holds more than values: give names that are declared")
-    return body if plain and (injected or any(isinstance(n, ast.AnnAssign) for n in body)) else []
+    if source.startswith(INJECTED):
+        if not plain:  # papermill quotes values, but writes names as they come
+            raise ValueError("papermill's cell holds more than values: give declared names")
+        return body
+    return body if plain and any(isinstance(node, ast.AnnAssign) for node in body) else []
 
 
-def _model(declared: dict) -> type[pydantic.BaseModel]:
-    # Papermill turns the text 0 into a number, also where text was declared.
-    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
-    return pydantic.create_model("Parameters", __config__=config, **declared)
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    messages = error_messages(error) if isinstance(error, pydantic.ValidationError) else [error]
+    return " ".join("; ".join(map(str, messages)).split())
 
 
 def seed_list(text: str) -> list[int]:

@@ -16,27 +16,23 @@ Command line: ``hybrid-sweep FILE.yaml``, or its text, as in
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import re
-import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy import stats
 
-from hybrid_lib.study import figures, planning, statistics
-from hybrid_lib.study.parameters import did_you_mean, seed_list
-from hybrid_lib.study.report import html_table, write_page
+from hybrid_lib.study import planning, statistics
+from hybrid_lib.study.parameters import did_you_mean, reason, seed_list
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import Experiment, error_messages
+from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
@@ -159,10 +155,8 @@ class Sweep(_Strict):
                 seeds = seed_list(self.seeds)
                 for e in planning.plan(self.scale, self.dataset, [optimizer], seeds, **settings):
                     planned[name, e.seed] = dataclasses.replace(e, name=name)
-            except ValidationError as error:
-                refused.append(f"{name}: refused, {'; '.join(error_messages(error))}")
             except (TypeError, ValueError) as error:
-                refused.append(f"{name}: refused, {error}")
+                refused.append(f"{name}: refused, {reason(error)}")
         if not planned:
             raise ValueError(f"every point of the sweep is impossible: {'; '.join(refused)}")
         return list(planned.values()), refused
@@ -184,29 +178,23 @@ def read(space: str | Path, **given) -> Sweep:
     try:
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
-            raise ValueError(
-                "give FILE.yaml, or text as {optimizer: atmo, grid: {lr: [0.01, 0.1]}}"
-            )
+            raise ValueError("give FILE.yaml, or text: {optimizer: atmo, grid: {lr: [0.01, 0.1]}}")
         return Sweep(**{**content, **given})
-    except yaml.YAMLError as error:
-        raise ValueError(f"{space}: not YAML ({' '.join(str(error).split())})") from None
-    except ValidationError as error:
-        raise ValueError(f"{space}: {'; '.join(error_messages(error))}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{space}: {error}") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        kind = "not YAML: " if isinstance(error, yaml.YAMLError) else ""
+        raise ValueError(f"{space}: {kind}{reason(error)}") from None
 
 
-def sweep_from(chosen: SimpleNamespace) -> Sweep:
-    """The sweep that a notebook's parameters ask for.
+def sweep_from(params: SimpleNamespace) -> Sweep:
+    """The sweep of a notebook's parameters.
 
-    ``chosen`` has space, and scale, dataset and epochs, which go over what is written there unless
+    ``params`` has space, and scale, dataset and epochs, which go over what is written there unless
     they are None.
     """
-    given = {k: getattr(chosen, k) for k in ("scale", "dataset") if getattr(chosen, k) is not None}
-    sweep = read(chosen.space, **given)
-    if chosen.epochs is not None:
-        sweep = read(chosen.space, **given, fixed={**sweep.fixed, "epochs": chosen.epochs})
-    return sweep
+    given = {k: v for k in ("scale", "dataset") if (v := getattr(params, k)) is not None}
+    if params.epochs is not None:
+        given["fixed"] = {**read(params.space, **given).fixed, "epochs": params.epochs}
+    return read(params.space, **given)
 
 
 def default_out(space: str | Path) -> Path:
@@ -228,20 +216,19 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
     varied = [k for k in dict.fromkeys(k for s in settings for k in s)
               if len({repr(s.get(k)) for s in settings}) > 1]  # fmt: skip
     rows = []
-    for h, s in zip(histories, settings):
-        done = h.final if h.status == "complete" else {}
-        measured = {
+    for h, setting in zip(histories, settings):
+        done = h.status == "complete"
+        rows.append({k: setting.get(k) for k in varied} | {
+            "run": h.experiment.name,
             "seed": h.experiment.seed,
             "status": h.status,
             "epochs done": len(h.rows),
-            **{k: done.get(k) for k in OF_LAST_EPOCH},
+            **({k: h.final[k] for k in OF_LAST_EPOCH} if done else {}),
             "best_test_accuracy": h.best["test_accuracy"] if done else None,
             "train_seconds": sum(row["train_seconds"] for row in h.rows),
-        }
-        rows.append({k: s.get(k) for k in varied} | measured)
-    named = pd.Index([h.experiment.name for h in histories], name="run")
-    numbers = dict.fromkeys(NUMBERS, float)
-    return pd.DataFrame(rows, index=named, columns=[*varied, *MEASURED]).astype(numbers)
+        })  # fmt: skip
+    runs = pd.DataFrame(rows, columns=["run", *varied, *MEASURED]).set_index("run")
+    return runs.astype(dict.fromkeys(NUMBERS, float))
 
 
 def _settings(experiment: Experiment) -> dict:
@@ -264,86 +251,22 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     Sorted by the mean. Points with a run that diverged stand last: their mean is that of the seeds
     that were lucky.
     """
-    rows = {}
-    for name, group in runs.groupby("run", sort=False):
-        done = group["test_accuracy"].dropna()
-        low, high = statistics.interval(done)
-        rows[name] = {
-            **group.iloc[0][varied(runs)],
-            "test_accuracy": done.mean(),
-            "from": low,
-            "to": high,
-            "seeds": len(done),
-            "diverged": (group["status"] == "diverged").sum(),
-        }
-    points = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    groups = runs.groupby("run", sort=False)
+    points, accuracies = groups[varied(runs)].first(), groups["test_accuracy"]
+    points["test_accuracy"] = accuracies.mean()
+    bounds = [statistics.interval(group.dropna()) for _, group in accuracies]
+    points["from"], points["to"] = zip(*bounds)
+    points["seeds"] = accuracies.count()
+    points["diverged"] = (runs["status"] == "diverged").groupby("run", sort=False).sum()
     order = points.assign(failed=points["diverged"] > 0)
     order = order.sort_values(["failed", "test_accuracy"], ascending=[True, False], kind="stable")
     return points.loc[order.index]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0 if every run succeeded, else 1; 2 if there was nothing to do."""
-    parser = argparse.ArgumentParser("hybrid-sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
-    parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
-    chosen = planning.parse(parser, arguments)
-    out = (chosen.out or default_out(chosen.space)).resolve()
-    try:
-        sweep = read(chosen.space)
-        experiments, refused = sweep.plan()
-        first = experiments[0]
-        with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
-            data.load(first.dataset, first.train_limit, first.test_limit)
-        found, failures = planning.run_many(
-            experiments, out, **planning.scale_out(chosen), progress=sys.stderr.isatty()
-        )
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        print(f"hybrid-sweep: {error}", file=sys.stderr)
-        return 2
-    failures = refused + failures
-    if not found:
-        print(f"hybrid-sweep: {'; '.join(failures)}", file=sys.stderr)
-        return 2
-    runs = table(found)
-    runs.to_csv(out / "table.csv")
-    report = write_report(out, sweep, found, failures)
-    print(f"\n{over_seeds(runs).round(4).to_string(na_rep='-')}\n")
-    for failure in failures:
-        print(f"failed: {failure}")
-    print(f"table: {out / 'table.csv'}\nreport: {report}")
-    return 1 if failures else 0
-
-
-def write_report(
-    out: Path, sweep: Sweep, found: Sequence[History], failures: Sequence[str] = ()
-) -> Path:
-    """Write ``out/report.html``: the sweep's figures and tables; it needs no network."""
-    runs, subject = table(found), figures.subject(found)
-    shown = {"lambda_start": "lambda_sgd"} if "lambda_sgd" in runs else {}
-    axes = [n for n in (shown.get(n, n) for n in sweep.varied) if n in runs] or varied(runs)
-    sections = [("All settings", figures.parallel(runs, axes, subject), PARALLEL_NOTE)]
-    cells = [n for n in (shown.get(n, n) for n in sweep.grid) if n in runs]
-    if len(cells) > 1:
-        sections.append(("Two settings", figures.heat_map(runs, *cells[:2], subject), HEAT_NOTE))
-    sections += [
-        ("Points", html_table(over_seeds(runs)), POINTS_NOTE),
-        ("Runs", html_table(runs), ""),
-    ]
-    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
-    intro = f"{len(found)} runs on {'; '.join(sorted(machines))}."
-    return write_page(out, f"Sweep on {subject}", intro, sections, failures)
-
-
-PARALLEL_NOTE = "A line is a run that finished. Drag along an axis to keep only the lines there."
-HEAT_NOTE = "Means over seeds and over all settings but these two."
-POINTS_NOTE = (
-    "The first of many points is partly first by luck, and the test set has chosen it: run it with "
-    "other seeds before quoting its accuracy."
-)
+def axes(names: Iterable[str], runs: pd.DataFrame) -> list[str]:
+    """The columns of :func:`table` for settings of these names, where the runs differ in them."""
+    columns = ["lambda_sgd" if n == "lambda_start" and n not in runs else n for n in names]
+    return [column for column in columns if column in runs]
 
 
 def _name(optimizer: str, point: dict) -> str:
@@ -354,7 +277,3 @@ def _name(optimizer: str, point: dict) -> str:
     ]
     text = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in words)
     return text if len(text) <= 80 else f"{text[:71]}-{zlib.crc32(text.encode('utf-8')):08x}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,33 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from dataclasses import replace
 from pathlib import Path
 
-import filelock
 import psutil
 import pytest
 import yaml
+from test_running import check_resumed, is_free, killing, rows, toy_runs, waited_for, with_failures
 
-from hybrid_lib.study import cluster, planning
-from hybrid_lib.study.planning import plan, run_folder, run_many
+from hybrid_lib.study import cluster
+from hybrid_lib.study.__main__ import study
+from hybrid_lib.study.running import run_many
 from hybrid_lib.training.history import FILE, History
 
 ROOT = Path(__file__).parents[2]
 LOOPBACK = {"127.0.0.1", "::1"}
-
-
-def toy_runs(n: int, epochs: int = 4) -> list:
-    """Runs of four methods, with as many seeds as it takes."""
-    names = ("sgd", "adam", "padam_sgd", "adasgd")
-    planned = plan("toy", only=names, seeds=range(-(-n // 4)), epochs=epochs)
-    return sorted(planned, key=lambda e: e.seed)[:n]
-
-
-def rows(history: History) -> list[dict]:
-    """What a run computed, without what the clock said."""
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
 
 
 def listening(*pids: int) -> set[str]:
@@ -44,56 +31,31 @@ def listening(*pids: int) -> set[str]:
     return {c.laddr.ip for p in family for c in p.net_connections() if c.status == "LISTEN"}
 
 
-def waited_for(condition, seconds: float = 60):
-    """The first true value of ``condition``."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.01)
-    raise TimeoutError(f"{condition} for {seconds} s")
+def trained_on(address: str, jobs=(), **how) -> dict:
+    """What each of the jobs came to on a cluster."""
+    events: dict = {}
+    cluster.train_all(jobs, range(len(jobs)), lambda i, event: events.update({i: event}), address,
+                      **how)  # fmt: skip
+    return events
 
 
-# --- On this machine. ---
-
-
-def test_processes_of_this_machine_listen_on_loopback_and_compute_the_same(tmp_path, capsys):
-    experiments = toy_runs(3)
-    impossible = replace(experiments[0], name="too-large", train_limit=None, batch_size=2000)
-    jobs = [(e, run_folder(tmp_path / "dask", e)) for e in [impossible, *experiments]]
-    found, addresses = {}, set()
-    for e, outcome in cluster.train_all(jobs, "cpu", workers=2):
-        found[e] = outcome
-        addresses |= listening(os.getpid())
-    assert addresses
-    assert addresses <= LOOPBACK
-    assert "dashboard: http://127.0.0.1:" in capsys.readouterr().out
-    error = found.pop(impossible)
-    assert isinstance(error, ValueError)
-    assert "batch_size=2000" in str(error)
-    expected, _ = run_many(experiments, tmp_path / "serial", "cpu")
-    assert [rows(found[e]) for e in experiments] == [rows(h) for h in expected]
+# --- What cannot be. ---
 
 
 def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path / "x"), "--workers", "2"]
-    assert planning.main(command) != 0
+    command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path / "x")]
+    assert study([*command, "--cluster", "tcp://127.0.0.1:1"]) == 2
     shown, errors = capsys.readouterr()
     assert shown == ""
     assert len(errors.splitlines()) == 1
     assert "pip install '.[cluster]'" in errors
 
 
-def test_more_gpus_than_there_are_cannot_be_claimed():
-    with pytest.raises(ValueError, match=r"100 workers with 0\.5 GPU each: here are \d+ GPUs"):
-        next(cluster.train_all([], "cuda", workers=100, gpu_share=0.5))
-
-
 def test_where_no_scheduler_answers_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "ANSWER", 0.3)
     command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path), "--cluster"]
-    assert planning.main([*command, "tcp://127.0.0.1:1"]) != 0
+    assert study([*command, "tcp://127.0.0.1:1"]) == 2
     assert "cluster='tcp://127.0.0.1:1': no scheduler answers" in capsys.readouterr().err
 
 
@@ -107,7 +69,7 @@ def test_where_no_scheduler_answers_one_line_says_so(tmp_path, monkeypatch, caps
 )
 def test_what_cannot_be_an_address_is_refused(address, message):
     with pytest.raises(ValueError, match=message):
-        next(cluster.train_all([], cluster=address))
+        trained_on(address)
 
 
 # --- A scheduler and workers that others have started. ---
@@ -151,97 +113,66 @@ def joined(tmp_path_factory):
     there.stop()
 
 
-def in_the_middle(runs: Path) -> tuple[int, Path] | None:
-    """The process of an unfinished run that has a checkpoint, and its folder."""
-    for owner in runs.glob("*/.owner"):
-        file = owner.with_name(FILE)
-        if file.exists():
-            found = History.load(file)
-            if found.status == "running" and len(found.rows) < found.experiment.epochs - 1:
-                return int(re.search(r"\d+", owner.read_text()).group()), owner.parent
-    return None
-
-
 @pytest.mark.parametrize("n", [8, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_path, joined):
-    good = toy_runs(n - 2)
-    diverging = replace(good[0], name="diverging", lr=1e30)
-    impossible = replace(good[0], name="too-large", train_limit=None, batch_size=2000)
-    experiments = [*good[:2], diverging, impossible, *good[2:]]
-    expected, failed_there = run_many(experiments, tmp_path / "serial", "cpu")
-
-    out, killed = tmp_path / "out", {}
-
-    def kill_one():
-        pid, folder = waited_for(lambda: in_the_middle(out / "runs"))
-        os.kill(pid, signal.SIGKILL)
-        killed["pid"], killed["before"] = pid, History.load(folder)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
+    experiments, out, killed = with_failures(n), tmp_path / "out", {}
+    experiments[0] = experiments[0].scaled(40)
+    expected, failed_there = run_many(experiments, tmp_path / "serial", "cpu", workers=1)
+    killer = killing(out / "runs", killed)
     found, failed = run_many(experiments, out, "cpu", cluster=joined.address)
     killer.join()
     addresses = listening(*(p.pid for p in joined.processes))
 
     assert [rows(h) for h in found] == [rows(h) for h in expected]
     assert [h.status for h in found] == [h.status for h in expected]
-    assert sorted(failed) == sorted(failed_there)
+    assert failed == failed_there
     assert len(failed) == 2
-    before = killed["before"]
-    after = History.load(run_folder(out, before.experiment))
-    assert before.status == "running"
-    assert after.rows[: len(before.rows)] == before.rows, "it started again instead of going on"
+    check_resumed(out, killed["before"])
     assert addresses
     assert addresses <= LOOPBACK
 
 
 def test_gpus_are_claimed_where_workers_declare_them(tmp_path, joined):
     """These declare half a GPU that they do not have: the run is placed, and says so."""
-    ((_, error),) = cluster.train_all(
-        [(toy_runs(1)[0], tmp_path)], "cuda", cluster=joined.address, gpu_share=0.5
-    )
-    assert "no NVIDIA GPU" in str(error)
+    settings = {"device": "cuda"}
+    jobs = [(toy_runs(1)[0], tmp_path)]
+    (error,) = trained_on(joined.address, jobs, settings=settings, gpu_share=0.5).values()
+    assert "no NVIDIA GPU" in error
     with pytest.raises(RuntimeError, match="start its workers with --resources GPU=1"):
-        next(cluster.train_all([], "cuda", cluster=joined.address))
-
-
-def is_free(folder: Path) -> bool:
-    """Whether nobody trains there any more."""
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            return True
-    except filelock.Timeout:
-        return False
-
-
-def has_begun(folder: Path) -> bool:
-    return (folder / FILE).exists() and len(History.load(folder).rows) > 0
+        trained_on(joined.address, settings=settings)
 
 
 def long_and_short(tmp_path: Path) -> list:
-    (long,), (short,) = toy_runs(1, epochs=2000), toy_runs(1, epochs=1)
+    (long,), (short,) = toy_runs(1, epochs=5000), toy_runs(1, epochs=1)
     return [(long, tmp_path / "long"), (short, tmp_path / "short")]
 
 
 def test_who_stops_waiting_stops_the_runs(tmp_path, joined):
-    outcomes = cluster.train_all(long_and_short(tmp_path), "cpu", cluster=joined.address)
-    _, short = next(outcomes)
-    assert short.status == "complete"
-    waited_for(lambda: has_begun(tmp_path / "long"))
-    assert not is_free(tmp_path / "long")
-    outcomes.close()
+    def report(number, event):
+        if number == 0 and event == 3:
+            assert not is_free(tmp_path / "long")
+            raise KeyboardInterrupt
+
+    jobs = long_and_short(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cluster.train_all(jobs, (1, 0), report, joined.address, settings={"device": "cpu"})
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").status == "stopped"
+    assert History.load(tmp_path / "short").status == "complete"
 
 
 def test_a_scheduler_s_end_is_told_and_loses_nothing(tmp_path, joined):
     """The last test with this scheduler."""
-    outcomes = cluster.train_all(long_and_short(tmp_path), "cpu", cluster=joined.address)
-    next(outcomes)
-    waited_for(lambda: has_begun(tmp_path / "long"))
-    os.kill(joined.processes[0].pid, signal.SIGKILL)
+
+    def kill():
+        waited_for((tmp_path / "long" / FILE).exists)
+        os.kill(joined.processes[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     with pytest.raises(RuntimeError, match=r"is gone; .* the same command goes on from there"):
-        next(outcomes)
+        trained_on(joined.address, long_and_short(tmp_path)[:1], settings={"device": "cpu"})
+    killer.join()
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").rows
 
@@ -270,6 +201,7 @@ leaves_files_open = pytest.mark.filterwarnings("ignore")
 @leaves_files_open
 def test_the_job_script_of_the_example(profile):
     there, timeout = cluster.slurm(profile)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with there:
         script, address = there.job_script(), there.scheduler_address
         link, addresses = there.dashboard_link, listening(os.getpid())
@@ -317,7 +249,7 @@ def test_with_an_sbatch_that_runs_its_script_here_a_second_job_goes_on_from_the_
     monkeypatch.setattr(cluster, "SILENCE", 2)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     experiments = toy_runs(2, epochs=200)
-    expected, _ = run_many(experiments, tmp_path / "serial", "cpu")
+    expected, _ = run_many(experiments, tmp_path / "serial", "cpu", workers=1)
     with pytest.raises(RuntimeError, match=r"no worker is left; .* the same command goes on"):
         run_many(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
     settings["worker_extra_args"] = []

@@ -17,8 +17,9 @@ import nbformat
 import plotly.graph_objects as go
 import pytest
 
-from hybrid_lib.study import figures, planning
-from hybrid_lib.study.planning import main, plan, run_folder
+from hybrid_lib.study import figures, notebooks
+from hybrid_lib.study.__main__ import study
+from hybrid_lib.study.planning import plan, run_folder
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
@@ -26,7 +27,8 @@ from hybrid_lib.training.loop import run
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
 TYPES = {"int", "float", "str", "bool"}
 # What is injected for speed, where a notebook declares it; each gets a folder of its own for runs.
-SMALL = {"scale": "toy", "train": True, "steps": 5, "probes": 16, "train_limit": 160, "epochs": 2}
+SMALL = {"scale": "toy", "train": True, "steps": 5, "probes": 16, "train_limit": 160, "epochs": 2,
+         "workers": 1}  # fmt: skip
 every_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda source: source.stem)
 
 
@@ -107,25 +109,20 @@ def execute(source: Path, given: dict, to_the_check: bool = False) -> dict:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Studies execute their notebooks in this process; returns the figures that they show."""
-    import nbconvert
-    import papermill
+    """Studies execute all their notebooks in this process; returns the figures that they show."""
+    chosen_for, shown = notebooks.for_study, []
 
-    shown = []
+    def for_study(found, scale, **given):  # at toy size: the results alone
+        jobs = chosen_for(found, "demo", **given)
+        return {source: {**values, "scale": scale} for source, values in jobs.items()}
 
-    def executed(source, target, given, **how):
-        execute(Path(source), given)
-        target.write_text("{}")
+    def executed(jobs, out):
+        for source, given in jobs.items():
+            execute(source, given)
+        return [], []
 
-    class Pages:
-        def __init__(self, **how):
-            pass
-
-        def from_filename(self, name):
-            return "", None
-
-    monkeypatch.setattr(papermill, "execute_notebook", executed)
-    monkeypatch.setattr(nbconvert, "HTMLExporter", Pages)
+    monkeypatch.setattr(notebooks, "for_study", for_study)
+    monkeypatch.setattr(notebooks, "execute", executed)
     monkeypatch.setattr(figures, "show", shown.append)
     return shown
 
@@ -146,9 +143,10 @@ def test_every_default_passes_its_own_check(source):
     "only", ["sgd", "adahessian", "padam", "sgd,adasgd", "padam_sgd", "adam+adahessian"]
 )
 def test_a_study_of_any_methods_has_its_notebooks(only, tmp_path, quick, capsys):
-    code = main(["--scale", "toy", "--only", only, "--out", str(tmp_path)])
+    code = study(["--scale", "toy", "--only", only, "--out", str(tmp_path), "--workers", "1"])
     assert "failed" not in capsys.readouterr().out
     assert code == 0
+    assert len(quick) >= 4
     assert all(isinstance(figure, go.Figure) for figure in quick)
 
 
@@ -160,11 +158,9 @@ def test_a_study_with_several_seeds_and_a_run_that_diverged_at_once_has_its_note
         Experiment, "learning_rates",
         lambda self: [1e30, 1e30] if (self.name, self.seed) == ("padam_sgd", 1) else rates(self),
     )  # fmt: skip
-    arguments = ["--scale", "toy", "--only", "sgd,padam_sgd", "--seeds", "0-1"]
-    assert main([*arguments, "--out", str(tmp_path)]) == 1
-    shown = capsys.readouterr().out
-    assert "failed: PADAM-SGD, seed 1: diverged" in shown
-    assert "failed: notebook" not in shown
+    arguments = ["--scale", "toy", "--only", "sgd,padam_sgd", "--seeds", "0-1", "--workers", "1"]
+    assert study([*arguments, "--out", str(tmp_path)]) == 1
+    assert "failed: PADAM-SGD, seed 1: diverged" in capsys.readouterr().out
 
 
 def test_one_experiment_that_diverges_is_shown_to_its_end(tmp_path, quick):
@@ -236,7 +232,7 @@ def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_of_a_study_at_full_length_it_stays_small(tmp_path, monkeypatch):
+def test_of_a_study_at_full_length_it_stays_small(tmp_path):
     """The largest: eight methods, three seeds, hundreds of epochs, which are made up here."""
     rng = random.Random(0)
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -254,12 +250,9 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path, monkeypatch):
         ]
         run_folder(tmp_path, e).mkdir(parents=True)
         History(e, rows, seen, "complete").save(run_folder(tmp_path, e))
-    (tmp_path / "sources").mkdir()
-    (source,) = [s for s in NOTEBOOKS if "results" in s.stem]
-    shutil.copy(source, tmp_path / "sources")
-    monkeypatch.setattr(planning, "NOTEBOOKS", tmp_path / "sources")
-    (page,), failures = planning.execute_notebooks(tmp_path, "paper", "cifar10", "0-2")
+    (source,) = [s for s in NOTEBOOKS if s.stem == notebooks.RESULTS]
+    given = {"out": str(tmp_path), "scale": "paper", "dataset": "cifar10", "seeds": "0-2"}
+    (executed,), failures = notebooks.execute({source: {**given, "train": False}}, tmp_path)
     assert failures == []
-    executed = page.with_suffix(".ipynb")
     check_executed(nbformat.read(executed, 4))
     assert executed.stat().st_size <= 200 * 1024

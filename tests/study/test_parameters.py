@@ -14,12 +14,15 @@ from hybrid_lib.study.planning import plan
 DECLARED = """
 scale: str = "demo"  # toy, demo or paper
 dataset: str = "digits"  # a name
+methods: str = ""  # names
 seeds: str = "0"  # text
 epochs: int = None  # or a number
 lr: float = 0.1  # a rate
 train: bool = True  # or not
 """
-DEFAULTS = dict(scale="demo", dataset="digits", seeds="0", epochs=None, lr=0.1, train=True)
+DEFAULTS = dict(
+    scale="demo", dataset="digits", methods="", seeds="0", epochs=None, lr=0.1, train=True
+)
 
 
 def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
@@ -31,7 +34,9 @@ def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
 
 
 def test_without_anything_injected_the_defaults_are_the_values():
-    assert vars(checked(namespace(), planning.experiments_from)) == DEFAULTS
+    params = checked(namespace(), planning.experiments_from)
+    assert vars(params) == DEFAULTS
+    assert params.plan == plan("demo"), "and what the check made of them is kept"
 
 
 @pytest.mark.parametrize(
@@ -44,9 +49,9 @@ def test_without_anything_injected_the_defaults_are_the_values():
     ],
 )  # fmt: skip
 def test_injected_values_are_converted_to_the_declared_types(name, given, value):
-    chosen = vars(checked(namespace(**{name: given}), planning.experiments_from))
-    assert chosen == {**DEFAULTS, name: value}
-    assert type(chosen[name]) is type(value)
+    values = vars(checked(namespace(**{name: given}), planning.experiments_from))
+    assert values == {**DEFAULTS, name: value}
+    assert type(values[name]) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +77,7 @@ def test_a_faulty_parameter_is_named_with_its_value(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         checked(namespace(**given), planning.experiments_from)
     assert "\n" not in str(caught.value)
-    assert "(parameters: scale, dataset, seeds, epochs, lr, train)" in str(caught.value)
+    assert "(parameters: scale, dataset, methods, seeds, epochs, lr, train)" in str(caught.value)
 
 
 def test_all_faults_come_in_one_line():
@@ -88,8 +93,8 @@ def test_all_faults_come_in_one_line():
 
 
 def test_the_check_sees_converted_values_and_its_objection_is_shown():
-    def check(chosen):
-        raise ValueError(f"no luck with {chosen.lr!r}")
+    def check(params):
+        raise ValueError(f"no luck with {params.lr!r}")
 
     with pytest.raises(ValueError, match=r"no luck with 0\.001 \(parameters"):
         checked(namespace(lr="1e-3"), check)
@@ -99,8 +104,8 @@ def test_the_check_sees_converted_values_and_its_objection_is_shown():
     "cell",
     [
         "%matplotlib inline\n!ls", "note = 3", "x = y = 1\nprint(x)", "import os", "", "for i in",
-        "paths: list[str] = []", "count: int", "note: 'text' = 1", "chosen.lr: float = 3",
-        "numbers: dict = {}\ndef f(): pass",
+        "paths: list[str] = []", "count: int", "note: 'text' = 1", "params.lr: float = 3",
+        "numbers: dict = {}\ndef f(): pass", "n: int = 1\nfor n in []: pass", "n: int = 1\nn += 1",
     ],
 )  # fmt: skip
 def test_the_reader_s_own_cells_are_no_parameters(cell):
@@ -111,7 +116,7 @@ def test_parameters_changed_by_hand_and_run_again():
     known = namespace()
     changed = DECLARED.replace("epochs: int = None", "epochs: int = 4")
     exec(changed, known)
-    known["In"] += ["chosen = parameters.checked(globals(), study.asked)", changed]
+    known["In"] += ["params = parameters.checked(globals(), check)", changed]
     assert checked(known, planning.experiments_from).epochs == 4
 
 
@@ -157,6 +162,6 @@ def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(give
 
 def test_one_experiment_is_its_row_with_what_was_given_changed():
     known = namespace(declared=ONE, lr="0.5", lambda_start="0.9 0.1", optimizer="adasgd", seed=4)
-    e = planning.experiment_from(checked(known, planning.experiment_from))
+    e = checked(known, planning.experiment_from).plan
     (row,) = plan("toy", only=["adasgd"], seeds=[4])
     assert e == replace(row, lr=0.5, lambda_start=(0.9, 0.1))

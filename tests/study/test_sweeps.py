@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import yaml
@@ -15,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_lib.study import figures, planning, sweeps
+from hybrid_lib.study.__main__ import sweep
 from hybrid_lib.study.sweeps import Sweep, read
 from hybrid_lib.training.experiments import EXPERIMENTS
-from hybrid_lib.training.history import History, load_all
+from hybrid_lib.training.history import History
 
 TOY = "{optimizer: atmo, scale: toy, grid: {lr: [0.003, 0.03], lambda_sgd: [0, 0.5, 1]}}"
 
@@ -147,7 +147,7 @@ def test_impossible_points_are_named_and_the_others_run():
     ],
 )
 def test_what_is_no_sweep_is_one_line_and_nothing_is_written(text, message, tmp_path, capsys):
-    assert sweeps.main([text, "--out", str(tmp_path / "new")]) == 2
+    assert sweep([text, "--out", str(tmp_path / "new")]) == 2
     shown, errors = capsys.readouterr()
     assert shown == ""
     assert len(errors.splitlines()) == 1
@@ -158,10 +158,10 @@ def test_what_is_no_sweep_is_one_line_and_nothing_is_written(text, message, tmp_
 def test_a_notebook_s_parameters_go_over_what_the_file_says_unless_they_are_none(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("{scale: toy, fixed: {width: 3}, grid: {lr: [0.1]}}")
-    chosen = SimpleNamespace(space=str(file), scale=None, dataset=None, epochs=None)
-    assert sweeps.sweep_from(chosen) == read(file)
-    chosen = SimpleNamespace(space=str(file), scale="demo", dataset="mnist", epochs=5)
-    ((e,), _) = sweeps.sweep_from(chosen).plan()
+    params = SimpleNamespace(space=str(file), scale=None, dataset=None, epochs=None)
+    assert sweeps.sweep_from(params) == read(file)
+    params = SimpleNamespace(space=str(file), scale="demo", dataset="mnist", epochs=5)
+    ((e,), _) = sweeps.sweep_from(params).plan()
     assert (e.width, e.epochs, e.dataset, e.batch_size) == (3, 5, "mnist", 64)
 
 
@@ -169,41 +169,6 @@ def test_where_it_is_kept():
     assert sweeps.default_out("some/where/rates.yaml").name == "sweep-rates"
     assert sweeps.default_out(TOY) == sweeps.default_out(TOY) != sweeps.default_out(TOY + " ")
     assert sweeps.default_out("../../x.yaml").parent == sweeps.default_out(TOY).parent
-
-
-# --- The command line, from nothing to the report. ---
-
-
-def test_a_sweep_from_a_file_to_its_table(tmp_path, capsys):
-    file = tmp_path / "rates.yaml"
-    file.write_text("{scale: toy, seeds: 0-1, grid: {lr: [0.01, 1.0e+30], batch_size: [32, 500]}}")
-    out = tmp_path / "out"
-    assert sweeps.main([str(file), "--out", str(out)]) == 1
-    shown = capsys.readouterr().out
-    assert shown.count("diverged, loss") == 2
-    assert shown.count("refused, batch_size=500") == 2
-    assert "sgd-batch_size32-lr0.01, seed 1: complete, test accuracy 0." in shown
-
-    table = pd.read_csv(out / "table.csv", index_col="run")
-    assert list(table.columns) == ["lr", *sweeps.MEASURED]
-    kept = {(h.experiment.name, h.experiment.seed): h for h in load_all(out)}
-    assert len(table) == len(kept) == 4
-    for name, row in table.iterrows():
-        h = kept[name, row["seed"]]
-        assert (row["lr"], row["status"]) == (h.experiment.lr, h.status)
-        if h.status == "complete":
-            assert row["test_accuracy"] == pytest.approx(h.final["test_accuracy"])
-            assert row["train_seconds"] == pytest.approx(sum(r["train_seconds"] for r in h.rows))
-        else:
-            assert pd.isna(row["test_accuracy"])
-    page = (out / "report.html").read_text("utf-8")
-    assert "<title>Sweep on handwritten digits</title>" in page
-    assert page.count("Plotly.newPlot(") == 1, "only one setting is left to vary"
-    assert "refused, batch_size=500" in page
-
-    before = {f: f.stat().st_mtime_ns for f in out.rglob("history.json")}
-    assert sweeps.main([str(file), "--out", str(out)]) == 1
-    assert {f: f.stat().st_mtime_ns for f in out.rglob("history.json")} == before
 
 
 # --- Tables and figures of runs that nobody had to train. ---
@@ -237,21 +202,13 @@ def test_pairs_that_do_not_sum_to_one_stay_pairs():
     assert list(table["lambda_start"]) == [(1, 1), (0.5, 1)]
 
 
-def test_weights_are_an_axis_of_the_report_under_either_name(tmp_path, monkeypatch):
-    drawn = {}
-    for name in ("parallel", "heat_map"):
-        monkeypatch.setattr(
-            figures, name, lambda runs, *axes, name=name: drawn.update({name: axes})
-        )
-    monkeypatch.setattr(sweeps, "write_page", lambda *page: None)
-    asked = read("{optimizer: atmo, grid: {lr: [0.1, 0.2], lambda_start: ['1, 0', '0.5, 0.5']}}")
+def test_weights_are_an_axis_under_either_name():
     runs = [run(lambda_start=λ, lr=lr) for lr in (0.1, 0.2) for λ in ((1, 0), (0.5, 0.5))]
-    for history in runs:
-        history.environment.update(device_name="abacus", torch="2")
-    monkeypatch.setattr(figures, "subject", lambda found: "dots")
-    sweeps.write_report(tmp_path, asked, runs)
-    assert drawn["parallel"] == (["lr", "lambda_sgd"], "dots")
-    assert drawn["heat_map"] == ("lr", "lambda_sgd", "dots")
+    table = sweeps.table(runs)
+    assert sweeps.axes(["lr", "lambda_start", "width"], table) == ["lr", "lambda_sgd"]
+    assert sweeps.axes(["lambda_sgd"], table) == ["lambda_sgd"]
+    pairs = sweeps.table([run(lambda_start=(1, 1), lr=0.1), run(lambda_start=(0.5, 1), lr=0.1)])
+    assert sweeps.axes(["lambda_start"], pairs) == ["lambda_start"]
 
 
 def test_points_are_means_over_seeds_with_failed_ones_last():

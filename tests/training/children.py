@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 
 import hybrid_lib
-from hybrid_lib.study import planning
+from hybrid_lib.study import __main__ as commands
+from hybrid_lib.study import notebooks
 from hybrid_lib.training import data, loop
 from hybrid_lib.training.experiments import Experiment
 
 TRAIN_ONE = data.PROJECT / "notebooks" / "10_train_one.ipynb"
-WARM = ["hybrid_lib.study", "papermill.parameterize", "sklearn.datasets"]
+WARM = ["hybrid_lib.study.__main__", "hybrid_lib.study.notebooks", "hybrid_lib.study.figures",
+        "papermill.parameterize", "sklearn.datasets"]  # fmt: skip
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # Windows has none
 context = multiprocessing.get_context("forkserver" if FORKS else None)
 if FORKS:
@@ -83,8 +85,8 @@ def studying(arguments: list[str], trouble=None, *args) -> int:
     """The command hybrid-study; its notebooks are executed by other tests."""
     if trouble is not None:
         trouble(*args)
-    planning.execute_notebooks = lambda *_: ([], [])
-    return planning.main(arguments)
+    notebooks.execute = lambda *_: ([], [])
+    return commands.study(arguments)
 
 
 def notebook_head(parameters: dict) -> None:
@@ -107,7 +109,7 @@ def papermill(parameters: dict, executed: Path) -> None:
 
     papermill.execute_notebook(
         TRAIN_ONE, executed, parameters, progress_bar=False, cwd=TRAIN_ONE.parent,
-        kernel_manager_class=planning._PrivateKernelManager,
+        kernel_manager_class=notebooks.PrivateKernelManager,
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ MOMENTS = {
     "evaluation": (loop, "_test", 2),
     "checkpoint write": (os, "fsync", 4),  # the owner's name, checkpoint and history before
     "history write": (os, "fsync", 5),
-    "report": (planning, "write_report", 1),
+    "report": (notebooks, "report", 1),
 }
 
 

@@ -390,11 +390,10 @@ def the_others(place):
         "sgd-seed0": ("complete", 2), "adam-seed0": ("diverged", 1)}  # fmt: skip
     page = (place.study_out / "report.html").read_text("utf-8")
     assert re.search(r"What failed</h2><ul><li>Adam, seed 0: diverged", page)
-    assert re.search(r"<td>diverged</td>", page)
 
 
 def report(place):
-    assert "±" in (place.study_out / "report.html").read_text("utf-8")
+    assert "Runs: 1, on" in (place.study_out / "report.html").read_text("utf-8")
 
 
 def nothing(place):
@@ -437,7 +436,7 @@ FAULTS = [
     Row("two processes at once", two_at_once, 1,
         r"run: process \d+ on .* is training there; wait for it, or stop it", first_is_alone),
     Row("the loss is not finite", command(
-        "--scale toy --only sgd,adam", children.diverges, "adam"), 1,
+        "--scale toy --only sgd,adam --workers 1", children.diverges, "adam"), 1,
         r"failed: Adam, seed 0: diverged, loss .* in epoch 2, step \d \(lr 1e\+30, lambdas",
         the_others),
     # Files that are not what they were.

@@ -1,0 +1,186 @@
+"""Notebooks executed with nobody watching, several at once, and the pages made of them.
+
+A study's report is its results notebook with the code hidden. Pages are interactive and load
+nothing but plotly.js, which lies beside them once.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import html
+import os
+import shutil
+import signal
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import ClassVar
+
+import nbconvert
+import nbformat
+import papermill
+import plotly
+from jupyter_client.manager import AsyncKernelManager
+
+from hybrid_lib.study.planning import method
+from hybrid_lib.study.running import cores, one_line
+from hybrid_lib.training import data
+from hybrid_lib.training.history import History, write_atomically
+
+NOTEBOOKS = data.PROJECT / "notebooks"
+RESULTS, SWEEP = "08_results", "11_sweep"
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width">
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
+h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2em }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; text-align: right }}
+tbody tr {{ border-top: 1px solid #ccc }} .output_html {{ overflow-x: auto }}
+pre {{ overflow-x: auto }} .input_area pre {{ background: #f5f5f5; color: #222; padding: .5em }}
+img {{ max-width: 100% }} .failed {{ border-left: 4px solid #D55E00; padding-left: 1em }}
+{css}
+</style>
+<script src="{js}"></script>
+<body>
+{body}
+</body></html>
+"""
+
+
+def for_study(found: Sequence[History], scale: str, **given) -> dict[Path, dict]:
+    """The notebooks that read a study with these histories, and what to inject into each.
+
+    At toy size, the results alone; a notebook none of whose methods is there is left out.
+    """
+    names, jobs = list(dict.fromkeys(method(h.experiment) for h in found)), {}
+    for source in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        declared = papermill.inspect_notebook(source)
+        if "train" not in declared or "space" in declared:
+            continue  # it reads no study
+        if scale == "toy" and source.stem != RESULTS:
+            continue
+        methods = ast.literal_eval(declared.get("methods", {}).get("default", "''"))
+        there = [n for n in methods.split(",") if n in names] if methods else names
+        if not there:
+            print(f"notebook {source.stem}: none of its methods is in this study")
+            continue
+        values = {"scale": scale, **given, "train": False, "methods": ",".join(there)}
+        jobs[source] = {k: v for k, v in values.items() if k in declared}
+    return jobs
+
+
+def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
+    """Execute notebooks with parameters into ``out/notebooks``, as many at once as cores.
+
+    Returns:
+        The executed notebooks, each with its page beside it, and a line for each that failed.
+    """
+    folder, failures = out / "notebooks", []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "plotly.min.js", plotly.offline.get_plotlyjs().encode("utf-8"))
+    pool = ThreadPoolExecutor(cores())
+    futures = {pool.submit(_execute, source, folder, given): source
+               for source, given in jobs.items()}  # fmt: skip
+    try:
+        for future in as_completed(futures):
+            name = futures[future].stem
+            if error := future.exception():
+                failures.append(f"notebook {name}: {one_line(error)}")
+                (folder / f"{name}.ipynb").unlink(missing_ok=True)  # half a result is none
+                (folder / f"{name}.html").unlink(missing_ok=True)
+            print(f"notebook {name}: {'failed' if error else 'executed'}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for manager in PrivateKernelManager.started:  # after an interrupt; else there is none
+            if manager.has_kernel and manager.provisioner.pid:
+                os.kill(manager.provisioner.pid, signal.SIGKILL)
+        pool.shutdown()
+    executed = (folder / f"{source.stem}.ipynb" for source in jobs)
+    return [file for file in executed if file.exists()], sorted(failures)
+
+
+def _execute(source: Path, folder: Path, given: dict) -> None:
+    executed = folder / source.name
+    try:
+        papermill.execute_notebook(
+            source, executed, given, progress_bar=False, cwd=os.getcwd(),
+            kernel_manager_class=PrivateKernelManager,
+        )  # fmt: skip
+    finally:
+        with contextlib.suppress(RuntimeError):  # there may be none yet
+            asyncio.get_event_loop().close()  # which papermill has made for this thread
+    notebook = nbformat.read(executed, 4)
+    text = nbformat.v4.nbjson.JSONWriter().writes(notebook, indent=None, separators=(",", ":"))
+    executed.write_text(text, encoding="utf-8")  # indented, a quarter would be blanks
+    write_page(executed.with_suffix(".html"), source.stem, executed, js="../plotly.min.js")
+
+
+def report(
+    out: Path, title: str, jobs: dict[Path, dict], main: str, found: Sequence[History],
+    failures: Iterable[str],
+) -> list[str]:  # fmt: skip
+    """Execute notebooks; ``out/report.html`` is the one named ``main``, with its code hidden.
+
+    What failed stands at its top. Returns a line for each notebook that failed.
+    """
+    executed, failed = execute(jobs, out)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in [*failures, *failed])
+    head = f'<div class="failed"><h2>What failed</h2><ul>{items}</ul></div>' if items else ""
+    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
+    links = [f'<a href="notebooks/{f.stem}.html">{f.stem}</a>' for f in executed]
+    head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks, "
+             f"executed on them: {', '.join(links) or 'none'}.</p>")  # fmt: skip
+    of_main = next((file for file in executed if file.stem == main), None)
+    write_page(out / "report.html", title, of_main, head, code=False)
+    return failed
+
+
+def write_page(
+    page: Path, title: str, executed: Path | None, head: str = "", code: bool = True,
+    js: str = "plotly.min.js",
+) -> None:  # fmt: skip
+    """Write an executed notebook as a page that loads nothing but ``js``."""
+    exporter = nbconvert.HTMLExporter(
+        template_name="basic", exclude_input=not code, exclude_input_prompt=True,
+        exclude_output_prompt=True, exclude_anchor_links=True,
+    )  # fmt: skip
+    notebook = nbformat.read(executed, 4) if executed else nbformat.v4.new_notebook()
+    if not code:
+        notebook.cells = [cell for cell in notebook.cells if "-setup" not in cell.get("id", "")]
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
+            if figure:
+                figure["layout"].pop("width", None)  # as wide as the page
+                output["data"] = {"text/html": plotly.io.to_html(
+                    figure, include_plotlyjs=False, full_html=False, validate=False)}  # fmt: skip
+    body, resources = exporter.from_notebook_node(notebook)
+    css = "\n".join(resources["inlining"]["css"]) if code else ""
+    text = PAGE.format(title=html.escape(title), css=css, js=js, body=head + body)
+    write_atomically(page, text.encode("utf-8"))
+
+
+class PrivateKernelManager(AsyncKernelManager):
+    """Talks to the kernel through files of this user instead of open ports; one thread each."""
+
+    transport = "tcp" if os.name == "nt" else "ipc"
+    started: ClassVar = weakref.WeakSet()
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.started.add(self)
+        if self.transport == "ipc":  # in a folder of its own, gone with the manager
+            folder = tempfile.mkdtemp(prefix="hybrid-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self.ip = f"{folder}/kernel"
+
+    async def start_kernel(self, **how):
+        """Several kernels share the cores, as runs do."""
+        how["env"] = {**os.environ, **how.get("env", {}), "OMP_NUM_THREADS": "1"}
+        await super().start_kernel(**how)

@@ -1,0 +1,188 @@
+"""Train many runs, several at once: in processes of this machine, or on a cluster.
+
+On a CPU a run has one thread, so that its numbers do not depend on how many cores a machine has;
+there are as many runs at once as cores. Each run writes to a folder of its own and goes on from its
+checkpoint: whatever is interrupted or killed, the same call continues from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from multiprocessing import connection
+from pathlib import Path
+
+import torch
+
+from hybrid_lib.study.progress import Event, Progress, epoch_cost, outcome
+from hybrid_lib.training.experiments import Experiment
+from hybrid_lib.training.history import History
+from hybrid_lib.training.loop import run
+
+Job = tuple[Experiment, Path]
+ATTEMPTS = 3  # of a run whose process is killed
+
+
+def run_folder(out: str | Path, experiment: Experiment) -> Path:
+    """Where a study keeps a run: ``OUT/runs/NAME-seedN``."""
+    return Path(out) / "runs" / f"{experiment.name}-seed{experiment.seed}"
+
+
+def run_many(
+    experiments: Iterable[Experiment],
+    out: str | Path,
+    device: str | None = None,
+    *,
+    workers: int | None = None,
+    threads: int | None = None,
+    compile: bool | None = None,
+    cluster: str | None = None,
+    gpu_share: float = 1.0,
+) -> tuple[list[History], list[str]]:
+    """Train what is missing of a study, several runs at once and the longest first.
+
+    A script that calls this needs ``if __name__ == "__main__":``, as with all of multiprocessing.
+
+    Args:
+        device: see :func:`hybrid_lib.run`.
+        workers: how many at once; None: as many as there are cores, on a GPU one. With 1, they run
+            in this process. On SLURM: how many jobs.
+        threads: of each run on a CPU; None: one.
+        compile: see :func:`hybrid_lib.run`.
+        cluster, gpu_share: see :func:`hybrid_lib.study.cluster.train_all`.
+
+    Returns:
+        The histories in the order of ``experiments``, and a line for each run that failed or
+        diverged: one that does leaves the others untouched.
+    """
+    jobs = [(e, run_folder(out, e)) for e in experiments]
+    settings = {"device": device, "threads": threads, "compile": compile}
+    over = [i for i, (_, folder) in enumerate(jobs) if _is_over(folder)]
+    costs = [-e.epochs * epoch_cost(e) for e, _ in jobs]
+    order = sorted(set(range(len(jobs))) - {*over}, key=costs.__getitem__)
+    at_once = min(workers or cores(device, threads), len(order))
+    progress = Progress([e for e, _ in jobs])
+    try:
+        _one_by_one(jobs, over, progress, settings)  # reads them
+        if cluster:
+            from hybrid_lib.study.cluster import train_all
+
+            train_all(jobs, order, progress, cluster, workers or 1, gpu_share, settings)
+        elif at_once > 1:
+            _in_processes(jobs, order, progress, settings, at_once)
+        else:
+            _one_by_one(jobs, order, progress, settings)
+    finally:
+        progress.line.close()
+    ended = sorted(progress.ended.items())
+    failures = [f"{progress.names[i]}: {outcome(event)}" for i, event in ended
+                if isinstance(event, str) or event.status == "diverged"]  # fmt: skip
+    return [event for _, event in ended if isinstance(event, History)], failures
+
+
+def _is_over(folder: Path) -> bool:
+    try:
+        return History.load(folder).status in ("complete", "diverged")
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def cores(device: str | None = "cpu", threads: int | None = None) -> int:
+    """How many runs this machine has room for, each with so many threads."""
+    if device.startswith("cuda") if device else torch.cuda.is_available():
+        return 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (usable or 1) // (threads or 1))
+
+
+def train(job: Job, report, settings: dict, **how) -> History | str:
+    """Train one run, reporting its epochs; an exception is printed and answered as a line."""
+
+    def on_epoch(history: History) -> None:
+        report(len(history.rows))
+
+    try:
+        return run(*job, progress=False, on_epoch=on_epoch, **settings, **how)
+    except Exception as error:
+        traceback.print_exc()
+        return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an exception and the last line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def _one_by_one(jobs: Sequence[Job], order: Iterable[int], report, settings: dict) -> None:
+    for i in order:
+        report(i, train(jobs[i], lambda epochs, i=i: report(i, epochs), settings))
+
+
+# --- Processes of this machine. ---
+
+
+def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_once: int) -> None:
+    waiting, killed, everyone = list(order), Counter(), []
+    busy: dict[connection.Connection, tuple] = {}  # pipes to processes that have a run
+
+    def start(slot: int) -> tuple:
+        context, gpus, mine = multiprocessing.get_context("spawn"), torch.cuda.device_count(), {}
+        if settings["device"] in (None, "cuda") and gpus > 1:
+            mine = {"device": f"cuda:{slot % gpus}"}
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, {**settings, **mine}))
+        process.start()
+        theirs.close()
+        everyone.append((pipe, process))
+        return pipe, process, slot
+
+    def give(pipe, process, slot: int) -> None:
+        busy[pipe] = process, slot, waiting.pop(0)
+        with contextlib.suppress(OSError):  # killed already: to be seen below
+            pipe.send(jobs[busy[pipe][-1]])
+
+    try:
+        for slot in range(at_once):
+            give(*start(slot))
+        while busy:
+            for pipe in connection.wait([*busy]):
+                process, slot, number = busy[pipe]
+                try:
+                    event = pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    event = f"killed (exit code {process.exitcode})"
+                    killed[number] += 1
+                    if killed[number] < ATTEMPTS:
+                        waiting.insert(0, number)
+                        event = None
+                if event is not None:
+                    report(number, event)
+                if not isinstance(event, int):
+                    del busy[pipe]
+                    if waiting:
+                        give(*(start(slot) if process.exitcode else (pipe, process, slot)))
+    finally:  # where its pipe is closed, a process stops after the step it is in
+        for pipe, _ in everyone:
+            pipe.close()
+        for _, process in everyone:
+            process.join()
+
+
+def _serve(pipe: connection.Connection, settings: dict) -> None:
+    """A process: it trains what comes through the pipe, until that is closed or its owner dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first process decides
+
+    def report(event: Event) -> None:
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(event)
+
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            report(train(pipe.recv(), report, settings, should_stop=pipe.poll))

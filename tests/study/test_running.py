@@ -1,0 +1,232 @@
+"""Runs side by side compute what each computes alone, whoever is killed; nothing is lost."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import filelock
+import IPython.display
+import pytest
+import torch
+
+from hybrid_lib.study import figures, progress, running
+from hybrid_lib.study.planning import plan
+from hybrid_lib.study.running import run_folder, run_many
+from hybrid_lib.training.history import FILE, History
+
+
+def toy_runs(n: int, epochs: int = 4) -> list:
+    """Runs of four methods, with as many seeds as it takes."""
+    names = ("sgd", "adam", "padam_sgd", "adasgd")
+    planned = plan("toy", only=names, seeds=range(-(-n // 4)), epochs=epochs, width=1,
+                   batch_size=16, train_limit=32, test_limit=20)  # fmt: skip
+    return sorted(planned, key=lambda e: e.seed)[:n]
+
+
+def rows(history: History) -> list[dict]:
+    """What a run computed, without what the clock said."""
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
+
+
+def waited_for(condition, seconds: float = 60):
+    """The first true value of ``condition``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    raise TimeoutError(f"{condition} for {seconds} s")
+
+
+def owner(folder: Path) -> int:
+    """The process that trains, or trained, there."""
+    return int(re.search(r"\d+", (folder / ".owner").read_text()).group())
+
+
+def in_the_middle(runs: Path) -> Path | None:
+    """The folder of an unfinished run that has a checkpoint."""
+    for file in runs.glob(f"*/{FILE}"):
+        found = History.load(file)
+        if found.status == "running" and len(found.rows) < found.experiment.epochs - 1:
+            return file.parent
+    return None
+
+
+def is_free(folder: Path) -> bool:
+    """Whether nobody trains there any more."""
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            return True
+    except filelock.Timeout:
+        return False
+
+
+def with_failures(n: int) -> list:
+    """So many runs, two of which go wrong: one diverges, one cannot even begin."""
+    good = toy_runs(n - 2)
+    diverging = replace(good[0], name="diverging", lr=1e30)
+    impossible = replace(good[0], name="too-large", train_limit=None, batch_size=2000)
+    return [*good[:2], diverging, impossible, *good[2:]]
+
+
+def killing(runs: Path, killed: dict) -> threading.Thread:
+    """A thread that kills the process of one run in the middle of ``runs``."""
+
+    def kill_one():
+        folder = waited_for(lambda: in_the_middle(runs))
+        os.kill(owner(folder), signal.SIGKILL)
+        killed["before"] = History.load(folder)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    return thread
+
+
+def check_resumed(out: Path, before: History) -> None:
+    after = History.load(run_folder(out, before.experiment))
+    assert before.status == "running"
+    assert after.rows[: len(before.rows)] == before.rows, "it started again instead of going on"
+
+
+def test_processes_compute_the_same_whoever_is_killed_and_leave_the_failures_alone(tmp_path):
+    experiments, killed = with_failures(6), {}
+    experiments[0] = experiments[0].scaled(40)
+    expected, failed_there = run_many(experiments, tmp_path / "alone", "cpu", workers=1)
+    killer = killing(tmp_path / "out" / "runs", killed)
+    found, failed = run_many(experiments, tmp_path / "out", "cpu", workers=2)
+    killer.join()
+    assert [rows(h) for h in found] == [rows(h) for h in expected]
+    assert [h.status for h in found] == [h.status for h in expected]
+    assert [h.experiment for h in found] == [e for e in experiments if e.name != "too-large"]
+    assert failed == failed_there
+    assert len(failed) == 2
+    check_resumed(tmp_path / "out", killed["before"])
+    assert {h.environment["cpu_threads"] for h in found} == {1}
+
+
+def test_a_run_whose_process_is_killed_again_and_again_is_given_up(tmp_path, monkeypatch):
+    experiments, out = toy_runs(2, epochs=2000), tmp_path / "out"
+    folders = [run_folder(out, e) for e in experiments]
+    monkeypatch.setattr(running, "ATTEMPTS", 2)
+    killed = set()
+
+    def kill_all():
+        while len(killed) < 4:
+            for folder in folders:
+                if (folder / FILE).exists() and owner(folder) not in killed:
+                    killed.add(owner(folder))
+                    os.kill(owner(folder), signal.SIGKILL)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    found, failures = run_many(experiments, out, "cpu", workers=2)
+    killer.join()
+    assert found == []
+    assert [re.sub(r"^\S+ ", "", line) for line in failures] == [
+        "seed 0: killed (exit code -9)"] * 2  # fmt: skip
+
+
+SCRIPT = """
+import sys
+from test_running import toy_runs
+from hybrid_lib.study.running import run_many
+if __name__ == "__main__":
+    run_many(toy_runs(2, epochs=9999), sys.argv[1], "cpu", workers=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.parametrize(
+    ("number", "whom"), [(signal.SIGINT, "all"), (signal.SIGKILL, "first")], ids=["Ctrl-C", "kill"]
+)
+def test_interrupted_or_killed_the_runs_stop_in_good_order(number, whom, tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(SCRIPT)
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    first = subprocess.Popen([sys.executable, script, out], env=where, start_new_session=True,
+                             stderr=subprocess.DEVNULL)  # fmt: skip
+    folders = [run_folder(out, e) for e in toy_runs(2)]
+    waited_for(lambda: all((folder / FILE).exists() for folder in folders))
+    (os.killpg if whom == "all" else os.kill)(first.pid, number)
+    assert first.wait(60) != 0
+    waited_for(lambda: all(map(is_free, folders)), 20)
+    assert [History.load(folder).status for folder in folders] == ["stopped", "stopped"]
+
+
+# --- How many at once, in which order, and what is seen. ---
+
+
+def test_there_are_as_many_runs_at_once_as_cores_for_their_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    assert [running.cores("cpu", threads) for threads in (None, 1, 2, 4, 9)] == [6, 6, 3, 1, 1]
+    assert running.cores("cuda:1") == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (running.cores(None), running.cores("cpu")) == (1, 6)
+
+
+def test_threads_are_those_given_and_torch_s_own_come_back(tmp_path):
+    before = torch.get_num_threads()
+    (found,), _ = run_many(toy_runs(1, epochs=1), tmp_path, "cpu", threads=2)
+    assert found.environment["cpu_threads"] == 2
+    assert torch.get_num_threads() == before
+
+
+def test_the_longest_run_begins_first_and_what_is_over_is_only_read(tmp_path, monkeypatch):
+    experiments = toy_runs(4, epochs=1)
+    run_many(experiments[:1], tmp_path, "cpu")
+    begun, real = [], running.run
+    monkeypatch.setattr(running, "run", lambda e, *a, **h: begun.append(e.name) or real(e, *a, **h))
+    found, _ = run_many(experiments, tmp_path, "cpu", workers=1)
+    assert begun == ["sgd", "adasgd", "adam", "padam_sgd"]  # the first of them is read
+    assert [h.experiment for h in found] == experiments
+
+
+def test_progress_says_which_run_its_seed_its_epoch_and_what_is_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    experiments = plan("toy", only=["sgd", "adasgd"], seeds=[0, 7], epochs=10)
+    shown = progress.Progress(experiments)
+    lines = []
+
+    def after(seconds, number, event):
+        now[0] += seconds
+        shown(number, event)
+        lines.append(capsys.readouterr().out.strip())
+
+    after(1, 0, 4)  # goes on from a checkpoint
+    after(11, 0, 5)
+    after(8, 0, 10)
+    after(0, 0, History(experiments[0], [{"test_accuracy": 0.5}], {}, "complete"))
+    after(10, 3, 0)
+    after(10, 3, 5)
+    after(0, 2, "RuntimeError: no luck")
+    assert lines[0] == ""
+    # 12 s for one of ten epochs of SGD; 5 + 10 are left, and 2 x 10 that cost four times as much
+    assert lines[1] == "SGD, seed 0 (run 1 of 4): epoch 5 of 10; 0 of 4 done, about 19 min left"
+    assert lines[2] == "", "a log has a line every ten seconds"
+    assert lines[3] == "SGD, seed 0: complete, test accuracy 0.5000; 1 of 4 done, about 5 min left"
+    assert lines[5].startswith("AdaSGD, seed 7 (run 4 of 4): epoch 5 of 10; 1 of 4 done")
+    assert lines[6].startswith("AdaSGD, seed 0: RuntimeError: no luck; 2 of 4 done")
+
+
+def test_in_a_notebook_a_table_follows_the_runs(monkeypatch, capsys):
+    drawn = []
+
+    class Handle:
+        update = drawn.append
+
+    monkeypatch.setattr(figures, "is_interactive", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", lambda o, **how: drawn.append(o) or Handle)
+    shown = progress.Progress(toy_runs(2))
+    shown(1, 3)
+    assert [list(table["epoch"]) for table in drawn] == [[0, 0], [0, 3]]
+    assert list(drawn[0].index) == ["SGD, seed 0", "Adam, seed 0"]
+    assert list(drawn[0]["of"]) == [4, 4]
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,349 @@
+"""The command lines: from nothing to a report that needs no network, and what they refuse."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from test_planning import folder_of_images
+from test_running import waited_for
+
+from hybrid_lib.study import notebooks, running, sweeps
+from hybrid_lib.study.__main__ import study, sweep
+from hybrid_lib.training import loop
+from hybrid_lib.training.history import History, load_all
+
+ROOT = Path(__file__).parents[2]
+of_jupyter = pytest.mark.filterwarnings("default")  # papermill, nbconvert and jupyter_client warn
+
+
+@pytest.fixture
+def no_notebooks(monkeypatch):
+    """Studies without their notebooks: a report still says what failed."""
+    monkeypatch.setattr(notebooks, "execute", lambda jobs, out: ([], []))
+
+
+@pytest.fixture
+def told(capsys):
+    """Call a command in this process; returns exit code, stdout and stderr."""
+
+    def told(*arguments, command=study):
+        code = command([*map(str, arguments), "--workers", "1"])
+        return code, *capsys.readouterr()
+
+    return told
+
+
+class Page(HTMLParser):
+    """What a browser would fetch for a page, and where its links lead."""
+
+    FETCHED = ("src", "srcset", "poster", "data", "background")
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.fetched, self.links, self.text = [], [], file.read_text("utf-8")
+        self.feed(self.text)
+        self.fetched += re.findall(r"(?:url\(|@import\s*)[\"']?([^\"')]*)", self.text)
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name in self.FETCHED or (name == "href" and tag != "a"):
+                self.fetched.append(value)
+            elif name == "href":
+                self.links.append(value)
+
+    def check(self, figures: int, js: str = "plotly.min.js"):
+        """It fetches nothing but plotly.js, and all figures are interactive."""
+        assert [f for f in self.fetched if not f.startswith("data:")] == [js]
+        assert self.text.count("Plotly.newPlot(") == figures
+        assert "image/png" not in self.text, "a still picture in place of a figure"
+
+
+# --- For real. ---
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A toy study by ``python -m``, where no browser draws pictures."""
+    out = tmp_path_factory.mktemp("studies") / "a study, größer"
+    where = {"BROWSER_PATH": os.devnull, "PYTHONPATH": str(ROOT)}
+    words = ("--scale", "toy", "--only", "sgd,adasgd", "--seeds", "0-1", "--out", str(out))
+    done = subprocess.run([sys.executable, "-m", "hybrid_lib.study", *words], capture_output=True,
+                          env={**os.environ, **where}, timeout=300)  # fmt: skip
+    return out, done.returncode, done.stdout.decode("utf-8", "surrogateescape"), done.stderr
+
+
+def test_a_toy_study_from_nothing_to_its_report(toy):
+    out, code, shown, errors = toy
+    assert (code, errors) == (0, b"")
+    folders = sorted(f.name for f in (out / "runs").iterdir())
+    assert folders == ["adasgd-seed0", "adasgd-seed1", "sgd-seed0", "sgd-seed1"]
+    for folder in folders:
+        h = History.load(out / "runs" / folder)
+        assert (h.status, len(h.rows)) == ("complete", 2)
+    assert re.search(r"^SGD, seed 1: complete, test accuracy 0\.\d{4}; \d of 4 done", shown, re.M)
+    assert shown.rstrip().endswith("report.html")
+    assert re.search(r"^AdaSGD +0\.8771 +0\.\d+", shown, re.M)
+
+    page = Page(out / "report.html")
+    page.check(figures=page.text.count("plotly-graph-div"))
+    assert page.text.count("plotly-graph-div") >= 3
+    assert "<title>Hybrid optimizers on handwritten digits</title>" in page.text
+    assert "claims on handwritten digits" in page.text
+    assert "±" in page.text
+    assert "What failed" not in page.text
+    assert "import " not in page.text.partition("<body>")[2], "code is hidden"
+    assert page.links == ["notebooks/08_results.html"]
+    beside = Page(out / page.links[0])
+    assert "planning" in beside.text, "code is shown"
+    beside.check(figures=page.text.count("Plotly.newPlot("), js="../plotly.min.js")
+    assert [f.name for f in out.rglob("*.js")] == ["plotly.min.js"]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium")
+def test_its_pages_are_interactive_in_a_browser_without_a_network(toy):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=shutil.which("chromium"),
+                                          args=["--no-sandbox"])  # fmt: skip
+        for name in ("report.html", "notebooks/08_results.html"):
+            page, asked, said = browser.new_page(), [], []
+            page.context.set_offline(True)
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.on("console", lambda message, said=said: said.append(message.text))
+            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.goto((toy[0] / name).as_uri())
+            figures = page.locator(".plotly-graph-div")
+            page.wait_for_function("document.querySelectorAll('.main-svg').length > 2")
+            drawn = page.locator(".plotly-graph-div:has(.main-svg)")
+            assert drawn.count() == figures.count() >= 3
+            assert {url.partition(":")[0] for url in asked} <= {"file", "data", "blob"}
+            assert said == []
+            before = page.locator(".legendtoggle").count()
+            page.locator(".legendtoggle").first.click(force=True)  # hides a line, in every panel
+            page.wait_for_timeout(600)
+            assert before
+            assert page.evaluate(
+                "document.querySelector('.plotly-graph-div').data.some(t => t.visible)"
+            )
+        browser.close()
+
+
+@of_jupyter
+def test_a_sweep_from_a_file_to_its_table_and_report(tmp_path, told, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", os.devnull)
+    file, out = tmp_path / "rates.yaml", tmp_path / "out"
+    file.write_text("{scale: toy, seeds: 0-1, grid: {lr: [0.01, 1.0e+30], batch_size: [32, 500]}}")
+    code, shown, _ = told(file, "--out", out, command=sweep)
+    assert code == 1
+    assert shown.count("seed 0: diverged, loss") == 2, "as it happens, and in the end"
+    assert shown.count("refused, batch_size=500") == 2
+    assert "sgd-batch_size32-lr0.01, seed 1: complete, test accuracy 0." in shown
+
+    table = pd.read_csv(out / "table.csv", index_col="run")
+    assert list(table.columns) == ["lr", *sweeps.MEASURED]
+    kept = {(h.experiment.name, h.experiment.seed): h for h in load_all(out)}
+    assert len(table) == len(kept) == 4
+    for name, row in table.iterrows():
+        h = kept[name, row["seed"]]
+        assert (row["lr"], row["status"]) == (h.experiment.lr, h.status)
+        if h.status == "complete":
+            assert row["test_accuracy"] == pytest.approx(h.final["test_accuracy"])
+            assert row["train_seconds"] == pytest.approx(sum(r["train_seconds"] for r in h.rows))
+        else:
+            assert pd.isna(row["test_accuracy"])
+    page = Page(out / "report.html")
+    page.check(figures=1)  # only one setting is left to vary
+    assert "<title>Sweep on handwritten digits</title>" in page.text
+    failed = page.text.partition("What failed")[2].partition("</ul>")[0]
+    assert (failed.count("<li>"), failed.count("refused, batch_size=500")) == (4, 2)
+
+    monkeypatch.setattr(notebooks, "execute", lambda jobs, out: ([], []))
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("history.json")}
+    assert told(file, "--out", out, command=sweep)[0] == 1
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("history.json")} == before
+
+
+# --- What fails leaves the rest. ---
+
+
+def test_run_again_it_trains_only_what_is_missing(tmp_path, no_notebooks, told, monkeypatch):
+    command = ("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
+    assert told(*command)[0] == 0
+    trained, real = [], loop.epochs
+    monkeypatch.setattr(loop, "epochs", lambda e, *args: trained.append(e.name) or real(e, *args))
+    before = {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*.json")}
+    assert told(*command)[0] == 0
+    assert trained == []
+    assert {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*.json")} == before
+    assert told("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)[0] == 0
+    assert trained == ["atmo"]
+
+
+def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks, told, monkeypatch):
+    real = running.run
+
+    def failing(e, *args, **how):
+        if e.name == "adam":
+            raise RuntimeError("the <disk> is\nfull & slow")
+        return real(e, *args, **how)
+
+    monkeypatch.setattr(running, "run", failing)
+    command = ("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)
+    code, shown, _ = told(*command)
+    assert code == 1
+    assert "failed: Adam, seed 0: RuntimeError: full & slow" in shown
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert re.search("What failed.*Adam, seed 0: RuntimeError: full &amp; slow", page)
+    assert {f.name for f in (tmp_path / "runs").iterdir()} == {"sgd-seed0", "atmo-seed0"}
+
+    monkeypatch.setattr(running, "run", real)
+    assert told(*command)[0] == 0
+    assert "What failed" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_run_that_diverged_at_once_counts(tmp_path, no_notebooks, told, monkeypatch):
+    real = running.run
+
+    def diverging(e, *args, **how):
+        history = real(e, *args, **how)
+        diverged = e.name == "adam" and e.seed == 1
+        return dataclasses.replace(history, rows=[], status="diverged") if diverged else history
+
+    monkeypatch.setattr(running, "run", diverging)
+    command = ("--scale", "toy", "--out", tmp_path, "--only")
+    code, shown, _ = told(*command, "sgd,adam", "--seeds", "0-1")
+    assert (code, "1 complete, 1 diverged" in shown) == (1, True)
+    code, _, errors = told(*command, "adam", "--seeds", "1")
+    assert (code, "Adam, seed 1: diverged" in errors) == (2, True)
+
+
+def test_where_everything_fails_the_exit_code_says_so(tmp_path, told, monkeypatch):
+    def failing(*args, **how):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(running, "run", failing)
+    code, _, errors = told("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
+    assert code == 2
+    assert errors.splitlines()[-1].count("no luck") == 2
+
+
+def notebook(*cells: str):
+    made = [nbformat.v4.new_code_cell(source) for source in cells]
+    made[0].metadata["tags"] = ["parameters"]
+    meta = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return nbformat.v4.new_notebook(cells=made, metadata=meta)
+
+
+@of_jupyter
+def test_notebooks_that_fail_are_named_and_leave_the_others(tmp_path, told, monkeypatch):
+    """Two of them meet in their kernels: none waits for the other's end."""
+    sources, out = tmp_path / "sources", tmp_path / "out"
+    sources.mkdir()
+    head = "train: bool = True  # x\nseeds: str = ''  # x\nmethods: str = "
+    start = f"import pathlib, time\nhere = pathlib.Path({str(tmp_path)!r})\n"
+    meet = start + "(here / {!r}).touch()\nwhile not (here / {!r}).exists(): time.sleep(.01)"
+    for name, made in {
+        "01_good.ipynb": notebook(f"{head}'adam,sgd'", meet.format("a", "b"),
+                                  "print('seeds', seeds, 'train', train, methods)"),
+        "02_bad.ipynb": notebook(f"{head}''", meet.format("b", "a"),
+                                 "raise RuntimeError('a <bad> cell')"),
+        "03_other_methods.ipynb": notebook(f"{head}'adam,atmo'", "raise AssertionError"),
+        "04_trains_itself.ipynb": notebook("epochs: int = 1  # x", "raise AssertionError"),
+    }.items():  # fmt: skip
+        nbformat.write(made, sources / name)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", sources)
+    monkeypatch.setattr(notebooks, "cores", lambda: 2)
+    code, shown, _ = told("--scale", "demo", "--epochs", "1", "--only", "sgd", "--out", out)
+    assert code == 1
+    assert re.search(r"failed: notebook 02_bad: .*RuntimeError: a <bad> cell", shown)
+    assert "03_other_methods: none of its methods is in this study" in shown
+    assert sorted(f.name for f in (out / "notebooks").iterdir()) == [
+        "01_good.html",
+        "01_good.ipynb",
+    ]
+    executed = nbformat.read(out / "notebooks" / "01_good.ipynb", 4)
+    assert executed.cells[-1].outputs[0].text == "seeds 0 train False sgd\n"
+    assert "seeds 0 train False" in (out / "notebooks" / "01_good.html").read_text("utf-8")
+    page = Page(out / "report.html")
+    assert "a &lt;bad&gt; cell" in page.text
+    assert page.links == ["notebooks/01_good.html"]
+
+
+@of_jupyter
+def test_interrupted_in_a_notebook_its_kernel_ends(tmp_path, told, monkeypatch):
+    pid = tmp_path / "pid"
+    waits = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    nbformat.write(notebook("train: bool = True  # x", waits + "\ntime.sleep(99)"),
+                   tmp_path / "01_waits.ipynb")  # fmt: skip
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def interrupt():
+        waited_for(lambda: pid.exists() and pid.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    before = signal.getsignal(signal.SIGTERM)
+    words = ("--scale", "demo", "--epochs", "1", "--only", "sgd", "--out", tmp_path)
+    code, _, errors = told(*words)
+    signal.signal(signal.SIGTERM, before)
+    assert (code, errors) == (130, "stopped; the same command goes on from here\n")
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+# --- What is asked for. ---
+
+
+def test_a_relative_folder_is_found_where_the_study_is_started(tmp_path, told, no_notebooks,
+                                                               monkeypatch):  # fmt: skip
+    folder_of_images(tmp_path / "pictures", 200, 100)
+    monkeypatch.chdir(tmp_path)
+    command = ("--scale", "toy", "--only", "sgd", "--dataset", "folder:pictures", "--out", "out")
+    assert told(*command)[0] == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ([], (None, None)),
+        (["--no-compile", "--threads", "3"], (False, 3)),
+        (["--compile"], (True, None)),
+    ],
+)
+def test_engine_and_threads_are_those_asked_for(monkeypatch, tmp_path, no_notebooks, told,
+                                                words, settings):  # fmt: skip
+    asked, real = [], running.run
+
+    def spy(e, folder, device, **how):
+        asked.append((how.pop("compile"), how.pop("threads")))
+        return real(e, folder, device, **how)
+
+    monkeypatch.setattr(running, "run", spy)
+    assert told("--scale", "toy", "--only", "sgd", "--out", tmp_path, *words)[0] == 0
+    assert asked == [settings]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "0"], "--workers: 0: at least 1"),
+        (["--threads", "-1"], "--threads: -1: at least 1"),
+        (["--gpu-share", "0"], "--gpu-share 0.0: above 0, at most 1"),
+    ],
+)
+def test_impossible_numbers_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        study(["--scale", "toy", *words])
+    assert message in capsys.readouterr().err
