@@ -28,8 +28,10 @@ from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
 
-NAMES = [*EXPERIMENTS, *(name for name in methods.METHODS if name not in EXPERIMENTS)]
-NAMES += map("+".join, itertools.permutations(methods.RULES, 2))
+METHODS = [(experiment.label, name) for name, experiment in EXPERIMENTS.items()]
+METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
+PAIRS = ("+".join(pair) for pair in itertools.permutations(methods.RULES, 2))
+METHODS += [(methods.get_method(pair).label, pair) for pair in PAIRS]
 # Per section: (field of Experiment, label, kind, what an empty text means or a full one looks like)
 SECTIONS = {
     "The step": [
@@ -65,9 +67,11 @@ MEANT = {  # where pydantic's message would speak of tuples
     "lambda_end": "two numbers of at least 0, as in 0, 1",
     "lr_milestones": "increasing epochs, as in 6, 9",
 }
-LEFT, RIGHT = 410, 545  # widths in pixels
+LEFT, RIGHT = 430, 530  # widths in pixels
+LOSS_TICKS = [digit * 10.0**power for power in range(-7, 3) for digit in (1, 2, 5)]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 GREY = "#808080"
+LEGEND = "<br><sup>solid: test, dotted: training</sup>"
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
 # Plotly knows no themes: the page's own text colour reads well on its light and dark background.
 STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
@@ -270,10 +274,12 @@ class Explorer:
                 self._places[text] = place
                 problems.append((place, MEANT.get(place, text) if fault["loc"] else text))
         try:
-            if self.controls["run_name"].value == self._proposed and self._is_taken(experiment):
-                self._propose_name()
-            if self._is_taken(experiment):
-                problems.append(("run_name", "another experiment is kept under this name"))
+            folder = self.folder
+            if experiment is not None and self._is_taken(folder, experiment):
+                if folder.name == self._proposed:
+                    self._propose_name()
+                else:
+                    problems.append(("run_name", "another experiment is kept under this name"))
         except ValueError as error:
             problems.append(("run_name", str(error)))
         for field, message in self.messages.items():
@@ -290,13 +296,13 @@ class Explorer:
             self.python.value = planning.as_python(experiment, self.folder)
         self._draw()
 
-    def _is_taken(self, experiment: Experiment | None) -> bool:
-        """Whether another experiment is kept, or will be, in the folder."""
-        planned = {folder: planned for planned, folder in self._jobs}
-        if experiment is None or self.folder in planned:
-            return experiment is not None and planned[self.folder] != experiment
+    def _is_taken(self, folder: Path, experiment: Experiment) -> bool:
+        """Whether another experiment is kept there, or will be."""
+        for planned, its_folder in self._jobs:
+            if its_folder == folder:
+                return planned != experiment
         try:
-            return History.load(self.folder).experiment != experiment
+            return History.load(folder).experiment != experiment
         except FileNotFoundError:
             return False
         except (OSError, ValueError):  # damaged: not to be written over
@@ -317,12 +323,14 @@ class Explorer:
                 lines.append(_report_points(self.controls["method"].value))
             _put(self.figure, lines)
             epochs = max([self._valid.epochs, *(h.experiment.epochs for h in runs.values())])
-            margin = max(0.3, 0.02 * epochs)
+            margin, title = max(0.3, 0.02 * epochs), "No run yet: press Start"
+            if self.history is not None:
+                title = f"{self.history.label}, {self.history.dataset}{LEGEND}"
             with self.figure.batch_update():
                 self.figure.update_xaxes(
                     range=[1 - margin, epochs + margin], dtick=1 if epochs <= 12 else None
                 )
-                self.figure.layout.title.text = _title(self.history)
+                self.figure.layout.title.text = title
 
     def _fill(self, values: dict) -> None:
         """Set controls from outside: no control follows."""
@@ -360,9 +368,10 @@ class Explorer:
         self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>'
 
     def _make_widgets(self, method: str) -> None:
-        names = [(_label(name), name) for name in NAMES]
         self.controls = {
-            "method": _labelled(widgets.Dropdown, "Method", LEFT - 10, options=names, value=method),
+            "method": _labelled(
+                widgets.Dropdown, "Method", LEFT - 10, options=METHODS, value=method
+            ),
             "run_name": _labelled(widgets.Text, "Name of the run", LEFT - 10, **WHEN_COMPLETE),
         }
         hints = typing.get_type_hints(Experiment)
@@ -386,8 +395,8 @@ class Explorer:
         self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", RIGHT - 30, rows=4)
         text = "the report's accuracies of this method (CIFAR-10)"
         self.report = _labelled(widgets.Checkbox, text, RIGHT - 30)
-        self.papermill = _labelled(widgets.Textarea, "With papermill", LEFT + RIGHT, rows=3)
-        self.python = _labelled(widgets.Textarea, "With Python", LEFT + RIGHT, rows=8)
+        self.papermill = _labelled(widgets.Textarea, "With papermill", LEFT - 10, rows=4)
+        self.python = _labelled(widgets.Textarea, "With Python", LEFT - 10, rows=9)
 
     def _arranged(self) -> widgets.Widget:
         cells = {f: widgets.VBox([c, self.messages[f]]) for f, c in self.controls.items()}
@@ -396,16 +405,16 @@ class Explorer:
         names = widgets.VBox([cells["method"], cells["run_name"]])
         left = []
         for title, section in SECTIONS.items():
-            left.append(widgets.HTML(f"<b>{title}</b>", layout={"margin": "8px 0 0 0"}))
-            left.append(widgets.Box([cells[field] for field, *_ in section], layout=wrap))
-        right = widgets.VBox([self.figure, self.earlier, self.report])
+            left += [_heading(title), widgets.Box([cells[f] for f, *_ in section], layout=wrap)]
+        left += [_heading("The same again", "(click, Ctrl+A, Ctrl+C)"), self.papermill, self.python]
+        right = widgets.VBox([self.figure, self.earlier, self.report, widgets.HTML(STYLE)])
         right.layout = {"width": f"{RIGHT}px", "margin": "0 0 0 10px"}
         # The curves come first, and to the right: where both do not fit, they stay below Start.
         columns = [right, widgets.VBox(left, layout={"width": f"{LEFT}px"})]
         reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
-        again = widgets.HTML("<b>The same again</b> (click into a box, Ctrl+A, Ctrl+C)" + STYLE)
-        view = [widgets.Box([names, answers], layout=wrap), widgets.Box(columns, layout=reverse)]
-        return widgets.VBox([*view, again, self.papermill, self.python])
+        return widgets.VBox(
+            [widgets.Box([names, answers], layout=wrap), widgets.Box(columns, layout=reverse)]
+        )
 
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
@@ -430,8 +439,8 @@ def _labelled(kind, label: str, width: int, **options) -> widgets.Widget:
     return kind(description=label, style=style, layout=layout, **options)
 
 
-def _label(name: str) -> str:
-    return methods.label(name) if name in EXPERIMENTS else methods.get_method(name).label
+def _heading(text: str, more: str = "") -> widgets.Widget:
+    return widgets.HTML(f"<b>{text}</b> {more}", layout={"margin": "8px 0 0 0"})
 
 
 def _put(figure: go.FigureWidget, lines: list[tuple[int, dict]]) -> None:
@@ -504,26 +513,20 @@ def _colours(histories) -> list[str]:
 
 def _figure() -> go.FigureWidget:
     figure = make_subplots(
-        4, 1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.35, 0.35, 0.13, 0.17]
+        4, 1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.35, 0.35, 0.13, 0.17]
     )
-    figure.update_yaxes(title_text="loss (nats)", type="log", nticks=5, tickformat="~g", row=1)
+    figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
     figure.update_yaxes(title_text="accuracy", row=2)
     figure.update_yaxes(title_text="η", rangemode="tozero", nticks=4, row=3)
     figure.update_yaxes(title_text="λ", range=[-0.08, 1.08], dtick=0.5, row=4)
     figure.update_xaxes(title_text="epoch", title_standoff=8, row=4)
     figures.apply_style(figure, "", height=740)
     below = {"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top", "traceorder": "reversed"}
-    beside = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.16, "yanchor": "bottom"}
+    beside = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.145, "yanchor": "bottom"}
     margin = {"l": 70, "r": 10, "t": 66, "b": 110}
     return go.FigureWidget(
         figure.update_layout(width=RIGHT - 10, legend=below, legend2=beside, margin=margin)
     )
-
-
-def _title(history: History | None) -> str:
-    if history is None:
-        return "No run yet: press Start"
-    return f"{history.label}, {history.dataset}<br><sup>solid: test, dotted: training</sup>"
 
 
 def _outcome(history: History) -> str:
