@@ -15,9 +15,7 @@ import typing
 from pathlib import Path
 
 import ipywidgets as widgets
-import plotly.graph_objects as go
 from IPython.display import display
-from plotly.subplots import make_subplots
 from pydantic import ValidationError
 
 from hybrid_lib.optim import methods
@@ -27,6 +25,7 @@ from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
+from hybrid_lib.widgets import curves
 
 METHODS = [(experiment.label, name) for name, experiment in EXPERIMENTS.items()]
 METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
@@ -62,16 +61,7 @@ SECTIONS = {
 STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
 FIELDS = STEP + WEIGHTS + RUN
 SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
-MEANT = {  # where pydantic's message would speak of tuples
-    "lambda_start": "two numbers of at least 0, as in 0.5, 0.5",
-    "lambda_end": "two numbers of at least 0, as in 0, 1",
-    "lr_milestones": "increasing epochs, as in 6, 9",
-}
 LEFT, RIGHT = 430, 530  # widths in pixels
-LOSS_TICKS = [digit * 10.0**power for power in range(-7, 3) for digit in (1, 2, 5)]
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
-GREY = "#808080"
-LEGEND = "<br><sup>solid: test, dotted: training</sup>"
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
 # Plotly knows no themes: the page's own text colour reads well on its light and dark background.
 STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
@@ -272,7 +262,7 @@ class Explorer:
                 # What does not go together is said beside the control that was changed last.
                 place = fault["loc"][0] if fault["loc"] else self._places.get(text, self._touched)
                 self._places[text] = place
-                problems.append((place, MEANT.get(place, text) if fault["loc"] else text))
+                problems.append((place, text))
         try:
             folder = self.folder
             if experiment is not None and self._is_taken(folder, experiment):
@@ -315,22 +305,8 @@ class Explorer:
             for name in self.earlier.value:
                 with contextlib.suppress(OSError, ValueError):  # gone or damaged by now
                     runs[name] = History.load(self.runs / name)
-            lines = _schedules(self._valid)
-            looks = zip(_colours(runs.values()), itertools.cycle(SYMBOLS))
-            for (name, history), look in reversed(list(zip(runs.items(), looks))):
-                lines += _curves(name, history, *look)  # this run on top of the others
-            if self.report.value:
-                lines.append(_report_points(self.controls["method"].value))
-            _put(self.figure, lines)
-            epochs = max([self._valid.epochs, *(h.experiment.epochs for h in runs.values())])
-            margin, title = max(0.3, 0.02 * epochs), "No run yet: press Start"
-            if self.history is not None:
-                title = f"{self.history.label}, {self.history.dataset}{LEGEND}"
-            with self.figure.batch_update():
-                self.figure.update_xaxes(
-                    range=[1 - margin, epochs + margin], dtick=1 if epochs <= 12 else None
-                )
-                self.figure.layout.title.text = title
+            report = self.controls["method"].value if self.report.value else ""
+            curves.draw(self.figure, runs, self._valid, report)
 
     def _fill(self, values: dict) -> None:
         """Set controls from outside: no control follows."""
@@ -391,7 +367,7 @@ class Explorer:
             for text, style in (("Start", "primary"), ("Stop", ""), ("Reset", ""))
         ]
         self.status = widgets.HTML()
-        self.figure = _figure()
+        self.figure = curves.live_figure(RIGHT - 10)
         self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", RIGHT - 30, rows=4)
         text = "the report's accuracies of this method (CIFAR-10)"
         self.report = _labelled(widgets.Checkbox, text, RIGHT - 30)
@@ -400,13 +376,15 @@ class Explorer:
 
     def _arranged(self) -> widgets.Widget:
         cells = {f: widgets.VBox([c, self.messages[f]]) for f, c in self.controls.items()}
-        wrap = {"flex_flow": "row wrap"}
+        wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
         answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
         names = widgets.VBox([cells["method"], cells["run_name"]])
         left = []
         for title, section in SECTIONS.items():
-            left += [_heading(title), widgets.Box([cells[f] for f, *_ in section], layout=wrap)]
-        left += [_heading("The same again", "(click, Ctrl+A, Ctrl+C)"), self.papermill, self.python]
+            left.append(widgets.HTML(f"<b>{title}</b>", layout=above))
+            left.append(widgets.Box([cells[field] for field, *_ in section], layout=wrap))
+        again = widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above)
+        left += [again, self.papermill, self.python]
         right = widgets.VBox([self.figure, self.earlier, self.report, widgets.HTML(STYLE)])
         right.layout = {"width": f"{RIGHT}px", "margin": "0 0 0 10px"}
         # The curves come first, and to the right: where both do not fit, they stay below Start.
@@ -426,10 +404,6 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
         figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
         return None
     explorer = Explorer(runs, method, **start)
-    if explorer.foreground:
-        from google.colab import output  # only there
-
-        output.enable_custom_widget_manager()
     display(explorer.view)
     return explorer
 
@@ -437,96 +411,6 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
 def _labelled(kind, label: str, width: int, **options) -> widgets.Widget:
     style, layout = {"description_width": "110px"}, {"width": f"{width}px"}
     return kind(description=label, style=style, layout=layout, **options)
-
-
-def _heading(text: str, more: str = "") -> widgets.Widget:
-    return widgets.HTML(f"<b>{text}</b> {more}", layout={"margin": "8px 0 0 0"})
-
-
-def _put(figure: go.FigureWidget, lines: list[tuple[int, dict]]) -> None:
-    """(row, trace) pairs into a figure; lines that are there already grow in place."""
-    looks = [(trace.name, trace.line.color) for trace in figure.data]
-    if looks != [(line["name"], line["line"]["color"]) for _, line in lines]:
-        figure.data = []
-        traces = [go.Scatter(**line) for _, line in lines]
-        figure.add_traces(traces, rows=[row for row, _ in lines], cols=[1] * len(lines))
-        return
-    for trace, (_, line) in zip(figure.data, lines):
-        # One at a time: what one update leaves alone in some of its traces, views opened later lack
-        with figure.batch_update():
-            trace.update({key: line[key] for key in ("mode", "x", "y")})
-
-
-def _line(row: int, name: str, x, y, line: dict, **more) -> tuple[int, dict]:
-    """A row of the figure, and a trace for it."""
-    trace = {"x": list(x), "y": list(y), "name": name, "line": line, "mode": "lines"}
-    return row, trace | more
-
-
-def _schedules(experiment: Experiment) -> list[tuple[int, dict]]:
-    """η and every rule's λ."""
-    epochs, steps = range(1, experiment.epochs + 1), {"shape": "hvh", "width": 2}
-    rates, weights = experiment.learning_rates(), map(experiment.lambdas(), range(epochs[-1]))
-    lines = [_line(3, "η", epochs, rates, {"color": methods.GREEN, **steps}, showlegend=False)]
-    looks = ({"color": methods.VERMILLION}, {"color": methods.BLUE, "dash": "dash"})
-    rules = methods.get_method(experiment.optimizer).rules
-    for rule, values, look in zip(rules, zip(*weights), looks):
-        name = f"λ of {rule.__name__}"
-        lines.append(_line(4, name, epochs, values, {**look, **steps}, legend="legend2"))
-    return lines
-
-
-def _curves(name: str, history: History, colour: str, symbol: str) -> list[tuple[int, dict]]:
-    """A run's loss and accuracy, test solid, training dotted; empty before its 1st epoch."""
-    rows = history.rows
-    return [
-        _line(
-            row, f"{name}: {history.label}, {history.dataset}", [r["epoch"] for r in rows],
-            [r[f"{part}_{what}"] for r in rows], {"color": colour, "width": width, "dash": dash},
-            mode="lines+markers" if len(rows) <= 30 else "lines",
-            marker={"symbol": symbol, "size": 6}, legendgroup=name,
-            showlegend=row == 1 and part == "test",
-            hovertemplate=f"epoch %{{x}}: {part} {what} %{{y:.4f}}<extra>{name}</extra>",
-        )
-        for row, what in ((1, "loss"), (2, "accuracy"))
-        for part, dash, width in (("train", "dot", 1.5), ("test", "solid", 2.5))
-    ]  # fmt: skip
-
-
-def _report_points(method: str) -> tuple[int, dict]:
-    points = figures.paper("milestones").query("optimizer == @method")
-    name = "report, test (CIFAR-10)" if len(points) else "the report has no such method"
-    marker = {"symbol": "diamond-open", "size": 9, "color": GREY}
-    return _line(2, name, points["epoch"], points["test_accuracy"], {"color": GREY},
-                 mode="markers", marker=marker)  # fmt: skip
-
-
-def _colours(histories) -> list[str]:
-    """Each run its method's colour, or a free one where that is taken."""
-    taken: list[str] = []
-    for history in histories:
-        palette = (methods.look(history.experiment.name)[0], methods.BLUE, methods.VERMILLION,
-                   methods.GREEN, methods.PURPLE)  # fmt: skip
-        taken.append(next((colour for colour in palette if colour not in taken), GREY))
-    return taken
-
-
-def _figure() -> go.FigureWidget:
-    figure = make_subplots(
-        4, 1, shared_xaxes=True, vertical_spacing=0.05, row_heights=[0.35, 0.35, 0.13, 0.17]
-    )
-    figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
-    figure.update_yaxes(title_text="accuracy", row=2)
-    figure.update_yaxes(title_text="η", rangemode="tozero", nticks=4, row=3)
-    figure.update_yaxes(title_text="λ", range=[-0.08, 1.08], dtick=0.5, row=4)
-    figure.update_xaxes(title_text="epoch", title_standoff=8, row=4)
-    figures.apply_style(figure, "", height=740)
-    below = {"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top", "traceorder": "reversed"}
-    beside = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.145, "yanchor": "bottom"}
-    margin = {"l": 70, "r": 10, "t": 66, "b": 110}
-    return go.FigureWidget(
-        figure.update_layout(width=RIGHT - 10, legend=below, legend2=beside, margin=margin)
-    )
 
 
 def _outcome(history: History) -> str:

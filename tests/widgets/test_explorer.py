@@ -444,23 +444,24 @@ def test_every_method_is_copied_exactly(open_explorer):
 
 @pytest.fixture
 def colab(monkeypatch):
-    """A google.colab that writes down what it is asked."""
-    asked = []
+    """A google.colab that writes down what happens."""
+    events = []
     output = types.ModuleType("google.colab.output")
-    output.enable_custom_widget_manager = lambda: asked.append("widget manager")
+    output.enable_custom_widget_manager = lambda: events.append("widget manager")
     package = types.ModuleType("google.colab")
     package.output = output
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", package)
     monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    return asked
+    return events
 
 
 def test_in_colab_start_trains_in_the_foreground(tmp_path, colab, monkeypatch):
     monkeypatch.setattr(module.figures, "is_interactive", lambda: True)
     monkeypatch.setattr(module, "display", colab.append)
     explorer = explore(tmp_path, "padam_sgd", **TINY)
-    assert colab == ["widget manager", explorer.view]
+    assert colab[-1] is explorer.view
+    assert "widget manager" in colab  # anywidget's doing
     explorer.start()  # returns when it is done
     assert explorer.history.status == "complete"
 
