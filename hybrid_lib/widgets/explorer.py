@@ -61,7 +61,7 @@ SECTIONS = {
 STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
 FIELDS = STEP + WEIGHTS + RUN
 SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
-LEFT, RIGHT = 430, 530  # widths in pixels
+LEFT, RIGHT = 420, 525  # widths in pixels
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
 # Plotly knows no themes: the page's own text colour reads well on its light and dark background.
 STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {

@@ -29,6 +29,8 @@ from test_browser import (  # noqa: F401
 
 import hybrid_lib as hl
 
+CURVES = """(document.querySelector(".hybrid-explorer .js-plotly-plot")?._fullData ?? [])
+              .filter(trace => trace.yaxis === "y")"""
 SIZE = {"width": 1400, "height": 1000}
 COLAB = (  # its versions of August 2026
     "notebook==6.5.7", "ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython==7.34",
@@ -104,20 +106,11 @@ def _open_classic(address, browser, notebook):  # noqa: F811
 
 def points(page):
     """How many epochs the runs' first curve shows; 0 without curves."""
-    return page.evaluate(
-        """() => {
-             const plot = document.querySelector('.hybrid-explorer .js-plotly-plot');
-             const curve = plot?._fullData?.find(t => t.yaxis === 'y');
-             return curve ? curve.x.length : 0;
-           }"""
-    )
+    return page.evaluate(f"{CURVES}[0]?.x.length ?? 0")
 
 
 def wait_for_points(page, count):
-    end = time.monotonic() + 90
-    while points(page) < count:
-        assert time.monotonic() < end, f"{points(page)} points"
-        page.wait_for_timeout(100)
+    page.wait_for_function(f"({CURVES}[0]?.x.length ?? 0) >= {count}", timeout=90_000)
 
 
 def press(page, name, until):
@@ -154,24 +147,7 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
     wait_for_points(page, points(page) + 1)  # they grow by themselves
     page.screenshot(path=shots / f"explorer-{front}-running.png")
 
-    page.evaluate(
-        """() => {
-             const said = () => document.querySelector('.hybrid-explorer [role=status]');
-             const stop = [...document.querySelectorAll('.hybrid-explorer button')]
-               .find(b => b.textContent.trim() === 'Stop');
-             window.answered = null;
-             const pressed = performance.now();
-             const view = setInterval(() => {
-               if (said()?.textContent.startsWith('stopped')) {
-                 window.answered = performance.now() - pressed;
-                 clearInterval(view);
-               }
-             }, 5);
-             stop.click();
-           }"""
-    )
-    page.wait_for_function("window.answered !== null", timeout=20_000)
-    print(f"Stop answered after {page.evaluate('window.answered') / 1000:.2f} s")
+    press(page, "Stop", "^stopped")
     assert "Start goes on" in _status(page).inner_text()
     (folder,) = tmp_path.glob("*-1")
     assert len(hl.History.load(folder).rows) == points(page)
@@ -188,10 +164,7 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
     page.wait_for_timeout(500)
     press(page, "Queue", "complete")
     page.get_by_label("Earlier runs", exact=True).select_option(index=[0, 1])
-    page.wait_for_function(
-        """() => document.querySelector('.hybrid-explorer .js-plotly-plot')
-                   ._fullData.filter(t => t.yaxis === 'y').length === 6"""
-    )
+    page.wait_for_function(f"{CURVES}.length === 6")  # training and test of three runs
     rate = _control(page, "Learning rate η")
     right = rate.input_value()
     rate.fill("-1")

@@ -21,7 +21,7 @@ from papermill.parameterize import parameterize_notebook
 import hybrid_lib as hl
 from hybrid_lib.study import parameters, planning
 from hybrid_lib.widgets import explorer as module
-from hybrid_lib.widgets.explorer import FIELDS, METHODS, Explorer, explore
+from hybrid_lib.widgets.explorer import FIELDS, METHODS, RUN, Explorer, explore
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"epochs": 3, "width": 2, "batch_size": 32, "train_limit": 160, "test_limit": 80}
@@ -185,7 +185,7 @@ def test_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
     assert hl.History.load(explorer.runs / "padam_sgd-2").experiment == queued[0]
 
 
-def test_stop_empties_the_queue(open_explorer):
+def test_stop_empties_the_queue_and_is_forgotten(open_explorer):
     explorer = open_explorer(**LONG)
     press(explorer, "Start")
     set_to(explorer, seed=1)
@@ -194,25 +194,19 @@ def test_stop_empties_the_queue(open_explorer):
     explorer.wait(30)
     assert explorer.history.status == "stopped"
     assert not (explorer.runs / "padam_sgd-2").exists()
-    set_to(explorer, seed=0, run_name="padam_sgd-1", epochs=400)
-    press(explorer, "Start")  # and a stop of before is forgotten
     kept = len(explorer.history.rows)
+    set_to(explorer, seed=0, run_name="padam_sgd-1")
+    press(explorer, "Start")
     until(lambda: len(explorer.history.rows) > kept)
 
 
 def test_a_run_that_fails_leaves_those_behind_it_untouched(open_explorer):
-    explorer = open_explorer(**LONG)
-    press(explorer, "Start")
-    for changes in (
-        {"dataset": "folder:/not/there"},
-        {"dataset": "digits", "seed": 1, "epochs": 1},
-    ):
+    explorer = open_explorer(**TINY | {"epochs": 20})
+    for changes in ({}, {"dataset": "folder:/no"}, {"dataset": "digits", "seed": 1, "epochs": 1}):
         set_to(explorer, **changes)
         press(explorer, "Start")
-    explorer._stop.set()  # the first one alone
     explorer.wait()
-    assert explorer.history.status == "complete"
-    assert explorer.history.experiment.seed == 1
+    assert (explorer.history.status, explorer.history.experiment.seed) == ("complete", 1)
 
 
 # Choices: what goes together, and what is said where it does not.
@@ -234,9 +228,8 @@ def test_a_run_that_fails_leaves_those_behind_it_untouched(open_explorer):
 def test_controls_that_a_method_has_not_are_disabled(open_explorer, method, enabled):
     explorer = open_explorer("sgd", **TINY)
     set_to(explorer, method=method)
-    particular = {"momentum", "weight_decay", "partial", "hessian_power", "lr_milestones",
-                  "lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs"}  # fmt: skip
-    assert {f for f in particular if not explorer.controls[f].disabled} == enabled
+    always = {"lr", "lr_schedule", *RUN}
+    assert {f for f in FIELDS if not explorer.controls[f].disabled} - always == enabled
 
 
 def test_a_method_brings_its_own_row_and_keeps_the_run(open_explorer):
@@ -379,25 +372,6 @@ def test_a_damaged_earlier_run_is_left_out_and_not_written_over(open_explorer, t
     assert problems(explorer) == {"run_name"}
 
 
-@pytest.fixture
-def unusual(open_explorer):
-    """A finished run with settings of its own, and where it was kept before it was moved away."""
-    explorer = open_explorer("dyn_padam_sgd", **TINY)
-    set_to(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
-           lambda_start="0.9, 0.1", lambda_end="0.25, 0.75", lambda_epochs="2", momentum="0.8",
-           weight_decay="0", partial="0.25")  # fmt: skip
-    assert train(explorer).status == "complete"
-    shutil.move(explorer.folder, explorer.folder.with_name("moved"))
-    return explorer
-
-
-def test_copied_python_repeats_the_run(unusual):
-    namespace = {}
-    exec(unusual.python.value, namespace)
-    assert namespace["history"].experiment == unusual.history.experiment
-    assert numbers(namespace["history"]) == numbers(unusual.history)
-
-
 def told(command):
     """The experiment that the batch notebook makes of a papermill command."""
     program, source, _, *words = shlex.split(command)
@@ -411,32 +385,38 @@ def told(command):
     return planning.experiment_from(parameters.checked(namespace, planning.experiment_from))
 
 
-def test_copied_papermill_command_says_the_same(unusual):
-    assert told(unusual.papermill.value) == unusual.history.experiment
-
-
-@pytest.mark.slow
-def test_copied_papermill_command_repeats_the_run(unusual, tmp_path):
-    words = shlex.split(unusual.papermill.value)
-    words[2] = str(tmp_path / words[2])
-    done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    repeated = hl.History.load(unusual.folder)
-    assert repeated.experiment == unusual.history.experiment
-    assert numbers(repeated) == numbers(unusual.history)
-
-
-def test_every_method_is_copied_exactly(open_explorer):
+def test_every_method_can_be_started_and_is_copied_exactly(open_explorer):
     explorer = open_explorer()
     for _, method in METHODS:
         set_to(explorer, method=method, lr=0.003, momentum="0.7", lr_schedule="multistep",
                lr_milestones="2")  # fmt: skip
+        assert can_start(explorer), method
+        assert explorer.experiment().epochs == 3
         namespace = {}
         exec(explorer.python.value.partition("history =")[0], namespace)
         assert namespace["experiment"] == explorer.experiment()
         assert told(explorer.papermill.value) == explorer.experiment()
+
+
+@pytest.mark.parametrize("way", ["python", pytest.param("papermill", marks=pytest.mark.slow)])
+def test_what_is_copied_repeats_the_run(open_explorer, tmp_path, way):
+    explorer = open_explorer("dyn_padam_sgd", **TINY)
+    first = train(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
+                  lambda_start="0.9, 0.1", lambda_end="0.25, 0.75", lambda_epochs="2",
+                  momentum="0.8", weight_decay="0", partial="0.25")  # fmt: skip
+    assert told(explorer.papermill.value) == first.experiment
+    shutil.move(explorer.folder, explorer.folder.with_name("moved"))
+    words = ["-c", explorer.python.value]
+    if way == "papermill":
+        words = ["-m", *shlex.split(explorer.papermill.value)]
+        words[3] = str(tmp_path / words[3])
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    repeated = hl.History.load(explorer.folder)
+    assert repeated.experiment == first.experiment
+    assert numbers(repeated) == numbers(first)
 
 
 # Other places to run.
@@ -446,13 +426,11 @@ def test_every_method_is_copied_exactly(open_explorer):
 def colab(monkeypatch):
     """A google.colab that writes down what happens."""
     events = []
-    output = types.ModuleType("google.colab.output")
-    output.enable_custom_widget_manager = lambda: events.append("widget manager")
     package = types.ModuleType("google.colab")
-    package.output = output
-    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", package)
-    monkeypatch.setitem(sys.modules, "google.colab.output", output)
+    package.output = types.ModuleType("google.colab.output")
+    package.output.enable_custom_widget_manager = lambda: events.append("widget manager")
+    for module_ in (types.ModuleType("google"), package, package.output):
+        monkeypatch.setitem(sys.modules, module_.__name__, module_)
     return events
 
 
@@ -505,20 +483,16 @@ def test_an_executed_copy_has_figures_and_no_widget_state(tmp_path, monkeypatch)
     assert not any("widget" in kind for kind in kinds)
 
 
-def test_a_front_end_for_ipywidgets_7_can_show_it(open_explorer):
-    """Colab's cannot make an Output, and a view that holds one stays blank as a whole."""
-    found, waiting = [], [open_explorer().view]
-    while waiting:
-        widget = waiting.pop()
-        found.append(type(widget).__name__)
-        waiting += getattr(widget, "children", ())
-    assert len(found) > 30
-    assert "Output" not in found
-
-
-def test_every_control_has_a_label_and_a_message(open_explorer):
+def test_every_control_has_a_label_and_a_message_and_colab_can_show_it(open_explorer):
     explorer = open_explorer()
     assert {*FIELDS, "method", "run_name"} == set(explorer.controls) == set(explorer.messages)
-    labels = [control.description for control in explorer.controls.values()]
-    assert all(labels)
-    assert len(set(labels)) == len(labels)
+    labels = {control.description for control in explorer.controls.values()} - {""}
+    assert len(labels) == len(explorer.controls)
+    # A front end for ipywidgets 7 cannot make an Output: a view that holds one stays blank.
+    found, waiting = [], [explorer.view]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += getattr(found[-1], "children", ())
+    assert explorer.figure in found
+    assert all(explorer.controls[field] in found for field in explorer.controls)
+    assert "Output" not in [type(widget).__name__ for widget in found]
