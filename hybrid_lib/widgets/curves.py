@@ -25,8 +25,8 @@ def live_figure(width: int) -> go.FigureWidget:
     )
     figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
     figure.update_yaxes(title_text="accuracy", row=2)
-    figure.update_yaxes(title_text="η", rangemode="tozero", nticks=4, row=3)
-    figure.update_yaxes(title_text="λ", range=[-0.08, 1.08], dtick=0.5, row=4)
+    figure.update_yaxes(title_text="rate η", rangemode="tozero", nticks=4, row=3)
+    figure.update_yaxes(title_text="weights λ", range=[-0.08, 1.08], dtick=0.5, row=4)
     figure.update_xaxes(title_text="epoch", title_standoff=8, row=4)
     below = {"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top", "traceorder": "reversed"}
     beside = {"orientation": "h", "x": 1, "xanchor": "right", "y": 0.145, "yanchor": "bottom"}

@@ -61,7 +61,7 @@ SECTIONS = {
 STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
 FIELDS = STEP + WEIGHTS + RUN
 SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
-LEFT, RIGHT = 420, 525  # widths in pixels
+LEFT, RIGHT = 430, 515  # widths in pixels
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
 # Plotly knows no themes: the page's own text colour reads well on its light and dark background.
 STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
@@ -94,6 +94,7 @@ class Explorer:
         self.foreground = "google.colab" in sys.modules
         self._name: str | None = None  # of the run in ``history``
         self._jobs: list[tuple[Experiment, Path]] = []  # the one that trains, and those that wait
+        self._failures: list[str] = []  # since Start was pressed
         self._stop, self._thread = threading.Event(), None
         self._lock = threading.RLock()  # controls draw, and so does the training thread
         self._filling, self._proposed = False, ""
@@ -115,11 +116,7 @@ class Explorer:
         self._changed("run_name")
 
     def experiment(self) -> Experiment:
-        """The experiment that the controls describe.
-
-        Raises:
-            pydantic.ValidationError: if there is none.
-        """
+        """The experiment that the controls describe; a ``ValidationError`` if there is none."""
         method = get_experiment(self.controls["method"].value)
         values = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
@@ -131,11 +128,7 @@ class Explorer:
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept.
-
-        Raises:
-            ValueError: for a name that is no plain folder name.
-        """
+        """Where the run is kept; a ``ValueError`` for a name that is no plain folder name."""
         name = self.controls["run_name"].value
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
             raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
@@ -152,6 +145,7 @@ class Explorer:
         self._check()
         if waits:
             return
+        self._failures.clear()
         self._say(f"loading {self._jobs[0][0].dataset} …")
         if self.foreground:
             self._work()
@@ -172,6 +166,7 @@ class Explorer:
         self.stop()
         self.wait()
         self.history, self._name = None, None
+        self._failures.clear()
         self._propose_name()
         self._say("")
         self._list_earlier()
@@ -183,18 +178,17 @@ class Explorer:
             self._thread.join(timeout)
 
     def _work(self) -> None:
-        """Train what waits, one after another; what is finished stays in view."""
+        """Train what waits, one after another."""
         waiting = True
         while waiting:
             self._train(*self._jobs[0])
             with self._lock:
                 finished, waiting = self._jobs.pop(0)[1].name, bool(self._jobs)
                 self._stop.clear()
-            if waiting:
-                self._name = None
-                self._list_earlier(also=finished)
-        self._list_earlier()
-        self._check()
+            if waiting:  # what is finished is an earlier run now
+                self.history, self._name = None, None
+            self._list_earlier(also=finished if waiting else "")
+            self._check()
 
     def _train(self, experiment: Experiment, folder: Path) -> None:
         steps, said = itertools.count(), time.monotonic()
@@ -221,8 +215,9 @@ class Explorer:
         except KeyboardInterrupt:
             self.stop()
             self._say("stopped by an interrupt; Start goes on after the last finished epoch")
-        except Exception as error:  # shown beside the buttons: a thread has nobody to raise to
-            self.status.value = _warning(f"{type(error).__name__}: {error}")
+        except Exception as error:  # a thread has nobody to raise to
+            self._failures.append(f"{folder.name}: {type(error).__name__}: {error}")
+            self._say("")
 
     def _changed(self, field: str) -> None:
         """Let the other controls follow; judge the whole."""
@@ -341,7 +336,8 @@ class Explorer:
         self.earlier.value = [name for _, name in options if name in chosen]
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>'
+        failures = "".join(map(_warning, self._failures))
+        self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>{failures}'
 
     def _make_widgets(self, method: str) -> None:
         self.controls = {

@@ -207,6 +207,8 @@ def test_a_run_that_fails_leaves_those_behind_it_untouched(open_explorer):
         press(explorer, "Start")
     explorer.wait()
     assert (explorer.history.status, explorer.history.experiment.seed) == ("complete", 1)
+    assert "complete" in explorer.status.value  # and what failed before is not forgotten
+    assert "padam_sgd-2: FileNotFoundError" in explorer.status.value
 
 
 # Choices: what goes together, and what is said where it does not.
