@@ -63,9 +63,9 @@ FIELDS = STEP + WEIGHTS + RUN
 SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
 LEFT, RIGHT = 430, 515  # widths in pixels
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
-# Plotly knows no themes: the page's own text colour reads well on its light and dark background.
+# Plotly knows no themes: its text takes the colour of the labels beside it.
 STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
-  fill: var(--jp-ui-font-color1, #767676) !important }</style>"""
+  fill: var(--jp-widgets-label-color, #767676) !important }</style>"""
 
 
 class Explorer:

@@ -231,6 +231,13 @@ def _screenshots(page, folder, front):
     for theme in ("Dark", "Light") if front == "lab" else ("Light",):
         if front == "lab":
             set_theme(page, theme)
+        fills = page.evaluate(
+            """() => ['.ytick text', '.gtitle', '.legendtext', '.widget-label'].map(name => {
+                 const look = getComputedStyle(document.querySelector('.hybrid-explorer ' + name));
+                 return name.startsWith('.w') ? look.color : look.fill;
+               })"""
+        )
+        assert len(set(fills)) == 1, fills  # the figure's text is as readable as the page's
         page.screenshot(path=folder / f"explorer-{front}-{theme.lower()}.png")
     page.set_viewport_size(SIZE)
 
