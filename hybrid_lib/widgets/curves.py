@@ -25,7 +25,7 @@ def live_figure(width: int) -> go.FigureWidget:
     )
     figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
     figure.update_yaxes(title_text="accuracy", row=2)
-    figure.update_yaxes(title_text="rate η", rangemode="tozero", nticks=4, row=3)
+    figure.update_yaxes(title_text="rate η", rangemode="tozero", nticks=3, row=3)
     figure.update_yaxes(title_text="weights λ", range=[-0.08, 1.08], dtick=0.5, row=4)
     figure.update_xaxes(title_text="epoch", title_standoff=8, row=4)
     below = {"orientation": "h", "x": 0, "y": -0.1, "yanchor": "top", "traceorder": "reversed"}
@@ -52,9 +52,12 @@ def draw(
                  methods.GREEN, methods.PURPLE)  # fmt: skip
         taken.append(next((colour for colour in usual if colour not in taken), GREY))
         lines = _curves(name, history, taken[-1], symbol) + lines
-    lines = _schedules(planned) + lines + ([_report_points(report)] if report else [])
-    _put(figure, lines)
-    epochs = max([planned.epochs, *(history.experiment.epochs for history in runs.values())])
+    points = [_report_points(report)] if report else []
+    _put(figure, _schedules(planned) + lines + points)
+    last = [planned.epochs, *(history.experiment.epochs for history in runs.values())]
+    if not runs:  # the report's runs are longer: they would press ours to the edge
+        last += [epoch for _, line in points for epoch in line["x"]]
+    epochs = max(last)
     margin, title = max(0.3, 0.02 * epochs), "No run yet: press Start"
     for first in list(runs.values())[:1]:
         title = f"{first.label}, {first.dataset}<br><sup>solid: test, dotted: training</sup>"

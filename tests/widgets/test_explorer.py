@@ -240,6 +240,8 @@ def test_a_method_brings_its_own_row_and_keeps_the_run(open_explorer):
     row = hl.EXPERIMENTS["dyn_padam_sgd"].scaled(3)
     assert explorer.experiment() == dataclasses.replace(row, **TINY, dataset="digits", seed=7)
     assert explorer.controls["run_name"].value == "dyn_padam_sgd-1"
+    set_to(explorer, lambda_epochs="")
+    assert explorer.experiment().lambda_epochs == 3  # all of them, not the 100 of the table
     set_to(explorer, lambda_schedule="constant")
     assert explorer.controls["lambda_end"].disabled
     set_to(explorer, lr_schedule="constant")
@@ -347,13 +349,16 @@ def test_earlier_runs_and_the_report_are_laid_over(open_explorer):
         "this run: SGD, handwritten digits", "padam_sgd-1: PADAM-SGD, handwritten digits",
     }  # fmt: skip
     assert len({trace.line.color for trace in curves(explorer)}) == 2
+    assert curves(explorer)[-1].name.startswith("this run")  # on top of the others
     explorer.report.value = True
     points = explorer.figure.data[-1]
     assert "CIFAR-10" in points.name  # never to be taken for the digits' own
     assert points.y[0] == pytest.approx(0.6093)
-    explorer.report.value = False
+    assert explorer.figure.layout.xaxis.range[1] < 3  # they do not press the runs to the edge
+    explorer.reset()
     explorer.earlier.value = []
-    assert len(curves(explorer)) == 4
+    assert explorer.figure.layout.xaxis.range[1] > max(points.x)  # without runs, all are seen
+    assert curves(explorer) == [explorer.figure.data[-1]]
 
 
 def test_an_earlier_run_that_diverged_at_once_is_an_empty_line(open_explorer):
