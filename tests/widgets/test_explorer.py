@@ -182,6 +182,8 @@ def test_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
     assert explorer.history.experiment == queued[1]
     assert explorer.earlier.value == ("padam_sgd-1", "padam_sgd-2")
     assert [len(trace.x) for trace in curves(explorer)] == [2] * 4 + [20] * 4 + [2] * 4
+    assert explorer.figure.layout.xaxis.range[1] > 20  # the longest is seen whole
+    assert len({trace.line.color for trace in curves(explorer)}) == 3
     assert hl.History.load(explorer.runs / "padam_sgd-2").experiment == queued[0]
 
 
