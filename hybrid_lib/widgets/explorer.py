@@ -213,7 +213,6 @@ class Explorer:
             keep(run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=keep))
             self._say(_outcome(self.history))
         except KeyboardInterrupt:
-            self.stop()
             self._say("stopped by an interrupt; Start goes on after the last finished epoch")
         except Exception as error:  # a thread has nobody to raise to
             self._failures.append(f"{folder.name}: {type(error).__name__}: {error}")

@@ -115,6 +115,7 @@ def test_a_run_from_start_to_end(open_explorer, tmp_path):
         for part, dash in (("train", "dot"), ("test", "solid"))
     ]
     assert hl.History.load(tmp_path / "runs" / "padam_sgd-1").rows == history.rows
+    assert explorer.earlier.options == ()  # this run is none
 
 
 def test_curves_grow_while_the_main_thread_is_free(open_explorer):
@@ -238,7 +239,11 @@ def test_controls_that_a_method_has_not_are_disabled(open_explorer, method, enab
 
 def test_a_method_brings_its_own_row_and_keeps_the_run(open_explorer):
     explorer = open_explorer()
-    set_to(explorer, seed=7, method="dyn_padam_sgd")
+    set_to(explorer, seed=7)
+    changes = []
+    explorer.python.observe(changes.append, "value")
+    set_to(explorer, method="dyn_padam_sgd")
+    assert len(changes) == 1  # judged once, not for every control that follows
     row = hl.EXPERIMENTS["dyn_padam_sgd"].scaled(3)
     assert explorer.experiment() == dataclasses.replace(row, **TINY, dataset="digits", seed=7)
     assert explorer.controls["run_name"].value == "dyn_padam_sgd-1"
