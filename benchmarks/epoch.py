@@ -25,6 +25,7 @@ from benchmarks.timing import machine
 from hybrid_lib import EXPERIMENTS, run
 from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data, loop
+from hybrid_lib.training.tasks import image_model
 
 
 def random_images(n: int) -> data.Data:
@@ -39,7 +40,7 @@ def random_images(n: int) -> data.Data:
 
 def forward_flops(experiment) -> int:
     """Floating-point operations of one image's forward pass."""
-    model = experiment.build_model(10, 3).eval()
+    model = image_model(experiment, 10, 3).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from hybrid_lib.training.loop import _cpu_name
+from hybrid_lib.training.loop import cpu_name
 
 
 def interleaved(
@@ -60,7 +60,7 @@ def machine() -> str:
     """Processor, threads, graphics card and versions, in one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{_cpu_name()}, {torch.get_num_threads()} threads{gpu}, "
+        f"{cpu_name()}, {torch.get_num_threads()} threads{gpu}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
 

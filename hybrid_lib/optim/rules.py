@@ -183,15 +183,21 @@ class Adam:
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
         """Move m and v and answer (direction, step size)."""
-        of_m, of_root = corrections
+        m, root = self._average_and_root(seen, buffers, corrections[1])
+        return m.div(root), lr * corrections[0]
+
+    def _average_and_root(self, seen: Seen, buffers: dict, of_root: Number) -> tuple:
+        """m, and the corrected root of v or of its maximum, plus eps."""
         g = _with_l2(seen, self.weight_decay)
         m, v = _moved_averages(buffers, g, g, self.betas)
-        root = _second_moment(buffers, v, self.amsgrad).sqrt().mul_(of_root)
-        return m.div(root.add_(self.eps)), lr * of_m
+        if self.amsgrad:
+            largest = buffers["max_exp_avg_sq"]
+            v = largest.copy_(largest.maximum(v))
+        return m, v.sqrt().mul_(of_root).add_(self.eps)
 
 
 @dataclass(frozen=True)
-class Padam:
+class Padam(Adam):
     r"""Partially adaptive Adam (Algorithm 1; Chen et al. 2018).
 
     .. math:: \text{direction } \frac{m_t}{(\sqrt{\hat v_t} + \varepsilon)^{2p}}, \quad
@@ -211,9 +217,7 @@ class Padam:
     ============== ============================================== ===============================
 
     Args:
-        betas: decay rates of m and v, each in [0, 1).
-        eps: :math:`\varepsilon \ge 0`, added before the power is taken.
-        weight_decay: L2 term added to the gradient.
+        betas, eps, weight_decay: as for :class:`Adam`.
         amsgrad: divide by the running maximum of v (Algorithm 1). The released PADAM-SGD does not.
         partial: p in (0, 1/2]; the exponent on the root of v is 2p.
         bias_correction: "released", "none" or "consistent".
@@ -222,18 +226,12 @@ class Padam:
         ValueError: for a hyper-parameter outside its range.
     """
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
     amsgrad: bool = True
     partial: float = 1 / 8
     bias_correction: str = "released"
 
-    needs_hessian = False
-
     def __post_init__(self):
-        object.__setattr__(self, "betas", _checked_betas(self.betas))
-        _check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
+        super().__post_init__()
         if not 0 < self.partial <= 0.5:
             raise ValueError(
                 f"partial={self.partial!r}: Padam's p must lie in (0, 1/2]; 1/2 is Adam's root"
@@ -244,28 +242,16 @@ class Padam:
                 'must be "released", "none" or "consistent"'
             )
 
-    def init(self, w: Tensor) -> dict[str, Tensor]:
-        """The averages m and v and, with AMSGrad, the maximum of v."""
-        return _averages(w, self.amsgrad)
-
     def corrections(self, t: int) -> tuple[float, ...]:
         """Factors of the step size and of the root of v, as ``bias_correction`` reads them."""
-        beta1, beta2 = self.betas
-        return {
-            "released": (_unbiased(beta2, t, 0.5) * _unbiased(beta1, t, -1), 1.0),
-            "none": (1.0, 1.0),
-            "consistent": (_unbiased(beta1, t, -1), _unbiased(beta2, t, -0.5)),
-        }[self.bias_correction]
+        if self.bias_correction == "released":
+            return _unbiased(self.betas[1], t, 0.5) * _unbiased(self.betas[0], t, -1), 1.0
+        return super().corrections(t) if self.bias_correction == "consistent" else (1.0, 1.0)
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
         """Move m and v and answer (direction, step size)."""
-        of_step, of_root = corrections
-        g = _with_l2(seen, self.weight_decay)
-        m, v = _moved_averages(buffers, g, g, self.betas)
-        root = _second_moment(buffers, v, self.amsgrad).sqrt()
-        if self.bias_correction == "consistent":
-            root.mul_(of_root)
-        return m.div(root.add_(self.eps).pow_(2 * self.partial)), lr * of_step
+        m, root = self._average_and_root(seen, buffers, corrections[1])
+        return m.div(root.pow_(2 * self.partial)), lr * corrections[0]
 
 
 @dataclass(frozen=True)
@@ -418,14 +404,6 @@ def _moved_averages(buffers: dict, first, second, betas: tuple[float, float]) ->
 def _unbiased(beta: float, t: int, power: float) -> float:
     """(1 - beta^t)^power: 1 - beta^t is the bias of a moving average that started at zero."""
     return (1 - beta**t) ** power
-
-
-def _second_moment(buffers: dict, v, amsgrad: bool):
-    """v or, with AMSGrad, its running maximum."""
-    if not amsgrad:
-        return v
-    largest = buffers["max_exp_avg_sq"]
-    return largest.copy_(largest.maximum(v))
 
 
 def _check_at_least_zero(**values: float) -> None:

@@ -151,6 +151,12 @@ class Sigmoid(_Ramp):
         return (1 + math.tanh(half * (2 * u - 1)) / math.tanh(half)) / 2
 
 
+SHAPES = {
+    "linear": Linear, "cosine": Cosine, "step": Step, "exponential": Exponential,
+    "sigmoid": Sigmoid,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Sequence:
     """Several schedules one after another; each counts epochs from its own start.

@@ -22,9 +22,9 @@ from statistics import fmean, median, variance
 import pandas as pd
 from scipy.special import stdtrit
 
+from hybrid_lib.optim import methods
 from hybrid_lib.study import figures
 from hybrid_lib.study.statistics import group_by_method
-from hybrid_lib.training.experiments import LABELS
 from hybrid_lib.training.history import History
 
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told"
@@ -74,7 +74,7 @@ class Claim:
 
     def judge(self, runs: Runs) -> dict:
         """The claim as a row of :func:`table`."""
-        missing = [LABELS[name] for name in self.methods if name not in runs]
+        missing = [methods.label(name) for name in self.methods if name not in runs]
         measured = [] if missing else list(self.measure(runs))
         verdicts = {inequality.verdict for inequality in measured}
         verdict = next((v for v in (FAILS, UNTOLD, HOLDS) if v in verdicts), UNTOLD)
@@ -234,7 +234,9 @@ def own(runs: Runs, name: str, measure, bound=0.0, sign=1, margin=None) -> Inequ
     """``measure`` of a method's runs is above ``bound``; below it, with ``sign`` −1."""
     sample = [measure(h) for h in runs[name]]
     value, margin = between(sample, [0.0] * len(sample), margin or one_seed(runs[name]))
-    return Inequality(_numbers(LABELS[name], value, margin), sign * value, margin, sign * bound)
+    return Inequality(
+        _numbers(methods.label(name), value, margin), sign * value, margin, sign * bound
+    )
 
 
 def above(runs: Runs, name: str, other: str, bound: float = 0.0) -> Inequality:
@@ -242,7 +244,7 @@ def above(runs: Runs, name: str, other: str, bound: float = 0.0) -> Inequality:
     one, two = runs[name], runs[other]
     value, margin = between([*map(last, one)], [*map(last, two)], one_seed([*one, *two]))
     at_best = _signed(fmean(map(best, one)) - fmean(map(best, two)))
-    text = _numbers(f"{LABELS[name]} − {LABELS[other]}", value, margin)
+    text = _numbers(f"{methods.label(name)} − {methods.label(other)}", value, margin)
     return Inequality(f"{text} (best: {at_best})", value, margin, bound)
 
 
@@ -274,7 +276,7 @@ def slow_start(runs: Runs):
             for seed in zip(*(runs[other] for other in OTHERS))
         ]
         value, margin = between(one, rest, one_seed(runs[name]))
-        yield Inequality(_numbers(LABELS[name], value, margin), -value, margin)
+        yield Inequality(_numbers(methods.label(name), value, margin), -value, margin)
 
 
 def overtaking(runs: Runs):
@@ -286,7 +288,7 @@ def overtaking(runs: Runs):
         }
         rival = max(OTHERS, key=lambda n: fmean(after[n]))
         value, margin = between(after[name], after[rival], one_seed(runs[name]))
-        text = _numbers(f"{LABELS[name]} − {LABELS[rival]}", value, margin)
+        text = _numbers(f"{methods.label(name)} − {methods.label(rival)}", value, margin)
         yield Inequality(text, value, margin)
 
 
@@ -309,7 +311,7 @@ def slower(runs: Runs):
     first_order = fmean(median(map(seconds, runs[name])) for name in FIRST_ORDER)
     for name in SECOND_ORDER:
         ratio = median(map(seconds, runs[name])) / first_order
-        text = f"{LABELS[name]}: {ratio:.2f} ×"
+        text = f"{methods.label(name)}: {ratio:.2f} ×"
         yield Inequality(text, 1 - abs(ratio - 4), TIME_MARGIN * ratio)
 
 

@@ -11,11 +11,9 @@ import base64
 import collections
 import functools
 import io
-import itertools
 import json
 import os
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,25 +22,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from hybrid_lib.optim import methods
+from hybrid_lib.optim.methods import BLUE, GREEN, PURPLE, VERMILLION, look
 from hybrid_lib.study import statistics
 from hybrid_lib.study.statistics import group_by_method
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import EXPERIMENTS, LABELS, Experiment
+from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import History
 
-# Okabe and Ito's four colours with a contrast of 3:1 on white; families share one.
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-STYLES = {
-    "sgd": (BLUE, "solid"),
-    "adam": (VERMILLION, "solid"),
-    "atmo": (GREEN, "solid"),
-    "dyn_atmo": (GREEN, "dash"),
-    "padam_sgd": (PURPLE, "solid"),
-    "dyn_padam_sgd": (PURPLE, "dash"),
-    "adahessian": (VERMILLION, "dot"),
-    "adasgd": (BLUE, "dashdot"),
-    "padam": (PURPLE, "dot"),
-}
 MARKERS = {"solid": "circle-open", "dash": "diamond-open", "dot": "square-open",
            "dashdot": "triangle-up-open"}  # fmt: skip
 AXES = {
@@ -142,14 +129,14 @@ def epoch_seconds(histories: Sequence[History]):
 
 
 def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
-    """Stacked bars of what :func:`hybrid_lib.training.loop.step_seconds` measured, one per method.
+    """Stacked bars of what :func:`hybrid_lib.study.timing.step_seconds` measured, one per method.
 
     Args:
         seconds: by experiment name, then by part.
         subject: data set and machine, for the title.
     """
     figure = go.Figure()
-    labels = [LABELS.get(name, name) for name in seconds]
+    labels = [methods.label(name) for name in seconds]
     looks = {"gradient": (BLUE, ""), "Hessian": (VERMILLION, "/"), "step": (GREEN, "x"),
              "evaluation": (PURPLE, ".")}  # fmt: skip
     for part, (colour, pattern) in looks.items():
@@ -176,7 +163,7 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     )  # fmt: skip
     figure.update_annotations(font_size=12)
     for col, e in enumerate(shown, start=1):
-        colour, dash = _style(e.name)
+        colour, dash = look(e.name)
         epochs, weights = list(range(1, e.epochs + 1)), e.lambdas()
         alone = 1.0 if e.optimizer == "sgd" else 0.0
         sgd = [weights(epoch - 1)[1] if e.is_hybrid else alone for epoch in epochs]
@@ -310,7 +297,7 @@ def final_accuracies(histories: Sequence[History]):
     scores, table = statistics.finals(histories), statistics.ranks(histories)
     figure = go.Figure()
     for name, row in table.iterrows():
-        colour, label = _style(name)[0], LABELS.get(name, name)
+        colour, label = look(name)[0], methods.label(name)
         of_seeds = scores[name][np.isfinite(scores[name])]
         figure.add_scatter(
             x=of_seeds, y=[label] * len(of_seeds), mode="markers", showlegend=False,
@@ -354,7 +341,7 @@ def seconds_table(histories: Sequence[History]) -> pd.DataFrame:
     table = pd.DataFrame.from_dict(rows, orient="index")
     total = table["train seconds"] + table["test seconds"]
     table.insert(2, "ratio to SGD", total / total.get("sgd", float("nan")))
-    return table.rename(index=lambda name: LABELS.get(name, name)).rename_axis(named)
+    return table.rename(index=lambda name: methods.label(name)).rename_axis(named)
 
 
 def show(figure) -> None:
@@ -441,20 +428,11 @@ def subject(histories: Sequence[History]) -> str:
     return titles[0]
 
 
-def _style(name: str) -> tuple[str, str]:
-    """The look of a method; others get one of eight that no method of the report has."""
-    if name in STYLES:
-        return STYLES[name]
-    looks = list(itertools.product(("longdash", "longdashdot"), (BLUE, VERMILLION, GREEN, PURPLE)))
-    dash, colour = looks[zlib.crc32(name.encode("utf-8")) % len(looks)]  # the same in every figure
-    return colour, dash
-
-
 def _add_lines(figure, name, group, column, row=None, col=None, legend=True) -> None:
     done = [h.frame()[column] for h in group if h.rows]
     if not done:
         return
-    colour, dash = _style(name)
+    colour, dash = look(name)
     seeds = pd.concat(done, axis=1)
     mean, label = seeds.mean(axis=1), group[0].label
     where = {} if row is None else {"row": row, "col": col}
@@ -482,7 +460,7 @@ def _add_report(figure, histories: Sequence[History], **where) -> None:
     same = all(h.experiment.epochs == EXPERIMENTS[name].epochs for name, h in found.items())
     for i, (name, h) in enumerate(found.items()):
         shrunk = h.experiment.epochs / EXPERIMENTS[name].epochs
-        colour, dash = _style(name)
+        colour, dash = look(name)
         figure.add_scatter(
             x=points[name]["epoch"] * shrunk, y=points[name]["test_accuracy"], mode="markers",
             name="report (CIFAR-10)" if same else "report (CIFAR-10),<br>epochs in proportion",

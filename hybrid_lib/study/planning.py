@@ -29,9 +29,10 @@ from hybrid_lib.study.cluster import train_all
 from hybrid_lib.study.parameters import did_you_mean, one_of, seed_list
 from hybrid_lib.study.report import write_report
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, error_messages
+from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, error_messages, get_experiment
 from hybrid_lib.training.history import FILE, History, load_all
-from hybrid_lib.training.loop import loaded, run
+from hybrid_lib.training.loop import run
+from hybrid_lib.training.tasks import load_task
 
 NOTEBOOKS = data.PROJECT / "notebooks"
 PAPER_METHODS = tuple(
@@ -253,19 +254,6 @@ def experiment_from(chosen: SimpleNamespace) -> Experiment:
     return plan(chosen.scale, chosen.dataset, [chosen.optimizer], [chosen.seed], **changes)[0]
 
 
-def get_experiment(name: str) -> Experiment:
-    """A row of ``EXPERIMENTS``; for "RULE+RULE", any two rules, a hybrid with ATMO's rate.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if name in EXPERIMENTS:
-        return EXPERIMENTS[name]
-    if "+" not in name:
-        raise ValueError(f"optimizer={name!r}: must be {one_of(EXPERIMENTS, name)}")
-    return Experiment(name=name.replace("+", "-"), optimizer=name, lr=0.01, epochs=200)
-
-
 def as_python(experiment: Experiment, folder: str | Path) -> str:
     """Python code that repeats a run exactly."""
     defaults = {f.name: f.default for f in dataclasses.fields(Experiment)}
@@ -336,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
             chosen.epochs, protocol=chosen.protocol,
         )  # fmt: skip
         for experiment in {e.batch_size: e for e in experiments}.values():
-            loaded(experiment, chosen.device)  # what is wrong with the data is said at once
+            load_task(experiment, chosen.device)  # what is wrong with the data is said at once
     except pydantic.ValidationError as error:
         return _refused("; ".join(error_messages(error)))
     except (ValueError, OSError, ImportError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from hybrid_lib.training.experiments import LABELS
+from hybrid_lib.training.experiments import EXPERIMENTS
 from hybrid_lib.training.history import History
 
 LEVEL = 0.95
@@ -25,7 +25,7 @@ RESAMPLES = 9999
 
 def group_by_method(histories: Sequence[History]) -> dict[str, list[History]]:
     """Histories by experiment name, in the report's order."""
-    known = list(LABELS)
+    known = list(EXPERIMENTS)
     groups: dict[str, list[History]] = {}
     for h in sorted(histories, key=lambda h: known.index(h.experiment.name)
                     if h.experiment.name in known else len(known)):  # fmt: skip

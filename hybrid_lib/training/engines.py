@@ -12,15 +12,13 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid_lib.optim.compiled import CannotCompile, compiled
 from hybrid_lib.optim.curvature import forward_over_reverse, hessian_diagonal, random_bits, signs
 from hybrid_lib.training.experiments import Experiment
-from hybrid_lib.training.models import ResNet18
 
-# (images, labels, generator of the probes, or None where no Hessian diagonal is due) ->
+# (x, y, generator of the probes, or None where no Hessian diagonal is due) ->
 # (loss, how many are right, gradients, Hessian diagonal or None)
 Pass = Callable[
     [Tensor, Tensor, torch.Generator | None],
@@ -31,14 +29,14 @@ Pass = Callable[
 WORTH_FIRST_ORDER, WORTH_SECOND_ORDER = 20_000, 2_000
 
 
-def worth_compiling(experiment: Experiment, n_images: int) -> bool:
+def worth_compiling(experiment: Experiment, n_items: int) -> bool:
     """Whether a run is long enough; a demo never is.
 
     >>> from hybrid_lib import EXPERIMENTS
     >>> worth_compiling(EXPERIMENTS["adahessian"], 50_000)
     True
     """
-    steps = experiment.epochs * math.ceil(n_images / experiment.batch_size)
+    steps = experiment.epochs * math.ceil(n_items / experiment.batch_size)
     return steps >= (WORTH_SECOND_ORDER if experiment.needs_hessian else WORTH_FIRST_ORDER)
 
 
@@ -52,53 +50,51 @@ def why_not_compile(device_type: str) -> str:
     return ""
 
 
-def eager_pass(model: ResNet18, experiment: Experiment) -> Pass:
+def eager_pass(model: nn.Module, task) -> Pass:
     """Backward passes of autograd; the second derivatives are differentiated gradients."""
-    params = list(model.parameters())
+    params, e = list(model.parameters()), task.experiment
 
     def one_pass(x, y, probes):
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
-        part = _hessian_images(experiment, len(y))
+        outputs = model(x)
+        loss = task.loss(outputs, y)
+        part = _hessian_items(e, len(y))
         if probes is not None and part == len(y):
-            grads, diag = hessian_diagonal(loss, params, experiment.hessian_samples, probes)
+            grads, diag = hessian_diagonal(loss, params, e.hessian_samples, probes)
         else:
             grads, diag = torch.autograd.grad(loss, params), None
         if probes is not None and part < len(y):
-            discarded: list[Tensor] = []  # the running statistics have seen these images already
-            loss_of_part = F.cross_entropy(model(x[:part], discarded), y[:part])
-            diag = hessian_diagonal(loss_of_part, params, experiment.hessian_samples, probes)[1]
-        return loss.detach(), (logits.argmax(dim=1) == y).sum(), grads, diag
+            discarded: list[Tensor] = []  # the running statistics have seen these items already
+            loss_of_part = task.loss(model(x[:part], discarded), y[:part])
+            diag = hessian_diagonal(loss_of_part, params, e.hessian_samples, probes)[1]
+        return loss.detach(), task.right(outputs, y), grads, diag
 
     return one_pass
 
 
-def compiled_pass(model: ResNet18, experiment: Experiment) -> Pass:
+def compiled_pass(model: nn.Module, task) -> Pass:
     """Forward over reverse, fused by ``torch.compile``; a last, smaller batch goes eagerly.
 
-    Wants model and images in ``torch.channels_last``.
+    Wants model and inputs in ``torch.channels_last``.
 
     Raises:
         CannotCompile: at the first call.
     """
     names = [name for name, _ in model.named_parameters()]
-    params, running = list(model.parameters()), model.running_statistics()
-    (momentum,) = {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    size, samples = experiment.batch_size, experiment.hessian_samples
-    part = _hessian_images(experiment, size)
-    other_sizes = eager_pass(model, experiment)
+    params, e = list(model.parameters()), task.experiment
+    part = _hessian_items(e, e.batch_size)
+    other_sizes = eager_pass(model, task)
 
     def loss_of(params, x, y):
         statistics: list[Tensor] = []
-        logits = torch.func.functional_call(model, dict(zip(names, params)), (x, statistics))
-        loss = F.cross_entropy(logits, y)
-        return loss, (loss, (logits.argmax(dim=1) == y).sum(), statistics)
+        outputs = torch.func.functional_call(model, dict(zip(names, params)), (x, statistics))
+        loss = task.loss(outputs, y)
+        return loss, (loss, task.right(outputs, y), statistics)
 
     def fused(params, x, y, bits):
         diag, zs = None, [signs(b, params) for b in bits]
-        if not zs or part < size:
+        if not zs or part < e.batch_size:
             grads, seen = torch.func.grad(loss_of, has_aux=True)(params, x, y)
-        if zs and part == size:
+        if zs and part == e.batch_size:
             grads, diag, seen = forward_over_reverse(lambda p: loss_of(p, x, y), params, zs)
         elif zs:
             _, diag, _ = forward_over_reverse(lambda p: loss_of(p, x[:part], y[:part]), params, zs)
@@ -109,17 +105,18 @@ def compiled_pass(model: ResNet18, experiment: Experiment) -> Pass:
     fast = compiled(fused, "the training pass", realize_reads_threshold=1)
 
     def one_pass(x, y, probes):
-        if len(y) != size:
+        if len(y) != e.batch_size:
             return other_sizes(x, y, probes)
-        bits = [random_bits(params, probes) for _ in range(samples)] if probes is not None else []
+        n_samples = e.hessian_samples if probes is not None else 0
+        bits = [random_bits(params, probes) for _ in range(n_samples)]
         with torch.no_grad():
-            grads, diag, loss, correct, statistics = fast([p.detach() for p in params], x, y, bits)
-            torch._foreach_lerp_(running, statistics, momentum)
-        return loss, correct, grads, diag
+            grads, diag, loss, right, statistics = fast([p.detach() for p in params], x, y, bits)
+            model.absorb(statistics)
+        return loss, right, grads, diag
 
     return one_pass
 
 
-def _hessian_images(experiment: Experiment, n: int) -> int:
-    """How many of a batch's images the Hessian diagonal comes from; batch norm needs two."""
+def _hessian_items(experiment: Experiment, n: int) -> int:
+    """How many of a batch's items the Hessian diagonal comes from; batch norm needs two."""
     return min(n, max(2, math.ceil(experiment.hessian_fraction * n)))

@@ -11,38 +11,15 @@ An :class:`Experiment` is a frozen dataclass of scalars that checks itself; vary
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from hybrid_lib.optim import methods, rules, schedules
+from hybrid_lib.optim import methods, schedules
 from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training import data
-from hybrid_lib.training.models import ResNet18, resnet18, seeded
-
-NAMED = ("sgd", "adam", "atmo", "padam", "padam_sgd", "adahessian", "adasgd")
-RULES = {"sgd": rules.SGD, "adam": rules.Adam, "padam": rules.Padam, "adahessian": rules.AdaHessian}
-SCHEDULES = {
-    "linear": schedules.Linear,
-    "cosine": schedules.Cosine,
-    "step": schedules.Step,
-    "exponential": schedules.Exponential,
-    "sigmoid": schedules.Sigmoid,
-}
-LABELS = {  # as the report writes them, in the order of its tables
-    "sgd": "SGD",
-    "adam": "Adam",
-    "atmo": "ATMO",
-    "dyn_atmo": "Dyn. ATMO",
-    "padam_sgd": "PADAM-SGD",
-    "dyn_padam_sgd": "Dyn. PADAM-SGD",
-    "adahessian": "AdaHessian",
-    "adasgd": "AdaSGD",
-    "padam": "Padam",
-}
 
 
 def _numbers(value):
@@ -64,12 +41,12 @@ Pair = Annotated[tuple[NotNegative, NotNegative], BeforeValidator(_numbers)]
 class Experiment:
     """One training run, but for the machine it runs on.
 
-    Settings of an optimizer that are None take the default of its function in
-    :mod:`hybrid_lib.optim.hybrid`; settings that it does not have are refused.
+    Settings of an optimizer that are None take its own default
+    (:data:`hybrid_lib.optim.methods.METHODS`); settings that it does not have are refused.
 
     Attributes:
         name: what the run is called; letters, digits, ``.``, ``_`` and ``-``.
-        optimizer: a function of :mod:`hybrid_lib.optim.hybrid`, or a hybrid of any two rules, as in
+        optimizer: a method of :data:`hybrid_lib.METHODS`, or a hybrid of any two rules, as in
             "adam+adahessian"; the first one then takes the place of the adaptive rule.
         dataset: see :func:`hybrid_lib.training.data.load`.
         train_limit, test_limit: keep that many images, class-balanced; None: all.
@@ -88,6 +65,7 @@ class Experiment:
         lambda_direction: "report" (from start to end), "released" (the direction of
             :func:`hybrid_lib.optim.schedules.released`), or "protocol": released for ATMO and
             PADAM-SGD under the released protocol, the report's everywhere else.
+        merge: of a hybrid, see :class:`hybrid_lib.Hybrid`: "product" is the report's.
         hessian_samples, hessian_every, hessian_fraction: probes per estimate of the Hessian
             diagonal, steps between two estimates, and the share of a batch's images that it is
             made from. 1, 1 and 1 as in the report; anything else is another, cheaper algorithm.
@@ -131,9 +109,9 @@ class Experiment:
     bias_correction: Literal["released", "none", "consistent"] | None = None
     hessian_power: Positive | None = None
     spatial_average: Annotated[str | int | None, BeforeValidator(_block)] = None
-    lambda_schedule: Literal["constant", "linear", "cosine", "step", "exponential", "sigmoid"] = (
-        "constant"
-    )
+    signed_average: bool | None = None
+    merge: Literal["product", "sum", "graft"] = "product"
+    lambda_schedule: Literal[("constant", *schedules.SHAPES)] = "constant"
     lambda_start: Pair = (0.5, 0.5)
     lambda_end: Pair = (0.0, 1.0)
     lambda_epochs: Count | None = None
@@ -149,11 +127,8 @@ class Experiment:
     @model_validator(mode="after")
     def _fits_together(self):
         data.check_name(self.dataset)
-        if self.optimizer not in NAMED and not self._rules:
-            raise ValueError(
-                f"optimizer={self.optimizer!r}: must be one of {', '.join(NAMED)}, or two of "
-                f"{', '.join(RULES)} joined by +"
-            )
+        if len(self.method.rules) > 2:
+            raise ValueError(f"optimizer={self.optimizer!r}: weights are scheduled for two rules")
         if self.train_limit is not None and self.batch_size > self.train_limit:
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than train_limit={self.train_limit}: "
@@ -171,7 +146,8 @@ class Experiment:
                 f"restart_epoch={self.restart_epoch}: must lie between 2 and epochs={self.epochs}"
             )
         idle = {} if self.is_hybrid else dict.fromkeys(
-            ("lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs", "lambda_direction"),
+            ("lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs", "lambda_direction",
+             "merge"),
             "has one rule, nothing to weigh; use atmo, padam_sgd or adasgd",
         )  # fmt: skip
         if not self.needs_hessian:
@@ -190,22 +166,23 @@ class Experiment:
         return self
 
     @property
+    def method(self) -> methods.Method:
+        """The optimizer's entry in the table of methods."""
+        try:
+            return methods.get_method(self.optimizer)
+        except ValueError as error:
+            raise ValueError(f"optimizer={error}") from None
+
+    @property
     def label(self) -> str:
         """The report's name of the method, or ``name`` for experiments of one's own."""
-        if self._rules and self.name == self.optimizer.replace("+", "-"):
-            return self.optimizer.replace("+", " + ")
-        return LABELS.get(self.name, self.name)
+        is_plain = self.name == self.optimizer.replace("+", "-")
+        return self.method.label if is_plain else methods.label(self.name)
 
     @property
     def is_hybrid(self) -> bool:
         """Whether two rules are merged."""
-        return bool(self._rules) or self.optimizer in ("atmo", "padam_sgd", "adasgd")
-
-    @property
-    def _rules(self) -> list[type]:
-        """The two rules of a hybrid that has no name."""
-        names = self.optimizer.split("+")
-        return [RULES[n] for n in names] if len(names) == 2 and RULES.keys() >= set(names) else []
+        return self.method.is_hybrid
 
     @property
     def tests_in_training_mode(self) -> bool:
@@ -216,35 +193,17 @@ class Experiment:
     @property
     def needs_hessian(self) -> bool:
         """Whether one of its rules is AdaHessian."""
-        return bool({"adahessian", "adasgd"} & set(self.optimizer.split("+")))
+        return self.method.needs_hessian
 
     def build_optimizer(self, params, compile: bool = False) -> Hybrid:
         """The optimizer for ``params``, with the weights of the first epoch."""
-        settings = {f: getattr(self, f) for f in OPTIMIZER_SETTINGS}
+        settings = {f: getattr(self, f) for f in OPTIMIZER_SETTINGS if hasattr(self, f)}
         settings = {f: value for f, value in settings.items() if value is not None}
-        for f in sorted(settings.keys() - self.settings()):
+        for f in sorted(settings.keys() - self.method.settings):
             raise ValueError(f"{f}={settings[f]!r}: {self.optimizer} has no such setting")
-        if self._rules:
-            made = [
-                r(**{f: v for f, v in settings.items() if f in inspect.signature(r).parameters})
-                for r in self._rules
-            ]
-            return Hybrid(params, made, self.lr, self.lambdas()(0), compile=compile)
         if self.is_hybrid:
-            settings["lambdas"] = self.lambdas()(0)
-        return getattr(methods, self.optimizer)(params, lr=self.lr, compile=compile, **settings)
-
-    def settings(self) -> set[str]:
-        """Which of the optimizer's settings (momentum, partial, …) this optimizer has."""
-        makers = self._rules or [getattr(methods, self.optimizer)]
-        known = set().union(*(inspect.signature(m).parameters for m in makers))
-        return known & set(OPTIMIZER_SETTINGS)
-
-    def build_model(self, num_classes: int, in_channels: int) -> ResNet18:
-        """The network with this experiment's initial weights; the global generator is untouched."""
-        with seeded(self.seed):
-            coarse = torch.bfloat16 if self.precision == "bfloat16" else None
-            return resnet18(num_classes, in_channels, self.width, self.stem, coarse)
+            settings |= {"lambdas": self.lambdas()(0), "merge": self.merge}
+        return self.method(params, lr=self.lr, compile=compile, **settings)
 
     @property
     def _direction(self) -> str:
@@ -266,7 +225,7 @@ class Experiment:
                 start=self.lambda_end, end=self.lambda_start, epochs=horizon,
                 first=self.lambda_start,
             )  # fmt: skip
-        return SCHEDULES[self.lambda_schedule](self.lambda_start, self.lambda_end, horizon)
+        return schedules.SHAPES[self.lambda_schedule](self.lambda_start, self.lambda_end, horizon)
 
     def learning_rates(self) -> list[float]:
         """The rate of every epoch, from torch's own schedulers.
@@ -308,10 +267,19 @@ class Experiment:
         )  # fmt: skip
 
 
-OPTIMIZER_SETTINGS = (
-    "momentum", "dampening", "nesterov", "weight_decay", "weight_decay_in", "betas", "eps",
-    "amsgrad", "partial", "bias_correction", "hessian_power", "spatial_average",
-)  # fmt: skip
+OPTIMIZER_SETTINGS = set().union(*(method.settings for method in methods.METHODS.values()))
+
+
+def get_experiment(name: str) -> Experiment:
+    """A row of ``EXPERIMENTS``; else of a method, or "RULE+RULE", an experiment at its own rate.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    lr = methods.get_method(name).defaults.get("lr", 0.01)
+    return Experiment(name=name.replace("+", "-"), optimizer=name, lr=lr, epochs=200)
 
 
 def error_messages(error: ValidationError) -> list[str]:

@@ -1,15 +1,25 @@
-"""The history of a run: its experiment, its environment and one row per epoch, as one JSON file."""
+"""What a run leaves behind: its history, a row per epoch as JSON, and checkpoints to go on from.
+
+Files are replaced as a whole, so a reader sees the old or the new one, never a part; one process
+at a time writes to a run's folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import os
+import platform
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
+import filelock
+import torch
 from pydantic import ValidationError
 
 from hybrid_lib.training.experiments import Experiment, error_messages
@@ -64,25 +74,25 @@ class History:
         """
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
-    def frame(self) -> pd.DataFrame:
-        """The rows as a table, indexed by epoch."""
-        columns = None if self.rows else COLUMNS
-        return pd.DataFrame(self.rows, columns=columns).set_index("epoch")
+    def frame(self):
+        """The rows as a pandas table, indexed by epoch."""
+        import pandas as pd  # imported where used: training itself needs none
+
+        return pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS).set_index("epoch")
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` (or ``path/history.json`` for a folder) as a whole or not at all."""
-        head = {
+        parts = {
             "format": FORMAT,
             "status": self.status,
             "note": self.note,
             "experiment": dataclasses.asdict(self.experiment),
             "environment": self.environment,
-            "rows": [],
         }
-        text = json.dumps(head, indent=1, ensure_ascii=False)
+        head = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in parts.items()]
         rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in self.rows)
-        text = text.removesuffix("[]\n}") + f"[\n  {rows}\n ]\n}}\n"  # a line per epoch
-        write_atomically(_file(path), text.encode("utf-8"))
+        text = ",\n ".join([*head, f'"rows": [\n  {rows}\n ]'])  # a line per epoch
+        write_atomically(_file(path), f"{{\n {text}\n}}\n".encode())
 
     @classmethod
     def load(cls, path: str | Path) -> History:
@@ -120,9 +130,7 @@ def load_all(folder: str | Path) -> list[History]:
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replace ``path`` by ``content``: whoever reads it sees the old or the new file, never a part.
-
-    The old file becomes ``keep``, if given, once the new one is safely on disk.
+    """Replace ``path`` by ``content``; the old file becomes ``keep``, if given.
 
     Raises:
         OSError: if the folder cannot be written or the disk is full; the old file is then intact.
@@ -140,6 +148,111 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which a killed process gives back, and explain what the disk says.
+
+    Raises:
+        RuntimeError: if another process holds it, or nothing can be written there.
+    """
+    owner = folder / ".owner"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0).acquire()
+    except filelock.Timeout:
+        who = owner.read_text("utf-8") if owner.exists() else "another process"
+        raise RuntimeError(f"{folder}: {who} is training there; wait for it, or stop it") from None
+    except OSError as error:
+        raise RuntimeError(f"{folder}: cannot write there ({error.strerror})") from error
+    with lock:
+        try:
+            write_atomically(owner, f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        except OSError as error:
+            raise RuntimeError(
+                f"{folder}: {error.strerror or error}; the epochs that {FILE} lists are safe, "
+                "mend it and run again to go on"
+            ) from error
+
+
+def save_checkpoint(folder: Path, experiment: Experiment, model, optimizer, rows) -> None:
+    """Write ``last.pt``; what was there becomes ``prev.pt``."""
+    content = io.BytesIO()
+    state = {
+        "format": FORMAT,
+        "experiment": dataclasses.asdict(experiment),
+        "rows": rows,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save({**state, "checksum": _checksum(state)}, content)
+    write_atomically(folder / "last.pt", content.getvalue(), keep=folder / "prev.pt")
+
+
+def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -> list[dict]:
+    """Load the newest intact checkpoint into model and optimizer; its rows, or none.
+
+    Raises:
+        RuntimeError: if it belongs to another experiment, or comes from a newer version.
+    """
+    for name in ("last.pt", FILE, ".owner"):
+        for leftover in folder.glob(f".{name}.*"):  # of a write that was cut short
+            leftover.unlink(missing_ok=True)
+    for file in (folder / "last.pt", folder / "prev.pt"):
+        if not file.exists():
+            continue
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            # torch looks at none; version 0.1 wrote another, beside the state.
+            if state.pop("checksum", None) not in (None, _checksum(state)):
+                raise ValueError("its checksum does not fit")
+        except Exception as error:  # torch's errors of what it cannot read are of every kind
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"{file} is damaged ({reason}); looking for the one before")
+            os.replace(file, file.with_suffix(".damaged"))  # it must not become the one before
+            continue
+        if state["format"] > FORMAT:
+            raise RuntimeError(f"{file} was written by a newer version; update hybrid_lib")
+        if not _is(experiment, state["experiment"]):
+            raise RuntimeError(f"{file} belongs to another experiment; choose another folder")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["rows"]
+    if (folder / FILE).exists():  # published histories travel without their checkpoints
+        kept = folder / f"history-before-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        os.replace(folder / FILE, kept)
+        print(
+            f"{folder}: no checkpoint, starting again; the earlier history is kept as {kept.name}"
+        )
+    return []
+
+
+def _checksum(state) -> str:
+    """SHA-256 over all tensors, numbers and names of a state."""
+    digest, waiting = hashlib.sha256(), [state]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [part for item in value.items() for part in item]
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(flat.numpy().data)
+        else:
+            digest.update(f"{value!r};".encode())
+    return digest.hexdigest()
+
+
+def _is(experiment: Experiment, settings: dict) -> bool:
+    """Whether these are its settings; an older file lacks newer ones."""
+    try:
+        return Experiment(**settings) == experiment
+    except ValueError:
+        return False
 
 
 def _file(path: str | Path) -> Path:

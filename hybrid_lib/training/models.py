@@ -112,6 +112,10 @@ class ResNet18(nn.Module):
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         return [b for norm in norms for b in (norm.running_mean, norm.running_var)]
 
+    def absorb(self, statistics: list[Tensor]) -> None:
+        """Write what a forward pass has handed out into the running statistics."""
+        torch._foreach_lerp_(self.running_statistics(), statistics, self.stem[1].momentum)
+
 
 def resnet18(
     num_classes: int = 10,

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hybrid_lib.optim import methods
 from hybrid_lib.optim.curvature import hessian_diagonal, rademacher
 from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.study import figures
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import LABELS, Experiment
+from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.models import seeded
 
 
@@ -44,8 +45,14 @@ class Recorded:
     def needs_hessian(self) -> bool:
         return self.rule.needs_hessian
 
-    def propose(self, seen, buffers, lr, t):
-        d, η = self.rule.propose(seen, buffers, lr, t)
+    def init(self, w):
+        return self.rule.init(w)
+
+    def corrections(self, t):
+        return self.rule.corrections(t)
+
+    def propose(self, *seen):
+        d, η = self.rule.propose(*seen)
         self.answers.append((d.clone(), η))  # d may be a buffer, which the next step overwrites
         return d, η
 
@@ -235,9 +242,11 @@ def lines(
     """
     figure, spare = go.Figure(), iter(SPARE)
     for name, values in series.items():
-        colour, dash = figures.STYLES.get(name) or next(spare)
+        colour, dash = (
+            methods.look(name) if name.removeprefix("dyn_") in methods.METHODS else next(spare)
+        )
         figure.add_scatter(
-            x=values.index, y=values, mode="lines", name=LABELS.get(name, name),
+            x=values.index, y=values, mode="lines", name=methods.label(name),
             line={"color": colour, "dash": dash, "width": 2, "shape": shape},
         )  # fmt: skip
     if level is not None:

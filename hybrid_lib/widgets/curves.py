@@ -92,8 +92,7 @@ def _schedules(experiment: Experiment) -> list[tuple[int, dict]]:
     rates, weights = experiment.learning_rates(), map(experiment.lambdas(), range(epochs[-1]))
     lines = [_line(3, "η", epochs, rates, {"color": methods.GREEN, **steps}, showlegend=False)]
     looks = ({"color": methods.VERMILLION}, {"color": methods.BLUE, "dash": "dash"})
-    rules = methods.get_method(experiment.optimizer).rules
-    for rule, values, look in zip(rules, zip(*weights), looks):
+    for rule, values, look in zip(experiment.method.rules, zip(*weights), looks):
         name = f"λ of {rule.__name__}"
         lines.append(_line(4, name, epochs, values, {**look, **steps}, legend="legend2"))
     return lines

@@ -20,9 +20,8 @@ from pydantic import ValidationError
 
 from hybrid_lib.optim import methods
 from hybrid_lib.study import figures, planning
-from hybrid_lib.study.planning import get_experiment
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
+from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
 from hybrid_lib.widgets import curves
@@ -229,7 +228,7 @@ class Explorer:
             self._fill({field: getattr(scaled, field) for field in STEP + WEIGHTS})
             if self.controls["run_name"].value == self._proposed:
                 self._propose_name()
-        unused = SETTINGS - methods.get_method(method.optimizer).settings
+        unused = SETTINGS - method.method.settings
         if not method.is_hybrid:
             unused |= set(WEIGHTS)
         elif self.controls["lambda_schedule"].value == "constant":

@@ -16,8 +16,9 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
+from hybrid_lib.optim import methods
+from hybrid_lib.optim.schedules import SHAPES
 from hybrid_lib.study import figures
-from hybrid_lib.training.experiments import LABELS, SCHEDULES
 from hybrid_lib.widgets.anatomy import lines
 from hybrid_lib.widgets.surfaces import SURFACES, Surface
 from hybrid_lib.widgets.walks import (
@@ -115,7 +116,7 @@ class Picture:
         self.traces[role] = self.figure.data[-1]
 
     def _add_method(self, name: str) -> None:
-        (colour, dash), label = figures.STYLES[name], LABELS[name]
+        (colour, dash), label = methods.look(name), methods.label(name)
         line = {"color": colour, "dash": dash, "width": 2}
         shared = {"name": label, "mode": "lines", "line": line, "legendgroup": name}
         self._add(
@@ -217,7 +218,7 @@ class Picture:
             spot = spots.get(panel)
             x, y = ([], []) if spot is None else ([spot[0]], [spot[1]])
             self.traces[f"here {panel}"].update(x=x, y=y)
-        colour, _ = figures.STYLES.get(name, (GREY, ""))
+        colour, _ = methods.look(name)
         self.traces["merged"].update(line_color=colour, marker_color=colour)
 
 
@@ -233,7 +234,7 @@ def describe(path: Path, name: str, step: int) -> str:
     >>> describe(way, "atmo", 0)[:58]
     "ATMO, step 0: Adam's direction is 0.141 long, SGD's 6.27 ("
     """
-    label = LABELS[name]
+    label = methods.label(name)
     if step >= (path.left or len(path.directions)):
         return f"{label} has left the map before step {step}."
     d, size = path.directions[step], path.merged_step_sizes[step] / path.lr
@@ -319,7 +320,7 @@ class Playground:
             ),
             "methods": {
                 name: w.Checkbox(
-                    name in setup.methods, description=LABELS[name], indent=False,
+                    name in setup.methods, description=methods.label(name), indent=False,
                     layout={"width": "120px"},
                 )
                 for name in METHODS
@@ -332,7 +333,7 @@ class Playground:
                 setup.seed, min=0, max=2**31 - 1, description="Noise seed", **look
             ),
             "schedule": w.Dropdown(
-                options=["constant", *SCHEDULES], value=setup.schedule,
+                options=["constant", *SHAPES], value=setup.schedule,
                 description="Schedule of λ", **look,
             ),
             "sgd_weight": w.BoundedFloatText(setup.sgd_weight, description="λ of SGD", **share),
@@ -419,7 +420,7 @@ class Playground:
         c["sgd_weight_end"].disabled = self.setup.schedule == "constant"
         wished = c["arrows_of"].value
         self.held = True  # new options change the value on their way
-        c["arrows_of"].options = [(LABELS[name], name) for name in self.walked]
+        c["arrows_of"].options = [(methods.label(name), name) for name in self.walked]
         c["arrows_of"].value = wished if wished in self.walked else _first_hybrid(self.setup)
         self.held = False
         self._point()

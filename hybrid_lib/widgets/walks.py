@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybrid_lib.optim import methods, schedules
 from hybrid_lib.optim.hybrid import Hybrid
-from hybrid_lib.training.experiments import LABELS, SCHEDULES
+from hybrid_lib.optim.schedules import SHAPES
 from hybrid_lib.widgets.anatomy import record
 from hybrid_lib.widgets.surfaces import SURFACES, Surface
 
@@ -170,7 +170,7 @@ class Setup:
         methods: names among ``METHODS``, or text as in "sgd, atmo".
         lr: the learning rate of all methods; None: the surface's.
         schedule: "constant" (``sgd_weight`` on every step) or a key of
-            :data:`hybrid_lib.training.experiments.SCHEDULES`, from ``sgd_weight`` to
+            :data:`hybrid_lib.training.experiments.SHAPES`, from ``sgd_weight`` to
             ``sgd_weight_end``.
         sgd_weight, sgd_weight_end: λ of SGD, in [0, 1]; the adaptive rule has the rest.
         noise, seed: of the gradient, as :func:`paths` takes them.
@@ -201,7 +201,7 @@ class Setup:
     @staticmethod
     def faults(surface, methods, lr, schedule, sgd_weight, sgd_weight_end, noise, seed) -> dict:
         """What is wrong, as one message per field."""
-        found, shapes = {}, ("constant", *SCHEDULES)
+        found, shapes = {}, ("constant", *SHAPES)
         if surface not in SURFACES:
             found["surface"] = f"surface={surface!r}: must be one of {', '.join(SURFACES)}"
         strangers = [name for name in methods if name not in METHODS]
@@ -226,7 +226,7 @@ class Setup:
         first, last = self.sgd_weight, self.sgd_weight_end
         if self.schedule == "constant":
             return schedules.Constant((1 - first, first))
-        return SCHEDULES[self.schedule]((1 - first, first), (1 - last, last), STEPS)
+        return SHAPES[self.schedule]((1 - first, first), (1 - last, last), STEPS)
 
     def paths(self, known: dict | None = None) -> dict[str, Path]:
         """The paths of all methods; those in ``known`` are taken from there, new ones put there.
@@ -263,7 +263,7 @@ def scan(setup: Setup, weights: int = 21) -> pd.DataFrame:
 def summary(walked: Mapping[str, Path]) -> pd.DataFrame:
     """Per method: steps until its loss stays below the tolerance, and its last loss."""
     rows = {
-        LABELS[name]: {
+        methods.label(name): {
             f"steps until the loss stays below {TOLERANCE}": _settled(path),
             "loss at the end": "–" if path.left else f"{path.losses[-1]:.2g}",
         }

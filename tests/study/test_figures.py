@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+from hybrid_lib.optim import methods
 from hybrid_lib.study import figures
 from hybrid_lib.training.experiments import EXPERIMENTS
 from hybrid_lib.training.history import History
@@ -99,7 +100,9 @@ def test_methods_of_one_s_own_can_be_told_apart():
     assert len({(trace.line.color, trace.line.dash) for trace in data}) == 3
 
 
-@pytest.mark.parametrize("colour", sorted({colour for colour, _ in figures.STYLES.values()}))
+@pytest.mark.parametrize(
+    "colour", sorted({colour for colour, _ in (methods.look(name) for name in methods.METHODS)})
+)
 def test_colours_stand_out_from_white(colour):
     """Contrast of at least 3:1, by the formula of the Web Content Accessibility Guidelines."""
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

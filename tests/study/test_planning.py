@@ -22,6 +22,7 @@ from hybrid_lib.study.planning import default_out, main, plan, run_folder
 from hybrid_lib.training import data, loop
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import History
+from hybrid_lib.training.tasks import load_task
 
 # --- What a study consists of. ---
 
@@ -340,7 +341,7 @@ def folder_of_images(root, n_train=100, n_test=40):
 def test_a_folder_smaller_than_the_scale_s_limits_is_used_as_it_is(tmp_path, scale):
     root = folder_of_images(tmp_path)
     (e,) = plan(scale, f"folder:{root}", ["sgd"])
-    assert len(loop.loaded(e, "cpu").train_images) == 100
+    assert load_task(e, "cpu").n_train == 100
 
 
 def test_a_relative_folder_is_found_wherever_the_study_is_started(tmp_path, told, monkeypatch):

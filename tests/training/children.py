@@ -20,7 +20,7 @@ import torch
 
 import hybrid_lib
 from hybrid_lib.study import planning
-from hybrid_lib.training import checkpoint, data, loop
+from hybrid_lib.training import data, loop
 from hybrid_lib.training.experiments import Experiment
 
 TRAIN_ONE = data.PROJECT / "notebooks" / "10_train_one.ipynb"
@@ -160,8 +160,8 @@ PHASES = ["start-up", "restoring", "training", "evaluation", "checkpoint write",
 def tells_its_phase(phase) -> None:
     """Shared memory holds the index, in PHASES, of what the process does."""
     for owner, name, index in [
-        (checkpoint, "restore", 1), (loop, "_train", 2), (loop, "_test", 3),
-        (checkpoint, "keep", 4), (loop.History, "save", 5),
+        (loop, "restore_checkpoint", 1), (loop, "_train", 2), (loop, "_test", 3),
+        (loop, "save_checkpoint", 4), (loop.History, "save", 5),
     ]:  # fmt: skip
         setattr(owner, name, _telling(getattr(owner, name), phase, index))
 
@@ -197,12 +197,12 @@ def fills_up(disk: Path) -> None:
             except OSError:
                 pass
 
-    at_call(checkpoint, "keep", 2, fill)
+    at_call(loop, "save_checkpoint", 2, fill)
 
 
 def vanishes(folder: Path) -> None:
     """Somebody removes, or moves, the folder before the second epoch is written."""
-    at_call(checkpoint, "keep", 2, lambda: folder.rename(folder.with_name("elsewhere")))
+    at_call(loop, "save_checkpoint", 2, lambda: folder.rename(folder.with_name("elsewhere")))
 
 
 def out_of_memory() -> None:

@@ -20,6 +20,7 @@ from hybrid_lib.study import planning
 from hybrid_lib.training import engines, loop
 from hybrid_lib.training.data import generator
 from hybrid_lib.training.models import BatchNorm, Convolution, resnet18
+from hybrid_lib.training.tasks import image_model, load_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -157,10 +158,10 @@ def test_the_part_of_a_batch_is_its_first_images_and_counts_once_in_the_statisti
 def test_the_diagonal_is_right_under_mixed_precision(precision):
     """Coarser, but of the same size: no factor slips in. The noise is that of bfloat16 itself."""
     e = experiment(precision=precision)
-    model = e.build_model(3, 1).train()
+    model = image_model(e, 3, 1).train()
     x, y = batch(64)
     _, _, _, diag = engines.eager_pass(model, e)(x.float(), y, probes())
-    exact = e.build_model(3, 1).double().train()
+    exact = image_model(e, 3, 1).double().train()
     for module in exact.modules():
         if isinstance(module, Convolution):
             module.compute_dtype = None
@@ -233,7 +234,7 @@ def test_the_engine_is_the_one_asked_for_or_begun_with(
     monkeypatch.setattr(loop, "worth_compiling", lambda e, n: long)
     monkeypatch.setattr(loop, "why_not_compile", lambda device: "" if compiler else "no compiler")
     e = experiment("sgd")
-    assert loop._engine(e, loop.loaded(e), asked, begun) == engine
+    assert loop._engine(e, load_task(e), asked, begun) == engine
 
 
 @pytest.mark.parametrize("name", ["atmo", "adasgd"])
@@ -242,7 +243,7 @@ def test_a_training_step_asks_nothing_of_the_values_on_a_device(monkeypatch, nam
     monkeypatch.setattr(engines, "compiled", lambda function, what, **options: function)
     e = experiment(name, precision="bfloat16")
     e = dataclasses.replace(e, hessian_fraction=0.5) if e.needs_hessian else e
-    model = e.build_model(10, 3).to("meta", memory_format=torch.channels_last)
+    model = image_model(e, 10, 3).to("meta", memory_format=torch.channels_last)
     x = torch.empty(8, 3, 32, 32, device="meta")
     optimizer = e.build_optimizer(model.parameters())
     drawn = torch.Generator() if e.needs_hessian else None

@@ -33,7 +33,6 @@ from children import TRAIN_ONE, Child, outcome
 from PIL import Image
 
 from hybrid_lib.study.planning import plan, run_folder
-from hybrid_lib.training import checkpoint
 from hybrid_lib.training.experiments import EXPERIMENTS
 from hybrid_lib.training.history import History
 
@@ -258,7 +257,7 @@ class Attack:
 def sealed(file: Path, state) -> None:
     archive = io.BytesIO()
     torch.save(state, archive)
-    file.write_bytes(checkpoint._sealed(archive.getvalue()))
+    file.write_bytes(archive.getvalue())
 
 
 def attack(place):

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 from children import outcome
 from PIL import Image
 
-from hybrid_lib.training import checkpoint, data, engines, loop
+from hybrid_lib.study.timing import step_seconds
+from hybrid_lib.training import data, engines, history, loop, tasks
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import epochs, run
+from hybrid_lib.training.tasks import image_model
 
 every_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
 
@@ -109,7 +111,7 @@ def test_64_images_are_learnt_by_heart(name, accuracy):
 def test_the_test_row_is_what_the_kept_weights_give_by_hand(tmp_path):
     e = toy("atmo")
     h, d = trained(e, tmp_path), data.load("digits", 40, 30)
-    model = e.build_model(10, 1)
+    model = image_model(e, 10, 1)
     model.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["model"])
     seen = d.train_images / 255
     with torch.no_grad():
@@ -122,7 +124,7 @@ def test_the_test_row_is_what_the_kept_weights_give_by_hand(tmp_path):
 
 def test_the_train_row_is_the_mean_over_images_not_over_batches():
     e = toy(lr=1e-12, weight_decay=0)  # as good as no training: batches are independent
-    (row, *_), d, model = trained(e).rows, data.load("digits", 40, 30), toy().build_model(10, 1)
+    (row, *_), d, model = trained(e).rows, data.load("digits", 40, 30), image_model(toy(), 10, 1)
     index = data.order(40, e.seed, 0)
     loss = right = 0
     for batch in (index[:16], index[16:32], index[32:]):  # the last one is half as large
@@ -181,7 +183,7 @@ def test_a_user_s_settings_of_torch_are_left_alone():
     before = flags.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         flags.allow_tf32 = True  # torch's default
-        with loop._tf32(toy(), torch.device("cuda")):
+        with loop.tf32(toy(), torch.device("cuda")):
             assert not flags.allow_tf32
         assert flags.allow_tf32
     finally:
@@ -195,10 +197,10 @@ def test_a_user_s_settings_of_torch_are_left_alone():
 def fed(monkeypatch):
     """What the network is fed: (training mode, smallest value, largest value, running mean)."""
     seen = []
-    build = Experiment.build_model
+    build = tasks.image_model
 
-    def watched(self, *args):
-        model = build(self, *args)
+    def recorded(*args):
+        model = build(*args)
         model.register_forward_pre_hook(
             lambda m, args: seen.append(
                 (m.training, args[0].min().item(), args[0].max().item(), len(args[0]),
@@ -207,7 +209,7 @@ def fed(monkeypatch):
         )  # fmt: skip
         return model
 
-    monkeypatch.setattr(Experiment, "build_model", watched)
+    monkeypatch.setattr(tasks, "image_model", recorded)
     return seen
 
 
@@ -236,7 +238,7 @@ def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
 
 @pytest.mark.parametrize("protocol", ["clean", "released"])
 def test_the_parts_of_a_step_are_timed_in_the_mode_they_are_run_in(fed, protocol):
-    parts = loop.step_seconds(toy(protocol=protocol), "cpu", repeats=1)
+    parts = step_seconds(toy(protocol=protocol), "cpu", repeats=1)
     assert [mode for mode, *_ in fed] == [True, protocol == "released"] * 3
     assert parts.pop("Hessian") == 0
     assert all(seconds > 0 for seconds in parts.values())
@@ -323,7 +325,7 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
     del state["experiment"]["restart_epoch"]
     archive = io.BytesIO()
     torch.save(state, archive)
-    (tmp_path / "last.pt").write_bytes(checkpoint._sealed(archive.getvalue()))
+    (tmp_path / "last.pt").write_bytes(archive.getvalue())
     trained(toy(), tmp_path)
     assert outcome(tmp_path) == straight(toy())
 
@@ -353,7 +355,7 @@ def test_the_history_is_readable_while_the_run_goes_on(tmp_path):
 
 def test_a_complete_run_is_returned_without_data_or_training(tmp_path, monkeypatch):
     first = trained(toy(), tmp_path)
-    for function in ("loaded", "epochs"):
+    for function in ("load_task", "epochs"):
         monkeypatch.setattr(loop, function, None)
     before = {f: f.stat().st_mtime_ns for f in tmp_path.iterdir()}
     assert trained(toy(), tmp_path) == first
@@ -484,9 +486,9 @@ def test_whatever_is_damaged_the_state_is_the_last_or_the_one_before(stopped, ca
     e, folder, _ = stopped
 
     def restored():
-        model = e.build_model(10, 1)
+        model = image_model(e, 10, 1)
         optimizer = e.build_optimizer(model.parameters())
-        rows = checkpoint.restore(folder, e, model, optimizer)
+        rows = history.restore_checkpoint(folder, e, model, optimizer)
         state = io.BytesIO()
         torch.save([model.state_dict(), optimizer.state_dict(), rows], state)
         return len(rows), state.getvalue()
