@@ -46,6 +46,7 @@ SECTIONS = {
         ("lambda_epochs", "over epochs", widgets.Text, "all"),
         ("lambda_start", "λ at the start", widgets.Text, "0.5, 0.5"),
         ("lambda_end", "λ at the end", widgets.Text, "0, 1"),
+        ("merge", "Merge", widgets.Dropdown, ""),
     ],
     "The run": [
         ("dataset", "Data set", widgets.Combobox, ""),

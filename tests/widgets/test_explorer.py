@@ -25,6 +25,7 @@ from hybrid_lib.widgets.explorer import FIELDS, METHODS, RUN, Explorer, explore
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"epochs": 3, "width": 2, "batch_size": 32, "train_limit": 160, "test_limit": 80}
+WEIGHED = {"lambda_schedule", "lambda_start", "merge"}  # of every hybrid
 LONG = {"epochs": 400, "width": 2, "batch_size": 32}
 
 
@@ -222,12 +223,12 @@ def test_a_run_that_fails_leaves_those_behind_it_untouched(open_explorer):
     [
         ("sgd", {"momentum", "weight_decay"}),
         ("adam", {"weight_decay"}),
-        ("atmo", {"momentum", "weight_decay", "lambda_schedule", "lambda_start"}),
+        ("atmo", {"momentum", "weight_decay", *WEIGHED}),
         ("padam", {"partial", "weight_decay", "lr_milestones"}),
-        ("dyn_padam_sgd", {"momentum", "weight_decay", "partial", "lr_milestones",
-                           "lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs"}),
+        ("dyn_padam_sgd", {"momentum", "weight_decay", "partial", "lr_milestones", *WEIGHED,
+                           "lambda_end", "lambda_epochs"}),
         ("adahessian", {"weight_decay", "hessian_power", "lr_milestones"}),
-        ("adahessian+adam", {"weight_decay", "hessian_power", "lambda_schedule", "lambda_start"}),
+        ("adahessian+adam", {"weight_decay", "hessian_power", *WEIGHED}),
     ],
 )  # fmt: skip
 def test_controls_that_a_method_has_not_are_disabled(open_explorer, method, enabled):
@@ -417,7 +418,8 @@ def test_what_is_copied_repeats_the_run(open_explorer, tmp_path, way):
     explorer = open_explorer("dyn_padam_sgd", **TINY)
     first = train(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
                   lambda_start="0.9, 0.1", lambda_end="0.25, 0.75", lambda_epochs="2",
-                  momentum="0.8", weight_decay="0", partial="0.25")  # fmt: skip
+                  momentum="0.8", weight_decay="0", partial="0.25",
+                  merge="sum")  # fmt: skip
     assert told(explorer.papermill.value) == first.experiment
     shutil.move(explorer.folder, explorer.folder.with_name("moved"))
     words = ["-c", explorer.python.value]
