@@ -11,71 +11,61 @@ import re
 import sys
 import threading
 import time
+import typing
 from pathlib import Path
 
-import comm
 import ipywidgets as widgets
-import plotly.graph_objects as go
-import torch
 from IPython.display import display
-from plotly.subplots import make_subplots
 from pydantic import ValidationError
 
 from hybrid_lib.optim import methods
-from hybrid_lib.optim.schedules import SHAPES
 from hybrid_lib.study import figures, planning
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import (
-    EXPERIMENTS,
-    Experiment,
-    error_messages,
-    get_experiment,
-)
+from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
+from hybrid_lib.widgets import curves
 
-METHODS = [(e.label, name) for name, e in EXPERIMENTS.items()]
+METHODS = [(experiment.label, name) for name, experiment in EXPERIMENTS.items()]
 METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
 PAIRS = ("+".join(pair) for pair in itertools.permutations(methods.RULES, 2))
 METHODS += [(methods.get_method(pair).label, pair) for pair in PAIRS]
-# Per section: (field of Experiment, label, kind, choices, what an empty text means).
+# Per section: (field of Experiment, label, kind, what an empty text means or a full one looks like)
 SECTIONS = {
     "The step": [
-        ("lr", "Learning rate η", widgets.FloatText, None, ""),
-        ("weight_decay", "Weight decay γ", widgets.Text, None, "default"),
-        ("lr_schedule", "Schedule of η", widgets.Dropdown, ("constant", "cosine", "multistep"), ""),
-        ("lr_milestones", "Milestones", widgets.Text, None, "epochs: 6, 9"),
-        ("momentum", "Momentum μ", widgets.Text, None, "default"),
-        ("partial", "Padam's p", widgets.Text, None, "1/8"),
-        ("hessian_power", "Hessian power", widgets.Text, None, "1"),
+        ("lr", "Learning rate η", widgets.FloatText, ""),
+        ("weight_decay", "Weight decay γ", widgets.Text, "default"),
+        ("lr_schedule", "Schedule of η", widgets.Dropdown, ""),
+        ("lr_milestones", "Milestones", widgets.Text, "epochs: 6, 9"),
+        ("momentum", "Momentum μ", widgets.Text, "default"),
+        ("partial", "Padam's p", widgets.Text, "1/8"),
+        ("hessian_power", "Hessian power", widgets.Text, "1"),
     ],
     "The weights λ": [
-        ("lambda_schedule", "Schedule of λ", widgets.Dropdown, ("constant", *SHAPES), ""),
-        ("lambda_epochs", "over epochs", widgets.Text, None, "all"),
-        ("lambda_start", "λ at the start", widgets.Text, None, "0.5, 0.5"),
-        ("lambda_end", "λ at the end", widgets.Text, None, "0, 1"),
+        ("lambda_schedule", "Schedule of λ", widgets.Dropdown, ""),
+        ("lambda_epochs", "over epochs", widgets.Text, "all"),
+        ("lambda_start", "λ at the start", widgets.Text, "0.5, 0.5"),
+        ("lambda_end", "λ at the end", widgets.Text, "0, 1"),
+        ("merge", "Merge", widgets.Dropdown, ""),
     ],
     "The run": [
-        ("dataset", "Data set", widgets.Combobox, data.NAMES, ""),
-        ("train_limit", "Training images", widgets.Text, None, "all"),
-        ("width", "Network width", widgets.IntText, None, ""),
-        ("epochs", "Epochs", widgets.IntText, None, ""),
-        ("batch_size", "Batch size", widgets.IntText, None, ""),
-        ("seed", "Seed", widgets.IntText, None, ""),
-        ("protocol", "Protocol", widgets.Dropdown, ("clean", "released"), ""),
+        ("dataset", "Data set", widgets.Combobox, ""),
+        ("train_limit", "Training images", widgets.Text, "all"),
+        ("width", "Network width", widgets.IntText, ""),
+        ("epochs", "Epochs", widgets.IntText, ""),
+        ("batch_size", "Batch size", widgets.IntText, ""),
+        ("seed", "Seed", widgets.IntText, ""),
+        ("protocol", "Protocol", widgets.Dropdown, ""),
     ],
 }
-FIELDS = [field for section in SECTIONS.values() for field, *_ in section]
-KEPT = [field for field, *_ in SECTIONS["The run"]]  # these do not follow the method
-MEANT = {  # where the general message would speak of tuples
-    "lambda_start": "two numbers of at least 0, as in 0.5, 0.5",
-    "lambda_end": "two numbers of at least 0, as in 0, 1",
-    "lr_milestones": "increasing epochs, as in 6, 9",
-}
-STATUS_EVERY = 0.2  # seconds between two updates of the line below the buttons
-LEFT, RIGHT = 410, 545  # widths in pixels
-LOSS_TICKS = [digit * 10.0**power for power in range(-7, 3) for digit in (1, 2, 5)]
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
+FIELDS = STEP + WEIGHTS + RUN
+SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
+LEFT, RIGHT = 430, 515  # widths in pixels
+WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
+# Plotly knows no themes: its text takes the colour of the labels beside it.
+STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
+  fill: var(--jp-widgets-label-color, #767676) !important }</style>"""
 
 
 class Explorer:
@@ -86,13 +76,14 @@ class Explorer:
 
     Args:
         runs: the folder below which runs are kept, one folder per name.
-        method: a name of ``EXPERIMENTS`` or "RULE+RULE".
+        method: a name of ``EXPERIMENTS``, a method or "RULE+RULE".
         start: fields of Experiment to begin with; the others are those of the demo scale. Those
             without a control stay as they are.
 
     Attributes:
         controls: the input widgets, by field of Experiment; also ``method`` and ``run_name``.
         messages: beside each control, what is wrong with it; empty if nothing is.
+        figure: loss and accuracy of the runs, and the schedules of the experiment to start.
         view: everything, as one widget.
         history: of the current run, None before the first.
     """
@@ -101,504 +92,335 @@ class Explorer:
         self.runs = Path(runs)
         self.history: History | None = None
         self.foreground = "google.colab" in sys.modules
-        self._shown: str | None = None  # the name of the run in ``history``
-        self._stop, self._thread, self._running = threading.Event(), None, False
-        self._drawing = threading.RLock()  # controls draw, and so does the training thread
+        self._name: str | None = None  # of the run in ``history``
+        self._jobs: list[tuple[Experiment, Path]] = []  # the one that trains, and those that wait
+        self._failures: list[str] = []  # since Start was pressed
+        self._stop, self._thread = threading.Event(), None
+        self._lock = threading.RLock()  # controls draw, and so does the training thread
         self._filling, self._proposed = False, ""
+        self._touched, self._places = "method", {}  # where to say what no single control explains
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
-        first = planning.plan("demo", only=[method], **start)[0]
-        with contextlib.nullcontext() if figures.is_interactive() else _unheard():
-            self._make_widgets(method)
-
-        self._fill(first, FIELDS)
+        self._valid = planning.plan("demo", only=[method], **start)[0]  # what the controls said
+        self._make_widgets(method)
+        self.view = self._arranged()
+        self.view.add_class("hybrid-explorer")
+        self._fill({field: getattr(self._valid, field) for field in FIELDS})
         self._propose_name()
         for field, control in self.controls.items():
             control.observe(lambda change, field=field: self._changed(field), "value")
-        self.earlier.observe(lambda change: self._draw(), "value")
-        self.report.observe(lambda change: self._draw(), "value")
-        self.start_button.on_click(lambda button: self.start())
-        self.stop_button.on_click(lambda button: self.stop())
-        self.reset_button.on_click(lambda button: self.reset())
+        for choice in (self.earlier, self.report):
+            choice.observe(lambda change: self._draw(), "value")
+        for button, act in zip(self.buttons, (self.start, self.stop, self.reset)):
+            button.on_click(lambda button, act=act: act())
         self._list_earlier()
-        self._changed("epochs")
-        self._draw()
+        self._changed("run_name")
 
     def experiment(self) -> Experiment:
-        """The experiment that the controls describe.
-
-        Raises:
-            pydantic.ValidationError: if there is none.
-        """
+        """The experiment that the controls describe; a ``ValidationError`` if there is none."""
         method = get_experiment(self.controls["method"].value)
         values = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
             values["lambda_epochs"] = values["epochs"]
         if values["lr_schedule"] != "multistep":
             values["lr_milestones"] = ()
-        chosen = {field: value for field, value in values.items() if value != ""}
-        return dataclasses.replace(method, **self._fixed, **chosen)
+        given = {field: value for field, value in values.items() if value != ""}
+        return dataclasses.replace(method, **self._fixed, **given)
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept.
-
-        Raises:
-            ValueError: for a name that is no plain folder name.
-        """
+        """Where the run is kept; a ``ValueError`` for a name that is no plain folder name."""
         name = self.controls["run_name"].value
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
-            raise ValueError(f"run_name={name!r}: use letters, digits, '.', '_' and '-'")
+            raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
         return self.runs / name
 
     def start(self) -> None:
-        """Train the chosen experiment, or go on with it if its folder holds a part of it."""
-        if self._running:
+        """Train the experiment, or go on with it if its folder holds a part of it.
+
+        While another one trains, it waits for its turn.
+        """
+        with self._lock:
+            self._jobs.append((self.experiment(), self.folder))
+            waits = len(self._jobs) > 1
+        self._check()
+        if waits:
             return
-        experiment, folder = self.experiment(), self.folder
-        self._stop.clear()
-        self._running = True
-        self.start_button.disabled, self.stop_button.disabled = True, False
-        self._say(f"loading {experiment.dataset} …")
+        self._failures.clear()
+        self._say(f"loading {self._jobs[0][0].dataset} …")
         if self.foreground:
-            self._train(experiment, folder)
+            self._work()
         else:
-            self._thread = threading.Thread(
-                target=self._train, args=(experiment, folder), daemon=True
-            )
+            self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
         """Stop after the current step; what was finished is kept, Start goes on."""
-        if self._running:
-            self._say("stopping …")
-        self._stop.set()
+        with self._lock:
+            if self._jobs:
+                self._say("stopping …")
+                self._stop.set()
+            del self._jobs[1:]
 
     def reset(self) -> None:
         """Stop, clear the curves and choose a new name; finished runs stay on disk."""
         self.stop()
         self.wait()
-        self.history, self._shown, self._proposed = None, None, ""
+        self.history, self._name = None, None
+        self._failures.clear()
         self._propose_name()
         self._say("")
         self._list_earlier()
         self._check()
-        self._draw()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until training has ended."""
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join(timeout)
 
-    def show(self) -> None:
-        """Show the widgets; without a front end, what they would show as still figures."""
-        if self.foreground:
-            from google.colab import output  # only there
-
-            output.enable_custom_widget_manager()
-        if figures.is_interactive():
-            display(self.view)
-            return
-        figures.show(self.preview)
-        if self.curves.data:
-            figures.show(self.curves)
+    def _work(self) -> None:
+        """Train what waits, one after another."""
+        waiting = True
+        while waiting:
+            self._train(*self._jobs[0])
+            with self._lock:
+                finished, waiting = self._jobs.pop(0)[1].name, bool(self._jobs)
+                self._stop.clear()
+            if waiting:  # what is finished is an earlier run now
+                self.history, self._name = None, None
+            self._list_earlier(also=finished if waiting else "")
+            self._check()
 
     def _train(self, experiment: Experiment, folder: Path) -> None:
-        steps = itertools.count()
-        shown = time.monotonic()
+        steps, said = itertools.count(), time.monotonic()
 
         def should_stop() -> bool:
-            nonlocal shown
+            nonlocal said
             step = next(steps)
-            if time.monotonic() - shown > STATUS_EVERY:
-                shown = time.monotonic()
-                done, images = len(self.history.rows), self.history.environment["train_images"]
-                per_epoch = math.ceil(images / experiment.batch_size)
-                self._say(
-                    f"epoch {done + 1} of {experiment.epochs}, "
-                    f"step {step % per_epoch + 1} of {per_epoch}"
-                )
+            if time.monotonic() - said > 0.2 and not self._stop.is_set():
+                said, images = time.monotonic(), self.history.environment["train_images"]
+                n = math.ceil(images / experiment.batch_size)
+                epoch = f"epoch {len(self.history.rows) + 1} of {experiment.epochs}"
+                waiting = ", ".join(folder.name for _, folder in self._jobs[1:])
+                then = f"; then {waiting}" if waiting else ""
+                self._say(f"{epoch}, step {step % n + 1} of {n}{then}")
             return self._stop.is_set()
 
-        def arrived(history: History) -> None:
-            self.history, self._shown = history, folder.name
+        def keep(history: History) -> None:
+            self.history, self._name = history, folder.name
             self._draw()
 
         try:
-            arrived(
-                run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=arrived)
-            )
+            keep(run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=keep))
             self._say(_outcome(self.history))
         except KeyboardInterrupt:
             self._say("stopped by an interrupt; Start goes on after the last finished epoch")
-        except Exception as error:  # shown beside the buttons: a thread has nobody to raise to
-            self.status.value = _warning(f"{type(error).__name__}: {error}")
-        finally:
-            self._running, self.stop_button.disabled = False, True
-            self._list_earlier()
-            self._check()
+        except Exception as error:  # a thread has nobody to raise to
+            self._failures.append(f"{folder.name}: {type(error).__name__}: {error}")
+            self._say("")
 
     def _changed(self, field: str) -> None:
+        """Let the other controls follow; judge the whole."""
         if self._filling:
             return
+        self._touched = field
         method = get_experiment(self.controls["method"].value)
         if field == "method":
-            epochs = max(1, self.controls["epochs"].value)
-            self._fill(method.scaled(epochs), [f for f in FIELDS if f not in KEPT])
-        available = method.method.settings
-        for name in ("momentum", "weight_decay", "partial", "hessian_power"):
-            self.controls[name].disabled = name not in available
-        constant = self.controls["lambda_schedule"].value == "constant"
-        for name in ("lambda_schedule", "lambda_start"):
-            self.controls[name].disabled = not method.is_hybrid
-        for name in ("lambda_end", "lambda_epochs"):
-            self.controls[name].disabled = not method.is_hybrid or constant
-        self.controls["lr_milestones"].disabled = self.controls["lr_schedule"].value != "multistep"
+            scaled = method.scaled(max(1, self.controls["epochs"].value))
+            self._fill({field: getattr(scaled, field) for field in STEP + WEIGHTS})
+            if self.controls["run_name"].value == self._proposed:
+                self._propose_name()
+        unused = SETTINGS - method.method.settings
+        if not method.is_hybrid:
+            unused |= set(WEIGHTS)
+        elif self.controls["lambda_schedule"].value == "constant":
+            unused |= {"lambda_end", "lambda_epochs"}
+        if self.controls["lr_schedule"].value != "multistep":
+            unused.add("lr_milestones")
+        for name in FIELDS:
+            self.controls[name].disabled = name in unused
         self._check()
 
     def _check(self) -> None:
-        """Say beside each control what is wrong with it; preview what is right."""
+        """Say beside each control what is wrong with it; show what is right."""
         experiment, problems = None, []
+        try:  # Experiment looks at the data set only once every number is right
+            data.check_name(self.controls["dataset"].value)
+        except ValueError as unknown:
+            self._places[str(unknown)] = "dataset"
+            problems.append(("dataset", str(unknown)))
         try:
             experiment = self.experiment()
         except ValidationError as error:
-            problems += error_messages(error)
-            try:  # Experiment looks at the data set only once every number is right
-                data.check_name(self.controls["dataset"].value)
-            except ValueError as unknown:
-                problems.append(str(unknown))
-        if self.controls["run_name"].value == self._proposed:
-            self._propose_name(experiment)
+            for fault in error.errors():
+                text = str(fault.get("ctx", {}).get("error", fault["msg"]))
+                # What does not go together is said beside the control that was changed last.
+                place = fault["loc"][0] if fault["loc"] else self._places.get(text, self._touched)
+                self._places[text] = place
+                problems.append((place, text))
         try:
             folder = self.folder
-            if experiment is not None and _holds_another(folder, experiment):
-                problems.append("run_name='…': another experiment is kept under this name")
+            if experiment is not None and self._is_taken(folder, experiment):
+                if folder.name == self._proposed:
+                    self._propose_name()
+                else:
+                    problems.append(("run_name", "another experiment is kept under this name"))
         except ValueError as error:
-            problems.append(str(error))
-        found = {field: [] for field in self.messages}
-        for line in problems:
-            field = re.match(r"\w*", line).group()
-            beside = field if field in found else "method"
-            text = MEANT.get(field) or re.sub(r"^\w+=('[^']*'|\S+): ", "", line)
-            found[beside] += [] if text in found[beside] else [text]
-        for field, lines in found.items():
-            self.messages[field].value = _warning("; ".join(lines)) if lines else ""
-            self.messages[field].layout.display = "" if lines else "none"
-        self.start_button.disabled = bool(problems) or self._running
+            problems.append(("run_name", str(error)))
+        for field, message in self.messages.items():
+            lines = dict.fromkeys(text for place, text in problems if place == field)
+            message.value = _warning("; ".join(lines)) if lines else ""
+            message.layout.display = "" if lines else "none"
+        start, stop, _ = self.buttons
+        start.description = "Queue" if self._jobs else "Start"
+        start.disabled = bool(problems) or (experiment, self.folder) in self._jobs
+        stop.disabled = not self._jobs
         if not problems:
-            self.papermill.value = planning.as_papermill(experiment, folder)
-            self.python.value = planning.as_python(experiment, folder)
-            self._draw_preview(experiment)
+            self._valid = experiment
+            self.papermill.value = planning.as_papermill(experiment, self.folder)
+            self.python.value = planning.as_python(experiment, self.folder)
+        self._draw()
 
-    def _draw_preview(self, experiment: Experiment) -> None:
-        epochs, weights = list(range(1, experiment.epochs + 1)), experiment.lambdas()
-        rules = _rule_names(experiment)
-        lines = [(1, _schedule_line("η", epochs, experiment.learning_rates(), figures.GREEN))]
-        if len(rules) > 1:
-            pairs = list(zip(*(weights(epoch - 1) for epoch in epochs)))
-            looks = ((figures.VERMILLION, "solid"), (figures.BLUE, "dash"))
-            for rule, values, look in zip(rules, pairs, looks):
-                lines.append((2, _schedule_line(f"λ of {rule}", epochs, list(values), *look)))
-        alone = "" if len(rules) > 1 else f"{rules[0]} alone: nothing to weigh"
-        with self._drawing:
-            _put(self.preview, lines)
-            with self.preview.batch_update():
-                self.preview.layout.annotations[0].text = alone
-                self.preview.update_xaxes(range=_epoch_range(experiment.epochs))
-                self.preview.update_xaxes(dtick=1 if experiment.epochs <= 12 else None)
+    def _is_taken(self, folder: Path, experiment: Experiment) -> bool:
+        """Whether another experiment is kept there, or will be."""
+        for planned, its_folder in self._jobs:
+            if its_folder == folder:
+                return planned != experiment
+        try:
+            return History.load(folder).experiment != experiment
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError):  # damaged: not to be written over
+            return True
 
     def _draw(self) -> None:
-        """The current run, the chosen earlier ones and, if wished, the report's points."""
-        with self._drawing:
-            histories = {}
-            if self.history is not None and self.history.rows:
-                histories["this run"] = self.history
+        """This run, earlier ones and the report's points, if wished; below them the schedules."""
+        with self._lock:
+            runs = {} if self.history is None else {"this run": self.history}
             for name in self.earlier.value:
                 with contextlib.suppress(OSError, ValueError):  # gone or damaged by now
-                    histories[name] = History.load(self.runs / name)
-            longest = max([h.experiment.epochs for h in histories.values()], default=1)
-            lines = []
-            looks = zip(_colours(histories.values()), itertools.cycle(SYMBOLS))
-            for (name, history), look in zip(histories.items(), looks):
-                lines = _lines(name, history, *look) + lines  # this run on top of the others
-            if self.report.value:
-                points = _report_points(self.controls["method"].value)
-                lines.append(points)
-                longest = longest if histories else max([1, *points[1]["x"]])
-            _put(self.curves, lines)
-            with self.curves.batch_update():
-                self.curves.update_xaxes(range=_epoch_range(longest))
-                self.curves.update_xaxes(dtick=1 if longest <= 12 else None)
-                self.curves.layout.title.text = _title(self.history)
+                    runs[name] = History.load(self.runs / name)
+            report = self.controls["method"].value if self.report.value else ""
+            curves.draw(self.figure, runs, self._valid, report)
 
-    def _fill(self, experiment: Experiment, fields) -> None:
+    def _fill(self, values: dict) -> None:
+        """Set controls from outside: no control follows."""
         self._filling = True
-        for field in fields:
-            control, value = self.controls[field], getattr(experiment, field)
+        for field, value in values.items():
             if isinstance(value, tuple):
                 value = ", ".join(f"{v:g}" for v in value)
-            if isinstance(control, (widgets.Text, widgets.Combobox)):
+            if isinstance(self.controls[field], (widgets.Text, widgets.Combobox)):
                 value = "" if value is None else str(value)
-            control.value = value
+            self.controls[field].value = value
         self._filling = False
 
-    def _propose_name(self, experiment: Experiment | None = None) -> None:
-        """A name after the method that is free, or holds a part of this very experiment."""
-        method = self.controls["method"].value.replace("+", "-")
-        fits = re.fullmatch(rf"{re.escape(method)}-\d+", self._proposed)
-        if not fits or (experiment and _holds_another(self.runs / self._proposed, experiment)):
-            names = (f"{method}-{i}" for i in itertools.count(1))
-            self._proposed = next(name for name in names if not (self.runs / name).exists())
-        self._filling = True
-        self.controls["run_name"].value = self._proposed
-        self._filling = False
+    def _propose_name(self) -> None:
+        """The first free name after the method."""
+        method, waiting = self.controls["method"].value, {folder for _, folder in self._jobs}
+        names = (f"{method.replace('+', '-')}-{i}" for i in itertools.count(1))
+        folders = (self.runs / name for name in names)
+        self._proposed = next(f.name for f in folders if not f.exists() and f not in waiting)
+        self._fill({"run_name": self._proposed})
 
-    def _list_earlier(self) -> None:
-        kept, options = self.earlier.value, []
+    def _list_earlier(self, also: str = "") -> None:
+        """Offer the runs on disk; keep the choice, and add one to it."""
+        options, chosen = [], {*self.earlier.value, also}
         for file in sorted(self.runs.glob(f"*/{FILE}")):
-            name = file.parent.name
-            if name != self._shown:
+            if file.parent.name != self._name:
                 with contextlib.suppress(OSError, ValueError):
-                    options.append((_summary(name, History.load(file)), name))
+                    name, run = file.parent.name, History.load(file)
+                    accuracy = f", test {run.final['test_accuracy']:.4f}" if run.rows else ""
+                    text = f"{name}: {len(run.rows)} epochs{accuracy}, {run.label}, {run.dataset}"
+                    options.append((text, name))
         self.earlier.options = options
-        self.earlier.value = [name for _, name in options if name in kept]
+        self.earlier.value = [name for _, name in options if name in chosen]
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>'
+        failures = "".join(map(_warning, self._failures))
+        self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>{failures}'
 
     def _make_widgets(self, method: str) -> None:
-        wide = {"style": {"description_width": "110px"}, "layout": {"width": f"{LEFT - 10}px"}}
         self.controls = {
-            "method": widgets.Dropdown(
-                options=METHODS, value=method, description="Method", **wide
+            "method": _labelled(
+                widgets.Dropdown, "Method", LEFT - 10, options=METHODS, value=method
             ),
-            "run_name": widgets.Text(
-                description="Name of the run", continuous_update=False, **wide
-            ),
-        }  # fmt: skip
-        for section in SECTIONS.values():
-            for field, *description in section:
-                self.controls[field] = _control(*description)
+            "run_name": _labelled(widgets.Text, "Name of the run", LEFT - 10, **WHEN_COMPLETE),
+        }
+        hints = typing.get_type_hints(Experiment)
+        for field, label, kind, placeholder in itertools.chain(*SECTIONS.values()):
+            options = {
+                widgets.Dropdown: {"options": typing.get_args(hints[field])},
+                widgets.Combobox: {"options": data.NAMES, **WHEN_COMPLETE},
+                widgets.Text: {"placeholder": placeholder, **WHEN_COMPLETE},
+            }.get(kind, WHEN_COMPLETE)
+            self.controls[field] = _labelled(kind, label, LEFT // 2 - 5, **options)
         self.messages = {
             field: widgets.HTML(layout={"display": "none", "width": control.layout.width})
             for field, control in self.controls.items()
         }
-        button = {"layout": {"width": "100px"}}
-        self.start_button = widgets.Button(description="Start", button_style="primary", **button)
-        self.stop_button = widgets.Button(description="Stop", disabled=True, **button)
-        self.reset_button = widgets.Button(description="Reset", **button)
+        self.buttons = [
+            widgets.Button(description=text, button_style=style, layout={"width": "100px"})
+            for text, style in (("Start", "primary"), ("Stop", ""), ("Reset", ""))
+        ]
         self.status = widgets.HTML()
-        look = {"style": {"description_width": "110px"}, "layout": {"width": f"{RIGHT - 30}px"}}
-        self.earlier = widgets.SelectMultiple(description="Earlier runs", rows=4, **look)
-        self.report = widgets.Checkbox(
-            description="the report's accuracies of this method (CIFAR-10)",
-            indent=False, layout={"width": f"{RIGHT - 120}px", "margin": "0 0 0 118px"},
-        )  # fmt: skip
-        look = {"style": {"description_width": "110px"}}
-        self.papermill = widgets.Textarea(
-            description="With papermill", rows=3, layout={"width": f"{LEFT + RIGHT}px"}, **look
-        )
-        self.python = widgets.Textarea(
-            description="With Python", rows=8, layout={"width": f"{LEFT + RIGHT}px"}, **look
-        )
-        self.preview, self.curves = _preview_figure(), _curves_figure()
-        self.view = self._arranged()
+        self.figure = curves.live_figure(RIGHT - 10)
+        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", RIGHT - 30, rows=4)
+        text = "the report's accuracies of this method (CIFAR-10)"
+        self.report = _labelled(widgets.Checkbox, text, RIGHT - 30)
+        self.papermill = _labelled(widgets.Textarea, "With papermill", LEFT - 10, rows=4)
+        self.python = _labelled(widgets.Textarea, "With Python", LEFT - 10, rows=9)
 
     def _arranged(self) -> widgets.Widget:
-        cells = {
-            field: widgets.VBox([control, self.messages[field]])
-            for field, control in self.controls.items()
-        }
-        buttons = widgets.HBox([self.start_button, self.stop_button, self.reset_button])
-        gap = {"margin": "0 0 0 10px"}
-        top = widgets.Box(
-            [
-                widgets.VBox([cells["method"], cells["run_name"]]),
-                widgets.VBox([buttons, self.status], layout=gap),
-            ],
-            layout={"flex_flow": "row wrap"},
-        )
+        cells = {f: widgets.VBox([c, self.messages[f]]) for f, c in self.controls.items()}
+        wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
+        answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
+        names = widgets.VBox([cells["method"], cells["run_name"]])
         left = []
         for title, section in SECTIONS.items():
-            left.append(widgets.HTML(f"<b>{title}</b>", layout={"margin": "8px 0 0 0"}))
-            wrapped = {"flex_flow": "row wrap"}
-            left.append(widgets.Box([cells[field] for field, *_ in section], layout=wrapped))
-            if title == "The weights λ":
-                left.append(self.preview)
-        right = [self.curves, self.earlier, self.report]
+            left.append(widgets.HTML(f"<b>{title}</b>", layout=above))
+            left.append(widgets.Box([cells[field] for field, *_ in section], layout=wrap))
+        again = widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above)
+        left += [again, self.papermill, self.python]
+        right = widgets.VBox([self.figure, self.earlier, self.report, widgets.HTML(STYLE)])
+        right.layout = {"width": f"{RIGHT}px", "margin": "0 0 0 10px"}
         # The curves come first, and to the right: where both do not fit, they stay below Start.
-        columns = widgets.Box(
-            [
-                widgets.VBox(right, layout={"width": f"{RIGHT}px", **gap}),
-                widgets.VBox(left, layout={"width": f"{LEFT}px"}),
-            ],
-            layout={"flex_flow": "row-reverse wrap", "justify_content": "flex-end"},
-        )
-        again = widgets.HTML("<b>The same again</b> (click into a box, Ctrl+A, Ctrl+C)")
+        columns = [right, widgets.VBox(left, layout={"width": f"{LEFT}px"})]
+        reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
         return widgets.VBox(
-            [top, columns, again, self.papermill, self.python],
-        )  # fmt: skip
+            [widgets.Box([names, answers], layout=wrap), widgets.Box(columns, layout=reverse)]
+        )
 
 
-@contextlib.contextmanager
-def _unheard():
-    """Widgets made in here talk to nobody: an executed notebook would keep their state for ever."""
-    real, comm.create_comm = comm.create_comm, comm.DummyComm
-    try:
-        yield
-    finally:
-        comm.create_comm = real
+def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
+    """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None.
+
+    An executed notebook would keep the state of widgets, some megabytes, for nobody.
+    """
+    if not figures.is_interactive():
+        figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
+        return None
+    explorer = Explorer(runs, method, **start)
+    display(explorer.view)
+    return explorer
 
 
-def _control(label: str, kind, choices, empty: str) -> widgets.Widget:
-    options = {} if choices is None else {"options": list(choices)}
-    if kind is widgets.Text:
-        options["placeholder"] = empty
-    if kind is not widgets.Dropdown:
-        options["continuous_update"] = False  # judged when complete, not while it is typed
-    style, layout = {"description_width": "110px"}, {"width": f"{LEFT // 2 - 5}px"}
+def _labelled(kind, label: str, width: int, **options) -> widgets.Widget:
+    style, layout = {"description_width": "110px"}, {"width": f"{width}px"}
     return kind(description=label, style=style, layout=layout, **options)
 
 
-def _put(figure: go.FigureWidget, lines: list[tuple[int, dict]]) -> None:
-    """(row, trace) pairs into a figure; lines that are there already grow in place."""
-    looks = [(trace.name, trace.line.color) for trace in figure.data]
-    if looks != [(line["name"], line["line"]["color"]) for _, line in lines]:
-        figure.data = []
-        traces = [go.Scatter(**line) for _, line in lines]
-        figure.add_traces(traces, rows=[row for row, _ in lines], cols=[1] * len(lines))
-        return
-    changed = {
-        i: line
-        for i, (_, line) in enumerate(lines)
-        if (list(figure.data[i].x), list(figure.data[i].y)) != (line["x"], line["y"])
-    }
-    if changed:
-        # Not batch_update(): it would also empty what stays as it is, in views opened later.
-        for key in ("mode", "x", "y"):
-            figure.plotly_restyle({key: [line[key] for line in changed.values()]}, list(changed))
-
-
-def _schedule_line(name: str, epochs: list, values: list, colour: str, dash: str = "solid") -> dict:
-    line = {"shape": "hvh", "width": 2, "color": colour, "dash": dash}
-    shown = name != "η"  # the axis says so
-    return {"x": epochs, "y": values, "name": name, "mode": "lines", "line": line,
-            "showlegend": shown}  # fmt: skip
-
-
-def _holds_another(folder: Path, experiment: Experiment) -> bool:
-    """Whether a run of another experiment is kept there."""
-    if not (folder / FILE).exists():
-        return False
-    try:
-        return History.load(folder).experiment != experiment
-    except (OSError, ValueError):  # damaged: not to be written over
-        return True
-
-
-def _rule_names(experiment: Experiment) -> list[str]:
-    optimizer = experiment.build_optimizer([torch.zeros(1, requires_grad=True)])
-    return [type(rule).__name__ for rule in optimizer.param_groups[0]["rules"]]
-
-
-def _summary(name: str, history: History) -> str:
-    accuracy = f", test {history.final['test_accuracy']:.4f}" if history.rows else ""
-    return f"{name}: {len(history.rows)} epochs{accuracy}, {history.label}, {history.dataset}"
-
-
 def _outcome(history: History) -> str:
-    done = len(history.rows)
+    kept = f"{len(history.rows)} finished epochs are kept"
     if history.status == "stopped":
-        return f"stopped {history.note}; {done} finished epochs are kept, Start goes on"
+        return f"stopped {history.note}; {kept}, Start goes on"
     if history.status == "diverged":
-        return f"diverged: {history.note}; {done} epochs are kept"
+        return f"diverged: {history.note}; {kept}"
+    final, best = history.final, history.best
     return (
-        f"complete: test accuracy {history.final['test_accuracy']:.4f} in the last epoch "
-        f"(highest: {history.best['test_accuracy']:.4f}, epoch {history.best['epoch']})"
+        f"complete: test accuracy {final['test_accuracy']:.4f} in the last epoch "
+        f"(highest: {best['test_accuracy']:.4f}, epoch {best['epoch']})"
     )
 
 
 def _warning(text: str) -> str:
-    colour = f"var(--jp-error-color1, {figures.VERMILLION})"  # JupyterLab's own fits its theme
+    colour = f"var(--jp-error-color1, {methods.VERMILLION})"  # JupyterLab's own fits its theme
     return f'<div role="alert" style="color:{colour};line-height:1.3">⚠ {html.escape(text)}</div>'
-
-
-def _preview_figure() -> go.FigureWidget:
-    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.1)
-    figure.update_xaxes(title_text="epoch", title_standoff=8, row=2)
-    figure.update_yaxes(title_text="η", row=1, rangemode="tozero")
-    figure.update_yaxes(title_text="λ", range=[-0.08, 1.08], dtick=0.5, row=2)
-    figures.apply_style(figure, "", height=270)
-    figure.add_annotation(x=0.5, y=0.2, xref="paper", yref="paper", showarrow=False, text="")
-    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
-    margin = {"l": 60, "r": 10, "t": 34, "b": 40}
-    return go.FigureWidget(figure.update_layout(width=LEFT - 10, legend=legend, margin=margin))
-
-
-def _curves_figure() -> go.FigureWidget:
-    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
-    figure.update_yaxes(title_text="loss (nats)", type="log", tickvals=LOSS_TICKS, row=1)
-    figure.update_yaxes(title_text="accuracy", row=2)
-    figure.update_xaxes(title_text="epoch", title_standoff=8, row=2)
-    figures.apply_style(figure, "", height=560)
-    legend = {"orientation": "h", "x": 0, "y": -0.16, "yanchor": "top", "traceorder": "reversed"}
-    margin = {"l": 70, "r": 10, "t": 76, "b": 110}
-    return go.FigureWidget(figure.update_layout(width=RIGHT - 10, legend=legend, margin=margin))
-
-
-def _title(history: History | None) -> str:
-    if history is None:
-        return "No run yet: press Start"
-    return f"{history.label}, {history.dataset}<br><sup>solid: test, dotted: training</sup>"
-
-
-def _epoch_range(epochs: int) -> list[float]:
-    margin = max(0.3, 0.02 * epochs)
-    return [1 - margin, epochs + margin]
-
-
-def _colours(histories) -> list[str]:
-    """Each run its method's colour, or a free one where that is taken."""
-    taken: list[str] = []
-    for history in histories:
-        own = methods.look(history.experiment.name)[0]
-        palette = (own, figures.BLUE, figures.VERMILLION, figures.GREEN, figures.PURPLE)
-        taken.append(next((colour for colour in palette if colour not in taken), "#808080"))
-    return taken
-
-
-def _lines(name: str, history: History, colour: str, symbol: str) -> list[tuple[int, dict]]:
-    """(row of the figure, trace) of a run: test solid, training dotted; only the first is named."""
-    table = history.frame()
-    label = f"{name}: {history.label}, {history.dataset}"
-    return [
-        (
-            row,
-            {
-                "x": list(table.index),
-                "y": list(table[f"{part}_{what}"]),
-                "name": label,
-                "mode": "lines+markers" if len(table) <= 30 else "lines",
-                "marker": {"symbol": symbol, "size": 6},
-                "line": {"color": colour, "width": width, "dash": dash},
-                "showlegend": row == 1 and part == "test",
-                "legendgroup": name,
-                "hovertemplate": f"epoch %{{x}}: {part} {what} %{{y:.4f}}<extra>{name}</extra>",
-            },
-        )
-        for row, what in ((1, "loss"), (2, "accuracy"))
-        for part, dash, width in (("train", "dot", 1.5), ("test", "solid", 2.5))
-    ]
-
-
-def _report_points(method: str) -> tuple[int, dict]:
-    points = figures.paper("milestones").query("optimizer == @method")
-    there = "report, test (CIFAR-10)" if len(points) else "the report has no such method"
-    grey = "#808080"
-    return 2, {
-        "x": list(points["epoch"]),
-        "y": list(points["test_accuracy"]),
-        "name": there,
-        "mode": "markers",
-        "marker": {"symbol": "diamond-open", "size": 9, "color": grey},
-        "line": {"color": grey},
-    }

@@ -4,6 +4,7 @@ Run with ``make browser``. Screenshots, light and dark, go to the folder that th
 variable SCREENSHOTS names, or to one that the test prints.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -46,30 +47,40 @@ def lab(tmp_path_factory):
         file = settings / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), "utf-8")
+    options = ["--expose-app-in-browser", "--ServerApp.port_retries=0", "--IdentityProvider.token="]
+    places = {
+        "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
+        "JUPYTERLAB_SETTINGS_DIR": settings.parent,
+    }
+    with serving(
+        [sys.executable, "-m", "jupyter", "lab", *options], "ServerApp", home, places
+    ) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(command: list, app: str, home: Path, environment: dict):
+    """The address of a notebook server that knows nothing of this machine's settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {name: str(home / name.lower()) for name in (
-        "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
-        "JUPYTERLAB_WORKSPACES_DIR",
-    )}  # fmt: skip
-    log = open(home / "lab.log", "w")  # noqa: SIM115 - closed with the server
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--expose-app-in-browser",
-         f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1",
-         "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--allow-root",
-         f"--ServerApp.root_dir={work}"],
-        env={**os.environ, **own, "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")},
-        stdout=log, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    options = {"port": port, "ip": "127.0.0.1", "disable_check_xsrf": True}
+    command = [*command, "--no-browser", "--allow-root"]
+    command += [f"--{app}.{name}={value}" for name, value in options.items()]
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    environment = {name: home / name.lower() for name in folders} | environment
+    with open(home / "server.log", "w") as log:
+        server = subprocess.Popen(
+            command, cwd=home / "notebooks", stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {name: str(value) for name, value in environment.items()},
+        )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait(lambda: urllib.request.urlopen(f"{address}/api", timeout=1), 90, "JupyterLab")
+        _wait(lambda: urllib.request.urlopen(f"{address}/api", timeout=1), 90, command[2])
         yield address
     finally:
         server.terminate()
         server.wait(20)
-        log.close()
 
 
 @pytest.fixture(scope="module")
