@@ -218,7 +218,7 @@ class Picture:
             spot = spots.get(panel)
             x, y = ([], []) if spot is None else ([spot[0]], [spot[1]])
             self.traces[f"here {panel}"].update(x=x, y=y)
-        colour, _ = methods.look(name)
+        colour = methods.look(name)[0] if name else GREY
         self.traces["merged"].update(line_color=colour, marker_color=colour)
 
 
