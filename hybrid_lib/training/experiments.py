@@ -11,6 +11,7 @@ An :class:`Experiment` is a frozen dataclass of scalars that checks itself; vary
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Annotated, Literal
 
 import torch
@@ -278,6 +279,13 @@ def get_experiment(name: str) -> Experiment:
     """
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
+    known = [*EXPERIMENTS, *(m for m in methods.METHODS if m not in EXPERIMENTS)]
+    if name not in known and not all(part in methods.RULES for part in name.split("+")):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(
+            f"optimizer={name!r}: must be one of {', '.join(known)}{hint}, or two rules joined by +"
+        )
     lr = methods.get_method(name).defaults.get("lr", 0.01)
     return Experiment(name=name.replace("+", "-"), optimizer=name, lr=lr, epochs=200)
 

@@ -331,8 +331,8 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
 
 
 def test_a_consumer_that_walks_away_loses_nothing(tmp_path, straight):
-    e, d = toy("atmo"), data.load("digits", 40, 30)
-    for rows in epochs(e, d, torch.device("cpu"), tmp_path):
+    e = toy("atmo")
+    for rows in epochs(e, tasks.load_task(e, "cpu"), tmp_path):
         assert not rows or torch.load(tmp_path / "last.pt", weights_only=True)["rows"] == rows
         if len(rows) == 2:
             break
