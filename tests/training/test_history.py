@@ -149,7 +149,7 @@ def changed(file: Path, change) -> None:
     [
         (lambda c: c.update(format=2), r"format 2 is newer.*update hybrid_lib"),
         (lambda c: c["experiment"].update(lr=-1), r"lr=-1: "),
-        (lambda c: c["experiment"].update(optimizer="lion"), r"optimizer='lion'"),
+        (lambda c: c["experiment"].update(optimizer="tiger"), r"optimizer='tiger'"),
         (lambda c: c["experiment"].update(colour="red"), r"colour='red'"),
         (lambda c: c.pop("environment"), r"environment"),
         (lambda c: c.pop("rows"), r"rows"),
