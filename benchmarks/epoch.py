@@ -66,7 +66,8 @@ def main() -> None:
             precision=chosen.precision,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            history = run(experiment, Path(folder), progress=False, compile=not chosen.eager)
+            how = {"compile": not chosen.eager, "threads": torch.get_num_threads()}
+            history = run(experiment, Path(folder), progress=False, **how)
         timed = history.rows[1:]
         if not timed:
             print(f"{name}: {history.status}, {history.note}")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from benchmarks.timing import interleaved, show
 from hybrid_lib import EXPERIMENTS, resnet18
 from hybrid_lib.training.engines import compiled_pass, eager_pass
-from hybrid_lib.training.tasks import image_model
+from hybrid_lib.training.tasks import ImageClassification, image_model
 
 LAZY = {"hessian_every": 10, "hessian_fraction": 0.25}
 COMPILED = {
@@ -45,7 +45,9 @@ def ours(name: str, width: int, x: torch.Tensor, y: torch.Tensor, compile: bool)
     model = image_model(experiment, 10, 3).to(x.device, memory_format=layout).train()
     params = list(model.parameters())
     optimizer = experiment.build_optimizer(params, compile)
-    one_pass = (compiled_pass if compile else eager_pass)(model, experiment)
+    one_pass = (compiled_pass if compile else eager_pass)(
+        model, ImageClassification(experiment, None)
+    )
     probes = torch.Generator(x.device).manual_seed(0)
 
     def steps():

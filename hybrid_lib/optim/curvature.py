@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,8 +69,15 @@ def hessian_diagonal(
         raise ValueError(f"n_samples={n_samples!r}: at least 1")
     if callable(loss):
         probes = [rademacher(params, generator) for _ in range(n_samples)]
-        with torch.no_grad(), _explained():  # no_grad: of other tensors that the function uses
-            return forward_over_reverse(loss, [p.detach() for p in params], probes)
+        try:
+            with torch.no_grad():  # of other tensors that the function uses
+                return forward_over_reverse(loss, [p.detach() for p in params], probes)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"this loss has no derivative forward ({_first_line(error)}): pass the loss itself "
+                "instead of a function, which is differentiated backwards twice; for attention, "
+                "compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            ) from error
     if loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
     if not loss.requires_grad:
@@ -79,29 +85,20 @@ def hessian_diagonal(
     frozen = [i for i, p in enumerate(params) if not p.requires_grad]
     if frozen:
         raise ValueError(f"params at {frozen} require no gradient: leave frozen parameters out")
-    with _explained():
-        return _reverse_over_reverse(loss, params, n_samples, generator)
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """torch's refusals in one line, with the usual ways out."""
     try:
-        yield
+        return _reverse_over_reverse(loss, params, n_samples, generator)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
-        forward = isinstance(error, NotImplementedError)  # of derivatives taken forward
-        ways_out = (
-            "pass the loss itself instead of a function: it is then differentiated backwards twice"
-            if forward
-            else "use the model as it was before torch.compile"
-        )
-        raise type(error)(
-            f"this loss cannot be differentiated twice ({str(error).splitlines()[0]}): for "
-            "attention, compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); else "
-            f"{ways_out}"
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"this loss cannot be differentiated twice ({_first_line(error)}): for attention, "
+            "compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); of a compiled "
+            "model, use the one before torch.compile"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, generator) -> tuple:

@@ -1,0 +1,157 @@
+"""A run is what a plain loop in torch computes: every epoch's order, rate, weights and probes.
+
+The loop below is written out with nothing of the library but the network, the loss' Hessian
+diagonal and the optimizer of one step; in particular, what an epoch is given is worked out here.
+Comparing a run with itself, interrupted or not, would not notice weights that never change.
+"""
+
+import hashlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybrid_lib import EXPERIMENTS, Hybrid, hessian_diagonal, run
+from hybrid_lib.training import data
+from hybrid_lib.training.tasks import image_model
+
+SIZE, N, TESTED, EPOCHS = 16, 40, 30, 4
+
+
+def small(name, **changes):
+    sizes = dict(dataset="digits", width=2, batch_size=SIZE, train_limit=N, test_limit=TESTED)
+    return replace(EXPERIMENTS[name].scaled(EPOCHS), seed=3, **{**sizes, **changes})
+
+
+def stream(purpose, epoch, seed=3):
+    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def weights_of(e, epoch):
+    """(adaptive, SGD) in the 0-based epoch: a line from start to end."""
+    if e.lambda_schedule == "constant":
+        return e.lambda_start
+    done = min(epoch / (e.lambda_epochs or e.epochs), 1)
+    return tuple((1 - done) * a + done * b for a, b in zip(e.lambda_start, e.lambda_end))
+
+
+def rate_of(e, epoch):
+    if e.restart_epoch and epoch + 1 >= e.restart_epoch:  # the rate starts anew as well
+        epoch -= e.restart_epoch - 1
+    if e.lr_schedule == "cosine":
+        return e.lr * (1 + math.cos(math.pi * epoch / e.epochs)) / 2
+    return e.lr * e.lr_gamma ** sum(epoch >= milestone for milestone in e.lr_milestones)
+
+
+def by_hand(e):
+    d, rows = data.load("digits", N, TESTED), []
+    model = image_model(e, 10, 1)
+    params = list(model.parameters())
+    optimizer = e.build_optimizer(params)
+    released = e.protocol == "released"
+
+    def inputs(images):
+        # Rounded as the library rounds: steps of AdaHessian make much of little.
+        return images.float() if released else data.normalised(images, d)
+
+    for epoch in range(e.epochs):
+        if epoch + 1 == e.restart_epoch:
+            optimizer = e.build_optimizer(params)
+        (group,) = optimizer.param_groups
+        group["lr"] = rate_of(e, epoch)
+        if e.is_hybrid:
+            group["lambdas"] = weights_of(e, epoch)
+        loss_sum = right = 0
+        probes, crops = stream("probes", epoch), stream("augmentation", epoch)
+        model.train()
+        for index in torch.randperm(N, generator=stream("order", epoch)).split(SIZE):
+            x, y = d.train_images[index], d.train_labels[index]
+            logits = model(inputs(data.augmented(x, crops) if e.augment else x))
+            loss, diag = F.cross_entropy(logits, y), None
+            if e.needs_hessian:
+                grads, diag = hessian_diagonal(loss, params, e.hessian_samples, probes)
+            else:
+                grads = torch.autograd.grad(loss, params)
+            for p, g in zip(params, grads):
+                p.grad = g
+            optimizer.step(hess_diag=diag)
+            loss_sum += loss.item() * len(y)
+            right += (logits.argmax(1) == y).sum().item()
+        row = {"train_loss": loss_sum / N, "train_accuracy": right / N}
+        model.train(released)
+        order = torch.arange(TESTED)
+        if released:
+            order = torch.randperm(TESTED, generator=stream("order", 0, seed=0))
+        loss_sum = right = 0
+        with torch.no_grad():
+            for index in order.split(SIZE if released else TESTED):
+                y = d.test_labels[index]
+                logits = model(inputs(d.test_images[index]))
+                loss_sum += F.cross_entropy(logits, y).item() * len(y)
+                right += (logits.argmax(1) == y).sum().item()
+        rows.append(row | {"test_loss": loss_sum / TESTED, "test_accuracy": right / TESTED})
+    return rows
+
+
+CASES = {
+    "sgd": small("sgd"),
+    "cosine, dynamic": small("dyn_atmo"),
+    "milestones, dynamic, augmented": small("dyn_padam_sgd", augment=True),
+    "second order, two probes": small("adasgd", hessian_samples=2),
+    "as released": small("padam_sgd", protocol="released"),
+    "restarted": small("adahessian", restart_epoch=3),
+}
+
+
+@pytest.mark.parametrize("e", CASES.values(), ids=CASES)
+def test_a_run_is_the_plain_loop(e):
+    rows = run(e, device="cpu", progress=False).rows
+    for ours, theirs in zip(rows, by_hand(e), strict=True):
+        assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=2e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dyn_atmo", "dyn_padam_sgd", "adasgd"])
+def test_rows_say_what_the_optimizer_was_given(name, monkeypatch):
+    """At every step, not what a schedule says that it should have been given."""
+    given, step = [], Hybrid.step
+
+    def noted(self, *args, **hess_diag):
+        (group,) = self.param_groups
+        given.append((group["lr"], tuple(group["lambdas"])))
+        return step(self, *args, **hess_diag)
+
+    monkeypatch.setattr(Hybrid, "step", noted)
+    rows = run(small(name), device="cpu", progress=False).rows
+    per_epoch = math.ceil(N / SIZE)
+    assert given == [(row["lr"], row["lambdas"]) for row in rows for _ in range(per_epoch)]
+    assert len({weights for _, weights in given}) > 1
+
+
+def test_another_seed_sees_another_order():
+    orders = [data.order(N, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_training_seconds_are_without_the_test_pass(monkeypatch):
+    """A clock that only a batch moves: by 1 in training, by 100 in the test pass."""
+    from hybrid_lib.training import loop, tasks
+
+    clock = [0.0]
+
+    def ticking(batches, seconds):
+        def tick(self, *args):
+            for batch in batches(self, *args):
+                clock[0] += seconds
+                yield batch
+
+        return tick
+
+    task = tasks.ImageClassification
+    monkeypatch.setattr(task, "training_batches", ticking(task.training_batches, 1))
+    monkeypatch.setattr(task, "test_batches", ticking(task.test_batches, 100))
+    monkeypatch.setattr(loop, "now", lambda device: clock[0])
+    (row, *_) = run(small("sgd"), device="cpu", progress=False).rows
+    assert (row["train_seconds"], row["test_seconds"]) == (math.ceil(N / SIZE), 100)
