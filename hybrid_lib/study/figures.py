@@ -386,10 +386,12 @@ def _light(figure: go.Figure) -> go.Figure:
         kept = np.linspace(0, n - 1, 60).round().astype(int) if n > 60 else slice(None)
         for axis in ("x", "y"):
             values = np.asarray(line[axis])[kept]
+            if values.dtype.kind not in "iuf":
+                continue  # names, on an axis of categories
             line[axis] = None  # an equal tuple would stay, and be written number by number
             if values.dtype.kind in "iu":
                 line[axis] = values.astype(np.int16 if np.abs(values).max() < 2**15 else np.int32)
-            elif values.dtype.kind == "f":
+            else:
                 line[axis] = values.astype(np.float32)
     return light
 

@@ -216,6 +216,14 @@ def best(histories: Sequence[History], level: float = LEVEL) -> str | None:
     return name if (beaten | never_finished).all() else None
 
 
+def best_label(histories: Sequence[History]) -> str | None:
+    """How figures call :func:`best`; None, too, where no run has finished."""
+    if not any(h.status == "complete" for h in histories):
+        return None
+    name = best(histories)
+    return next((h.label for h in histories if h.experiment.name == name), None)
+
+
 def time_to(histories: Sequence[History], accuracy: float) -> pd.DataFrame:
     """How long each method takes to a test accuracy that it may lose again afterwards.
 

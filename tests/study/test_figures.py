@@ -372,6 +372,16 @@ def decoded(values: dict) -> list:
     return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist()
 
 
+def test_what_a_notebook_keeps_has_its_names(displayed, monkeypatch):
+    """On an axis of categories: figures of ranks have the methods there."""
+    monkeypatch.setattr(go.Figure, "to_image", lambda *_, **__: 1 / 0)
+    figure = go.Figure(go.Scatter(x=[0.5, 0.25], y=["ATMO", "SGD"], mode="markers"))
+    figures.show(figure)
+    (bundle,) = displayed
+    (kept,) = bundle["application/vnd.plotly.v1+json"]["data"]
+    assert kept["y"] == ["ATMO", "SGD"]
+
+
 def test_without_a_chromium_there_is_a_page_instead_of_an_image(displayed, monkeypatch):
     def fails(self, form):
         raise RuntimeError("no Chrome here")
