@@ -135,7 +135,8 @@ def test_its_pages_are_interactive_in_a_browser_without_a_network(toy):
             page.wait_for_timeout(600)
             assert before
             assert page.evaluate(
-                "document.querySelector('.plotly-graph-div').data.some(t => t.visible)"
+                "document.querySelector('.plotly-graph-div:has(.legendtoggle)').data"
+                ".some(t => t.visible)"
             )
         browser.close()
 
