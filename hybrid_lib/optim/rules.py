@@ -2,7 +2,7 @@
 
 Used alone, a rule would move the weights by ``-step_size * direction``; the merge of several
 answers, and the only place where weights move, is :mod:`hybrid_lib.optim.hybrid`. A rule is a
-frozen dataclass of hyper-parameters with
+frozen dataclass of hyper-parameters, which raises ValueError for one outside its range, with
 
 - ``needs_hessian``: whether it wants the diagonal of the Hessian,
 - ``init(w)``: its buffers for one parameter, by name,
@@ -10,8 +10,8 @@ frozen dataclass of hyper-parameters with
 - ``propose(seen, buffers, lr, corrections)``: moves the buffers in place and answers
   (direction, step size).
 
-One text serves a tensor and, as :class:`Tensors`, all tensors of a parameter group at once: in
-``propose`` write methods (``x.add(y)``), not functions of torch, and do not look at values.
+In ``propose`` write methods (``x.add(y)``), not functions of torch, and do not look at values: one
+text serves a tensor, all tensors of a parameter group at once (:class:`Tensors`) and a compiler.
 """
 
 from __future__ import annotations
@@ -70,17 +70,11 @@ def zeros(w: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What a rule may look at in one step; the three are of the same shape.
+    """What a rule may look at in one step; the three are of the same shape."""
 
-    Attributes:
-        w: the weights, before this step.
-        g: the gradient of the loss at ``w`` (already negated where the loss is maximised).
-        hess_diag: an estimate of the diagonal of the Hessian at ``w``, or None if no rule asked.
-    """
-
-    w: Tensor | Tensors
-    g: Tensor | Tensors
-    hess_diag: Tensor | Tensors | None = None
+    w: Tensor | Tensors  # the weights before this step
+    g: Tensor | Tensors  # the gradient there, negated where the loss is maximised
+    hess_diag: Tensor | Tensors | None = None  # None if no rule asked
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,6 @@ class SGD:
         dampening: d, in [0, 1].
         nesterov: look one momentum step ahead; needs momentum > 0 and no dampening.
         weight_decay: :math:`\gamma \ge 0`, an L2 term added to the gradient.
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     momentum: float = 0.0
@@ -157,9 +148,6 @@ class Adam:
         weight_decay: L2 term added to the gradient. Algorithm 2 writes none here; the released
             code has it, and so do the defaults of :func:`hybrid_lib.atmo`.
         amsgrad: divide by the running maximum of v.
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -221,9 +209,6 @@ class Padam(Adam):
         amsgrad: divide by the running maximum of v (Algorithm 1). The released PADAM-SGD does not.
         partial: p in (0, 1/2]; the exponent on the root of v is 2p.
         bias_correction: "released", "none" or "consistent".
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     amsgrad: bool = True
@@ -275,9 +260,6 @@ class AdaHessian:
             order (Algorithm 3's block size; a last, shorter run is averaged over its own length).
         signed_average: average D itself instead of \|D\|, as Algorithm 3 is printed. Both public
             implementations take \|D\|: entries of opposite sign would cancel.
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -331,9 +313,6 @@ class Lion:
 
     Args:
         betas: how the direction and the average m weigh the past, each in [0, 1).
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -366,18 +345,12 @@ def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
     >>> spatial_average(torch.tensor([1.0, 3.0, 5.0, 7.0, 10.0]), 2)
     tensor([ 2.,  2.,  6.,  6., 10.])
     """
-    if block is None:
+    if block is None or values.numel() == 0:
         return values
     if isinstance(block, int):
-        flat = values.flatten()
-        if flat.numel() == 0:
-            return values
-        n_blocks = -(-flat.numel() // block)
-        padded = F.pad(flat, (0, n_blocks * block - flat.numel())).view(n_blocks, block)
-        sizes = torch.full((n_blocks, 1), block, dtype=flat.dtype, device=flat.device)
-        sizes[-1] = flat.numel() - (n_blocks - 1) * block
-        means = padded.sum(dim=1, keepdim=True) / sizes
-        return means.expand_as(padded).flatten()[: flat.numel()].view_as(values)
+        size = min(block, values.numel())
+        means = F.avg_pool1d(values.reshape(1, 1, -1), size, ceil_mode=True).flatten()
+        return means.repeat_interleave(size)[: values.numel()].view_as(values)
     averaged_dims = {4: (2, 3)} if block == "kernel" else {2: (1,), 3: (2,), 4: (2, 3)}
     if values.dim() not in averaged_dims:
         return values

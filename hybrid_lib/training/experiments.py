@@ -64,7 +64,7 @@ class Experiment:
             "constant" (``lambda_start`` throughout), or a ramp from start to end over
             ``lambda_epochs`` epochs; None: over all.
         lambda_direction: "report" (from start to end), "released" (the direction of
-            :func:`hybrid_lib.optim.schedules.released`), or "protocol": released for ATMO and
+            :class:`hybrid_lib.optim.schedules.Released`), or "protocol": released for ATMO and
             PADAM-SGD under the released protocol, the report's everywhere else.
         merge: of a hybrid, see :class:`hybrid_lib.Hybrid`: "product" is the report's.
         hessian_samples, hessian_every, hessian_fraction: probes per estimate of the Hessian
@@ -222,10 +222,8 @@ class Experiment:
             return schedules.Constant(self.lambda_start)
         horizon = self.lambda_epochs or self.epochs
         if self._direction == "released":
-            return schedules.released(
-                start=self.lambda_end, end=self.lambda_start, epochs=horizon,
-                first=self.lambda_start,
-            )  # fmt: skip
+            start = self.lambda_start
+            return schedules.Released(self.lambda_end, start, horizon, first=start)
         return schedules.SHAPES[self.lambda_schedule](self.lambda_start, self.lambda_end, horizon)
 
     def learning_rates(self) -> list[float]:
