@@ -28,14 +28,11 @@ def _numbers(value):
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
-def _block(value):
-    return int(value) if isinstance(value, str) and value.isdigit() else value
-
-
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[tuple[NotNegative, NotNegative], BeforeValidator(_numbers)]
+Block = Annotated[str | int | None, BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -58,8 +55,7 @@ class Experiment:
             "cosine" (equation 1, to 0 over all epochs) or "multistep" (times ``lr_gamma`` after
             each of the ``lr_milestones``, in epochs).
         restart_epoch: before this epoch the optimizer and its rate start anew and only the weights
-            stay, as when a run is resumed from its weights alone: the report's AdaHessian, at
-            epoch 146. None: never; an interrupted run always goes on with everything it had.
+            stay, as happened to the report's AdaHessian at epoch 146. None: never.
         lambda_schedule, lambda_start, lambda_end, lambda_epochs: the weights (adaptive, SGD):
             "constant" (``lambda_start`` throughout), or a ramp from start to end over
             ``lambda_epochs`` epochs; None: over all.
@@ -75,8 +71,7 @@ class Experiment:
             normalised by their own statistics and move the running ones.
         test_mode: "eval" or "train", the network's mode in the test pass; "protocol": as the
             protocol says.
-        precision: "float32"; "tf32" (NVIDIA GPUs) and "bfloat16" (of the
-            convolutions) are faster, coarser.
+        precision: "float32"; "tf32" (NVIDIA GPUs), "bfloat16" (convolutions): faster, coarser.
         seed: of weights, data order, augmentation and probes; each has its own stream.
 
     Raises:
@@ -109,7 +104,7 @@ class Experiment:
     partial: Positive | None = None
     bias_correction: Literal["released", "none", "consistent"] | None = None
     hessian_power: Positive | None = None
-    spatial_average: Annotated[str | int | None, BeforeValidator(_block)] = None
+    spatial_average: Block = None
     signed_average: bool | None = None
     merge: Literal["product", "sum", "graft"] = "product"
     lambda_schedule: Literal[("constant", *schedules.SHAPES)] = "constant"
@@ -298,53 +293,54 @@ def error_messages(error: ValidationError) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _row(name: str, optimizer: str, lr: float, **settings) -> tuple[str, Experiment]:
-    return name, Experiment(name=name, optimizer=optimizer, lr=lr, **settings)
-
-
 # Tables I and II, one row per method in the report's order. Where a setting surprises, its reason
-# stands behind it; "released" is the code that made Table III.
-EXPERIMENTS: dict[str, Experiment] = dict(
-    [
-        _row("sgd", "sgd", 0.01, momentum=0.95, weight_decay=5e-4, epochs=350),
+# stands before it; "released" is the code that made Table III.
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        Experiment(
+            name="sgd", optimizer="sgd", lr=0.01, momentum=0.95, weight_decay=5e-4, epochs=350
+        ),
         # L2 decay, though the report cites the paper on decoupled decay: as released.
-        _row("adam", "adam", 0.001, weight_decay=5e-4, epochs=350),
+        Experiment(name="adam", optimizer="adam", lr=0.001, weight_decay=5e-4, epochs=350),
         # Decay in both rules, as released; Algorithm 2 has it in SGD only (weight_decay_in="sgd").
-        _row("atmo", "atmo", 0.01, momentum=0.95, weight_decay=5e-4, epochs=350),
+        Experiment(
+            name="atmo", optimizer="atmo", lr=0.01, momentum=0.95, weight_decay=5e-4, epochs=350
+        ),
         # A tenth of ATMO's rate. Probably never dynamic when released: the log's optimizer name is
         # not the one for which the notebook steps lambda (lambda_schedule="constant",
         # lambda_start=(1, 0) is that reading).
-        _row(
-            "dyn_atmo", "atmo", 0.001, momentum=0.95, weight_decay=5e-4, epochs=350,
-            lr_schedule="cosine", lambda_schedule="linear", lambda_start=(1, 0),
+        Experiment(
+            name="dyn_atmo", optimizer="atmo", lr=0.001, momentum=0.95, weight_decay=5e-4,
+            epochs=350, lr_schedule="cosine", lambda_schedule="linear", lambda_start=(1, 0),
         ),
         # Fifty times the decay of the others; Table II leaves the weights blank, the code has one
         # half each. No AMSGrad maximum (Algorithm 1 has one), p = 1/8.
-        _row(
-            "padam_sgd", "padam_sgd", 0.01, momentum=0.9, weight_decay=0.025, batch_size=128,
-            epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
+        Experiment(
+            name="padam_sgd", optimizer="padam_sgd", lr=0.01, momentum=0.9, weight_decay=0.025,
+            batch_size=128, epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
         ),
         # The horizon is 100 of 200 epochs; under the released protocol it ends purely adaptive.
-        _row(
-            "dyn_padam_sgd", "padam_sgd", 0.01, momentum=0.9, weight_decay=0.025, batch_size=128,
-            epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
+        Experiment(
+            name="dyn_padam_sgd", optimizer="padam_sgd", lr=0.01, momentum=0.9, weight_decay=0.025,
+            batch_size=128, epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
             lambda_schedule="linear", lambda_start=(1, 0), lambda_epochs=100,
         ),
         # Decoupled decay, no spatial averaging although Algorithm 3 has it: as released.
-        _row(
-            "adahessian", "adahessian", 0.15, weight_decay=5e-4, epochs=160,
+        Experiment(
+            name="adahessian", optimizer="adahessian", lr=0.15, weight_decay=5e-4, epochs=160,
             lr_schedule="multistep", lr_milestones=(80, 120),
         ),
         # L2 decay in the SGD rule only, as released; Algorithm 4 has it in both.
-        _row(
-            "adasgd", "adasgd", 0.1, momentum=0.95, weight_decay=5e-4, epochs=200,
+        Experiment(
+            name="adasgd", optimizer="adasgd", lr=0.1, momentum=0.95, weight_decay=5e-4, epochs=200,
             lr_schedule="multistep", lr_milestones=(100, 140, 180),
             lambda_schedule="linear", lambda_start=(1, 0),
         ),
         # Not in the tables: Algorithm 1 alone, with the rate and decay of its own paper.
-        _row(
-            "padam", "padam", 0.1, weight_decay=5e-4, batch_size=128,
+        Experiment(
+            name="padam", optimizer="padam", lr=0.1, weight_decay=5e-4, batch_size=128,
             epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
         ),
-    ]
-)  # fmt: skip
+    )
+}  # fmt: skip

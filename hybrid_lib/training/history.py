@@ -115,13 +115,12 @@ class History:
                     "update hybrid_lib"
                 )
             rows = [{**row, "lambdas": tuple(row["lambdas"])} for row in content["rows"]]
-            experiment = Experiment(**content["experiment"])
-            environment, status = content["environment"], content["status"]
+            experiment, note = Experiment(**content["experiment"]), content.get("note", "")
+            return cls(experiment, rows, content["environment"], content["status"], note)
         except ValidationError as error:
             raise ValueError(f"{file}: {'; '.join(error_messages(error))}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: not a readable history ({error})") from error
-        return cls(experiment, rows, environment, status, content.get("note", ""))
 
 
 def load_all(folder: str | Path) -> list[History]:
@@ -230,7 +229,7 @@ def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -
 
 
 def _checksum(state) -> str:
-    """SHA-256 over all tensors, numbers and names of a state."""
+    """SHA-256 over all tensors, numbers and names of a state; a zip's own misses flipped flags."""
     digest, waiting = hashlib.sha256(), [state]
     while waiting:
         value = waiting.pop()
@@ -240,8 +239,7 @@ def _checksum(state) -> str:
             waiting += value
         elif isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(flat.numpy().data)
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{value!r};".encode())
     return digest.hexdigest()
