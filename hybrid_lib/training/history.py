@@ -75,7 +75,7 @@ class History:
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
     def frame(self):
-        """The rows as a pandas table, indexed by epoch."""
+        """The rows as a table of pandas (of the extra ``study``), indexed by epoch."""
         import pandas as pd  # imported where used: training itself needs none
 
         return pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS).set_index("epoch")
