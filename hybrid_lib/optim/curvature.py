@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+ATTENTION = "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+
 
 def hessian_diagonal(
     loss: Tensor | Callable[[list[Tensor]], tuple[Tensor, object]],
@@ -72,8 +74,7 @@ def hessian_diagonal(
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"this loss has no derivative forward ({_first_line(error)}): pass the loss itself "
-                "instead of a function, which is differentiated backwards twice; for attention, "
-                "compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                f"instead of a function; {ATTENTION}"
             ) from error
     if loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
@@ -88,9 +89,8 @@ def hessian_diagonal(
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            f"this loss cannot be differentiated twice ({_first_line(error)}): for attention, "
-            "compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); of a compiled "
-            "model, use the one before torch.compile"
+            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}; of a "
+            "compiled model, take the one before torch.compile"
         ) from error
 
 
@@ -110,8 +110,8 @@ def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, ge
     curved = [g for g in grads if g is not None and g.requires_grad]  # the rest has H z = 0
     if not curved and _has_own_backward(loss):
         raise ValueError(
-            "no gradient of this loss can be differentiated again: an autograd.Function of its "
-            "own has a backward() that is not differentiable; D would be 0 without being so"
+            "no gradient of this loss can be differentiated again, so D would be 0: an "
+            "autograd.Function of its own has a backward() that is not differentiable"
         )
     for sample in range(n_samples if curved else 0):
         zs = rademacher(params, generator)

@@ -178,10 +178,7 @@ class Hybrid(Optimizer):
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 self.param_groups.pop()
-                raise TypeError(
-                    f"a parameter of dtype {p.dtype}: complex numbers have no order, so the "
-                    "second moment and |D| are undefined; pass torch.view_as_real(parameter)"
-                )
+                raise TypeError(f"a parameter is {p.dtype}, complex: pass torch.view_as_real of it")
 
     @torch.no_grad()
     def step(
@@ -284,20 +281,13 @@ class Hybrid(Optimizer):
         """The given tensors, where a rule needs them."""
         needs = {p: _needs_hessian(group) for group in self.param_groups for p in group["params"]}
         if len(hess_diag) != len(needs):
-            raise ValueError(
-                f"hess_diag holds {len(hess_diag)} tensors, the optimizer {len(needs)} "
-                "parameters: pass one per parameter, in the order of param_groups"
-            )
+            counts = f"{len(hess_diag)} tensors for {len(needs)} parameters"
+            raise ValueError(f"hess_diag: {counts}; pass one each, in the order of param_groups")
         for i, (p, D) in enumerate(zip(needs, hess_diag)):
-            if D is not None and D.shape != p.shape:
-                raise ValueError(
-                    f"hess_diag[{i}] has shape {tuple(D.shape)}, its parameter {tuple(p.shape)}"
-                )
-            if D is not None and (D.device != p.device or not D.is_floating_point()):
-                raise ValueError(
-                    f"hess_diag[{i}] is {D.dtype} on {D.device}, its parameter {p.dtype} on "
-                    f"{p.device}: the diagonal must be real and on its parameter's device"
-                )
+            if D is None or (D.shape, D.device, D.is_floating_point()) == (p.shape, p.device, True):
+                continue
+            ours, theirs = (f"{tuple(x.shape)}, {x.dtype} on {x.device}" for x in (D, p))
+            raise ValueError(f"hess_diag[{i}]: shape {ours}; its parameter: shape {theirs}")
         return {p: D for p, D in zip(needs, hess_diag) if D is not None and needs[p]}
 
     def _checked(self, group: dict, given: dict[Tensor, Tensor]) -> list[Tensor]:
@@ -309,14 +299,11 @@ class Hybrid(Optimizer):
         for p in moving:
             state = self.state.get(p, {})
             if p.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"a gradient of layout {p.grad.layout}: the rules keep dense averages; "
-                    "use dense gradients (for an embedding: sparse=False)"
-                )
+                raise RuntimeError(f"a gradient is {p.grad.layout}: make it dense (sparse=False)")
             if "rules" in state and len(state["rules"]) != len(group["rules"]):
                 raise RuntimeError(
-                    "rules were added or removed after the first step: their buffers are not "
-                    "there; make a new optimizer, or weigh a rule with 0 until it is wanted"
+                    "rules were added or removed after the first step, so buffers are missing: "
+                    "make a new optimizer, or weigh a rule with 0 until it is wanted"
                 )
             if must_have_diagonal and "hess_diag" not in state and p not in given:
                 raise RuntimeError(
@@ -324,10 +311,8 @@ class Hybrid(Optimizer):
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
         if moving and moving[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph would repeat this step's bias corrections for ever: capture forward "
-                "and backward pass, and call step() outside"
-            )
+            reason = "a CUDA graph would repeat this step's bias corrections for ever"
+            raise RuntimeError(f"{reason}: capture the passes, and call step() outside")
         return moving
 
     def state_dict(self) -> dict:
@@ -381,10 +366,8 @@ class Hybrid(Optimizer):
             theirs = [r["rule"] for r in saved.get("rules", [])]
             ours = [type(r).__name__ for r in group["rules"]]
             if theirs != ours:
-                raise ValueError(
-                    f"the saved state belongs to {' + '.join(theirs) or 'another optimizer'}, "
-                    f"this optimizer is {' + '.join(ours)}"
-                )
+                whose = " + ".join(theirs) or "another optimizer"
+                raise ValueError(f"the saved state is of {whose}, this is {' + '.join(ours)}")
             settings = [{k: v for k, v in r.items() if k != "rule"} for r in saved["rules"]]
             groups[i] = {
                 "merge": "product", **saved,  # older states name no merge
@@ -397,10 +380,8 @@ class Hybrid(Optimizer):
             for buffers in [state, *state.get("rules", [])]:
                 for name, value in buffers.items():
                     if isinstance(value, Tensor) and name != "step" and value.shape != p.shape:
-                        raise ValueError(
-                            f"the saved state of parameter {key} ({name}) has shape "
-                            f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
-                        )
+                        shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                        raise ValueError(f"the saved {name} of parameter {key} has shape {shapes}")
         return groups
 
 
@@ -438,9 +419,7 @@ def _check_rates(group: dict) -> None:
             raise ValueError(f"{name}={group[name]!r}: must be a finite number, at least 0")
     lambdas = tuple(group["lambdas"])
     if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):
-        raise ValueError(
-            f"lambdas={lambdas!r} for {len(group['rules'])} rules: one weight per rule"
-        )
+        raise ValueError(f"lambdas={lambdas!r} for {len(group['rules'])} rules: one weight each")
     if not all(map(_is_weight, lambdas)):
         raise ValueError(f"lambdas={lambdas!r}: weights must be finite and at least 0")
 
@@ -457,11 +436,9 @@ def _if_here(number: Number) -> float:
 
 
 def _weights(lambdas) -> tuple | Tensor:
-    if isinstance(lambdas, Tensor):
-        return lambdas
     if not isinstance(lambdas, Iterable):
         raise ValueError(f"lambdas={lambdas!r}: must be a sequence of numbers, one per rule")
-    return tuple(lambdas)
+    return lambdas if isinstance(lambdas, Tensor) else tuple(lambdas)
 
 
 def _value(number: Number) -> float:

@@ -209,10 +209,8 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     parts = name.split("+")
     if len(parts) < 2 or not RULES.keys() >= set(parts):
-        raise ValueError(
-            f"{name!r} is no method: must be one of {', '.join(METHODS)}, or rules joined by + "
-            f"({', '.join(RULES)})"
-        )
+        known = f"{', '.join(METHODS)}, or rules joined by + ({', '.join(RULES)})"
+        raise ValueError(f"{name!r} is no method: must be one of {known}")
     label = " + ".join(METHODS[part].label for part in parts)
     return Method(
         label, tuple(RULES[part] for part in parts), f"{label}, merged as in Algorithm 2."

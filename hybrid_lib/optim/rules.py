@@ -106,10 +106,8 @@ class SGD:
         if not 0 <= self.dampening <= 1:
             raise ValueError(f"dampening={self.dampening!r}: must lie in [0, 1]")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise ValueError(
-                f"nesterov=True with momentum={self.momentum!r}, dampening={self.dampening!r}: "
-                "Nesterov's step needs momentum > 0 and dampening = 0"
-            )
+            given = f"momentum={self.momentum!r}, dampening={self.dampening!r}"
+            raise ValueError(f"nesterov=True with {given}: needs momentum > 0 and dampening = 0")
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
         """The momentum buffer, if there is momentum."""
@@ -218,14 +216,10 @@ class Padam(Adam):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.partial <= 0.5:
-            raise ValueError(
-                f"partial={self.partial!r}: Padam's p must lie in (0, 1/2]; 1/2 is Adam's root"
-            )
-        if self.bias_correction not in ("released", "none", "consistent"):
-            raise ValueError(
-                f"bias_correction={self.bias_correction!r}: "
-                'must be "released", "none" or "consistent"'
-            )
+            raise ValueError(f"partial={self.partial!r}: must lie in (0, 1/2]; 1/2 is Adam's root")
+        readings = ("released", "none", "consistent")
+        if self.bias_correction not in readings:
+            raise ValueError(f"bias_correction={self.bias_correction!r}: must be one of {readings}")
 
     def corrections(self, t: int) -> tuple[float, ...]:
         """Factors of the step size and of the root of v, as ``bias_correction`` reads them."""
@@ -247,8 +241,8 @@ class AdaHessian:
               \text{direction } \frac{m_t}{(v_t / (1 - \beta_2^t))^{k/2} + \varepsilon}, \quad
               \eta_t = \frac{\eta}{1 - \beta_1^t}
 
-    m averages the plain gradient; weight decay, if any, is decoupled and belongs to
-    :class:`~hybrid_lib.Hybrid`. v moves on every step, also when the last D is used again.
+    m averages the plain gradient: weight decay is decoupled and :class:`~hybrid_lib.Hybrid`'s. v
+    moves on every step, also when the last D is used again.
 
     Args:
         betas: decay rates of m and v, each in [0, 1).
@@ -257,9 +251,9 @@ class AdaHessian:
         spatial_average: how :math:`D^{(s)}` is made from D. None: :math:`D^{(s)} = D`. "kernel":
             mean of \|D\| over the last two dimensions of 4-D tensors. "auto": also over the last
             dimension of 2-D and 3-D tensors. An integer b: over runs of b entries in row-major
-            order (Algorithm 3's block size; a last, shorter run is averaged over its own length).
-        signed_average: average D itself instead of \|D\|, as Algorithm 3 is printed. Both public
-            implementations take \|D\|: entries of opposite sign would cancel.
+            order (Algorithm 3's block size; the last run may be shorter).
+        signed_average: average D itself, as Algorithm 3 is printed. Both public implementations
+            take \|D\|: entries of opposite sign would cancel.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -277,10 +271,8 @@ class AdaHessian:
             raise ValueError(f"hessian_power={self.hessian_power!r}: must lie in (0, 1]")
         block = self.spatial_average
         if not (block in (None, "kernel", "auto") or (type(block) is int and block >= 1)):
-            raise ValueError(
-                f'spatial_average={block!r}: must be None, "kernel", "auto" '
-                "or a block size of at least 1"
-            )
+            allowed = 'None, "kernel", "auto" or a block size of at least 1'
+            raise ValueError(f"spatial_average={block!r}: must be {allowed}")
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
         """The averages m and v."""
@@ -340,7 +332,7 @@ class Lion:
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
-    """Replace every entry by the mean of its block (:class:`AdaHessian` says which blocks).
+    """Replace every entry by the mean of its block; :class:`AdaHessian` says which blocks.
 
     >>> spatial_average(torch.tensor([1.0, 3.0, 5.0, 7.0, 10.0]), 2)
     tensor([ 2.,  2.,  6.,  6., 10.])

@@ -173,9 +173,7 @@ def _checked_weights(name: str, weights) -> Weights:
     try:
         weights = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{name}={weights!r}: must be a sequence of numbers, one per rule"
-        ) from None
+        raise ValueError(f"{name}={weights!r}: must be numbers, one per rule") from None
     if not weights or not all(math.isfinite(w) and w >= 0 for w in weights):
         raise ValueError(f"{name}={weights}: weights must be finite and at least 0")
     return weights

@@ -71,10 +71,8 @@ def check_name(dataset: str) -> None:
     if dataset.startswith("folder:") and not dataset.removeprefix("folder:").strip():
         raise ValueError(f"dataset={dataset!r}: name the folder, as in folder:data/cifar10-jpeg")
     if dataset not in NAMES and not dataset.startswith("folder:"):
-        raise ValueError(
-            f"dataset={dataset!r}: must be one of {', '.join(NAMES)} or folder:PATH "
-            "(PATH/train/CLASS/*, PATH/test/CLASS/*)"
-        )
+        known = f"{', '.join(NAMES)} or folder:PATH (PATH/train/CLASS/*, PATH/test/CLASS/*)"
+        raise ValueError(f"dataset={dataset!r}: must be one of {known}")
 
 
 def title(dataset: str) -> str:
@@ -287,10 +285,8 @@ def _decoded(files: list[Path]) -> Tensor:
         for i, pixels in enumerate(pool.map(decode, files)):
             if pixels.shape != images.shape[1:]:
                 here, there = (f"{h}x{w}" for h, w, _ in (pixels.shape, images.shape[1:]))
-                raise ValueError(
-                    f"{files[i]} has {here} pixels, {files[0]} has {there}: all images of a folder "
-                    "must have one size"
-                )
+                sizes = f"{files[i]} has {here} pixels, {files[0]} has {there}"
+                raise ValueError(f"{sizes}: all images of a folder must have one size")
             images[i] = pixels
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 

@@ -126,21 +126,16 @@ class Experiment:
         if len(self.method.rules) > 2:
             raise ValueError(f"optimizer={self.optimizer!r}: weights are scheduled for two rules")
         if self.train_limit is not None and self.batch_size > self.train_limit:
-            raise ValueError(
-                f"batch_size={self.batch_size} is larger than train_limit={self.train_limit}: "
-                "an epoch would have no full batch"
-            )
+            limit = f"train_limit={self.train_limit}"
+            raise ValueError(f"batch_size={self.batch_size} is larger than {limit}: no full batch")
         if any(a >= b for a, b in zip(self.lr_milestones, self.lr_milestones[1:])):
             raise ValueError(f"lr_milestones={self.lr_milestones}: must increase")
         if (self.lr_schedule == "multistep") != bool(self.lr_milestones):
-            raise ValueError(
-                f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}: "
-                "give milestones to 'multistep', and only to it"
-            )
+            given = f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}"
+            raise ValueError(f"{given}: give milestones to 'multistep', and only to it")
         if self.restart_epoch is not None and not 2 <= self.restart_epoch <= self.epochs:
-            raise ValueError(
-                f"restart_epoch={self.restart_epoch}: must lie between 2 and epochs={self.epochs}"
-            )
+            allowed = f"between 2 and epochs={self.epochs}"
+            raise ValueError(f"restart_epoch={self.restart_epoch}: must lie {allowed}")
         idle = {} if self.is_hybrid else dict.fromkeys(
             ("lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs", "lambda_direction",
              "merge"),
@@ -154,10 +149,8 @@ class Experiment:
             if f.name in idle and given != f.default:
                 raise ValueError(f"{f.name}={given!r}: {self.optimizer} {idle[f.name]}")
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
-            raise ValueError(
-                f"lambda_schedule={self.lambda_schedule!r}: the released scheduler is linear; "
-                "choose 'linear', or lambda_direction='report'"
-            )
+            ways = "choose 'linear', or lambda_direction='report'"
+            raise ValueError(f"lambda_schedule={self.lambda_schedule!r} as released: {ways}")
         self.build_optimizer([torch.zeros(1, requires_grad=True)])
         return self
 
@@ -276,9 +269,8 @@ def get_experiment(name: str) -> Experiment:
     if name not in known and not all(part in methods.RULES for part in name.split("+")):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(
-            f"optimizer={name!r}: must be one of {', '.join(known)}{hint}, or two rules joined by +"
-        )
+        known = f"{', '.join(known)}, or two rules joined by +"
+        raise ValueError(f"optimizer={name!r}: must be one of {known}{hint}")
     lr = methods.get_method(name).defaults.get("lr", 0.01)
     return Experiment(name=name.replace("+", "-"), optimizer=name, lr=lr, epochs=200)
 

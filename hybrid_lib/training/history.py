@@ -104,16 +104,12 @@ class History:
         """
         file = _file(path)
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no history there; a run writes it after its 1st epoch"
-            )
+            raise FileNotFoundError(f"{file}: no history there; a run writes it after an epoch")
         try:
             content = json.loads(file.read_text("utf-8"))
             if content["format"] > FORMAT:
-                raise ValueError(
-                    f"format {content['format']} is newer than this version reads ({FORMAT}); "
-                    "update hybrid_lib"
-                )
+                newer = f"format {content['format']} is newer than this version reads ({FORMAT})"
+                raise ValueError(f"{newer}; update hybrid_lib")
             rows = [{**row, "lambdas": tuple(row["lambdas"])} for row in content["rows"]]
             experiment, note = Experiment(**content["experiment"]), content.get("note", "")
             return cls(experiment, rows, content["environment"], content["status"], note)

@@ -92,10 +92,10 @@ def run(
 
     task = load_task(experiment, device)
     if begun and begun.get("dataset_checksum") != task.environment["dataset_checksum"]:
+        there, here = begun.get("dataset_checksum"), task.environment["dataset_checksum"]
         raise RuntimeError(
             f"{folder} was trained on other data of {task.environment['dataset']} (checksum "
-            f"{begun.get('dataset_checksum')}, here {task.environment['dataset_checksum']}); "
-            "restore it, or choose another folder"
+            f"{there}, here {here}); restore it, or choose another folder"
         )
     if compile is None:
         compile = should_compile(experiment, task, begun.get("engine"))
