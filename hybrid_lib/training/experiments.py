@@ -59,6 +59,7 @@ class Experiment:
         lambda_schedule, lambda_start, lambda_end, lambda_epochs: the weights (adaptive, SGD):
             "constant" (``lambda_start`` throughout), or a ramp from start to end over
             ``lambda_epochs`` epochs; None: over all.
+        lambda_rate, lambda_steepness: of the shapes that have one; None: the shape's default.
         lambda_direction: "report" (from start to end), "released" (the direction of
             :class:`hybrid_lib.optim.schedules.Released`), or "protocol": released for ATMO and
             PADAM-SGD under the released protocol, the report's everywhere else.
@@ -111,6 +112,8 @@ class Experiment:
     lambda_start: Pair = (0.5, 0.5)
     lambda_end: Pair = (0.0, 1.0)
     lambda_epochs: Count | None = None
+    lambda_rate: Positive | None = None
+    lambda_steepness: Positive | None = None
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"
     hessian_samples: Count = 1
     hessian_every: Count = 1
@@ -137,8 +140,7 @@ class Experiment:
             allowed = f"between 2 and epochs={self.epochs}"
             raise ValueError(f"restart_epoch={self.restart_epoch}: must lie {allowed}")
         idle = {} if self.is_hybrid else dict.fromkeys(
-            ("lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs", "lambda_direction",
-             "merge"),
+            [f.name for f in dataclasses.fields(self) if f.name.startswith("lambda_")] + ["merge"],
             "has one rule, nothing to weigh; use atmo, padam_sgd or adasgd",
         )  # fmt: skip
         if not self.needs_hessian:
@@ -151,6 +153,10 @@ class Experiment:
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
             ways = "choose 'linear', or lambda_direction='report'"
             raise ValueError(f"lambda_schedule={self.lambda_schedule!r} as released: {ways}")
+        shape = schedules.SHAPES.get(self.lambda_schedule, schedules.Constant)
+        own = {f.name for f in dataclasses.fields(shape)}
+        for name in self._shape_settings.keys() - own:
+            raise ValueError(f"lambda_{name}: {self.lambda_schedule!r} has no {name}")
         self.build_optimizer([torch.zeros(1, requires_grad=True)])
         return self
 
@@ -202,6 +208,13 @@ class Experiment:
         reversed_ = self.protocol == "released" and self.optimizer in ("atmo", "padam_sgd")
         return "released" if reversed_ else "report"
 
+    @property
+    def _shape_settings(self) -> dict:
+        """What the shape of lambda has besides start, end and epochs, where it is given."""
+        names = {f.name for shape in schedules.SHAPES.values() for f in dataclasses.fields(shape)}
+        given = {n: getattr(self, f"lambda_{n}") for n in names - {"start", "end", "epochs"}}
+        return {name: value for name, value in given.items() if value is not None}
+
     def lambdas(self):
         """The schedule of the weights: a function of the 0-based epoch."""
         if not self.is_hybrid:
@@ -212,7 +225,8 @@ class Experiment:
         if self._direction == "released":
             start = self.lambda_start
             return schedules.Released(self.lambda_end, start, horizon, first=start)
-        return schedules.SHAPES[self.lambda_schedule](self.lambda_start, self.lambda_end, horizon)
+        shape = schedules.SHAPES[self.lambda_schedule]
+        return shape(self.lambda_start, self.lambda_end, horizon, **self._shape_settings)
 
     def learning_rates(self) -> list[float]:
         """The rate of every epoch, from torch's own schedulers.
