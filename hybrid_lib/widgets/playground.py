@@ -33,7 +33,7 @@ def checked(
     """The settings that a page begins with.
 
     Args:
-        surface, methods: keys of ``SURFACES``; of ``METHODS``, as in "sgd, atmo".
+        surface, methods: keys of ``SURFACES`` and, in a list or as in "sgd, atmo", of ``METHODS``.
         lr, start: learning rate of all methods and (x, y) where they begin; None: the surface's.
         schedule: of λ of SGD: "constant" (``sgd_weight`` on every step) or one of ``SHAPES``, from
             ``sgd_weight`` to ``sgd_weight_end``.
@@ -44,7 +44,9 @@ def checked(
     Raises:
         ValueError: naming every value that is impossible, and what is allowed.
     """
-    given = dict(locals(), methods=methods.replace(",", " ").split())
+    given = dict(locals())
+    if isinstance(methods, str):
+        given["methods"] = methods.replace(",", " ").split()
     known = {"surface": SURFACES, "schedule": ("constant", *SHAPES), "merge": MERGES}
     faults = [f"{name}={given[name]!r}: must be {one_of(allowed, given[name])}"
               for name, allowed in known.items() if given[name] not in allowed]  # fmt: skip
@@ -111,7 +113,7 @@ def still(**settings):
     x, y = (np.linspace(*ends, 61) for ends in surface.bounds)
     levels = np.log10((heights := surface.at(*np.meshgrid(x, y))[0]) + np.median(heights) / 60)
     veil = [[0, "rgba(100,125,165,0.035)"], [1, "rgba(100,125,165,0.035)"]]  # one per level
-    figure.add_contour(x=x, y=y, z=levels, colorscale=veil, showscale=False, ncontours=20,
+    figure.add_contour(x=x, y=y, z=levels.astype(np.float32), colorscale=veil, showscale=False, ncontours=20,
                        line_width=0.5)  # fmt: skip
     for name, path in paths(**settings).items():
         colour, dash = figures.look(name)
