@@ -28,7 +28,7 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 def checked(
     surface="beale", methods="sgd, adam, atmo", lr=None, schedule="constant", sgd_weight=0.1,
-    sgd_weight_end=1.0, noise=0.0, seed=0, merge="product", start=None, step=36,
+    sgd_weight_end=1.0, noise=0.0, seed=0, merge="product", start=None, step=3,
 ) -> dict:  # fmt: skip
     """The settings that a page begins with.
 
@@ -71,11 +71,11 @@ def page(**settings) -> str:
         (group,) = method([torch.zeros(2)], weight_decay=0.0).param_groups
         rules[name] = [{"rule": type(rule).__name__, **asdict(rule)} for rule in group["rules"]]
     data = {
-        "surfaces": {k: {"title": s.title, "minima": s.minima, "start": s.start, "at": f"<{k}>",
+        "SURFACES": {k: {"title": s.title, "minima": s.minima, "start": s.start, "at": f"<{k}>",
                          "bounds": s.bounds, "lr": s.lr} for k, s in SURFACES.items()},
-        "methods": {k: {"label": m.label, "colour": m.colour, "dash": m.dash, "rules": rules[k]}
+        "METHODS": {k: {"label": m.label, "colour": m.colour, "dash": m.dash, "rules": rules[k]}
                     for k, m in METHODS.items()},
-        "steps": STEPS, "tolerance": TOLERANCE, "far": FAR, "initial": checked(**settings),
+        "STEPS": STEPS, "TOLERANCE": TOLERANCE, "FAR": FAR, "INITIAL": checked(**settings),
     }  # fmt: skip
     text = json.dumps(data)
     for name, surface in SURFACES.items():
@@ -113,8 +113,8 @@ def still(**settings):
     x, y = (np.linspace(*ends, 61) for ends in surface.bounds)
     levels = np.log10((heights := surface.at(*np.meshgrid(x, y))[0]) + np.median(heights) / 60)
     veil = [[0, "rgba(100,125,165,0.035)"], [1, "rgba(100,125,165,0.035)"]]  # one per level
-    figure.add_contour(x=x, y=y, z=levels.astype(np.float32), colorscale=veil, showscale=False, ncontours=20,
-                       line_width=0.5)  # fmt: skip
+    figure.add_contour(x=x, y=y, z=levels.astype(np.float32), colorscale=veil, showscale=False,
+                       ncontours=20, line_width=0.5)  # fmt: skip
     for name, path in paths(**settings).items():
         colour, dash = figures.look(name)
         left = len(path) <= STEPS and f"left the map after {len(path) - 1} steps"

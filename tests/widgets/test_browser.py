@@ -111,9 +111,9 @@ def test_the_playground_answers_in_jupyterlab(lab, browser, shots):
     for _ in range(20):
         page.keyboard.press("ArrowRight")  # the keyboard alone is enough
     frame.locator("tr[data-method=atmo]").filter(has_text="206").wait_for()
-    frame.get_by_role("button", name="Copy link").click()
+    frame.get_by_role("button", name="Copy as Python").click()
     python = frame.get_by_label("Link to this state").input_value()
-    assert python.startswith('show(surface="beale", methods="sgd, adam, atmo", lr=0.01')
+    assert python.startswith('playground.show(surface="beale", methods="sgd, adam, atmo", lr=0.01')
     for theme, scheme in (("Light", "light"), ("Dark", "dark")):
         set_theme(page, theme)
         assert frame.locator("html").evaluate("html => html.style.colorScheme") == scheme

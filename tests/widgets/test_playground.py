@@ -32,7 +32,7 @@ def test_settings_go_into_the_page():
         "start": (1.5, 0.25), "step": 7,
     }  # fmt: skip
     page = playground.page(**settings)
-    initial = json.JSONDecoder().raw_decode(page.split('"initial": ')[1])[0]
+    initial = json.JSONDecoder().raw_decode(page.split('"INITIAL": ')[1])[0]
     settings |= {"methods": ["adasgd", "sgd"], "start": [1.5, 0.25]}
     assert initial == settings
     assert playground.checked()["lr"] == SURFACES["beale"].lr
