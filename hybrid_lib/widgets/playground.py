@@ -8,64 +8,53 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pydantic
 import torch
 from plotly.subplots import make_subplots
+from pydantic import Field
 
 from hybrid_lib.optim.hybrid import MERGES
 from hybrid_lib.optim.methods import METHODS
 from hybrid_lib.optim.schedules import SHAPES, Constant
 from hybrid_lib.study import figures
-from hybrid_lib.study.parameters import one_of
 from hybrid_lib.widgets.surfaces import FAR, STEPS, SURFACES, TOLERANCE, settled, walk
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
-def checked(
-    surface="beale", methods="sgd, adam, atmo", lr=None, schedule="constant", sgd_weight=0.1,
-    sgd_weight_end=1.0, noise=0.0, seed=0, merge="product", start=None, step=3,
-) -> dict:  # fmt: skip
-    """The settings that a page begins with.
+class Settings(pydantic.BaseModel, extra="forbid"):
+    """What a page begins with; a ValidationError names what is impossible and what is allowed."""
 
-    Args:
-        surface, methods: keys of ``SURFACES`` and, in a list or as in "sgd, atmo", of ``METHODS``.
-        lr, start: learning rate of all methods and (x, y) where they begin; None: the surface's.
-        schedule: of λ of SGD: "constant" (``sgd_weight`` on every step) or one of ``SHAPES``, from
-            ``sgd_weight`` to ``sgd_weight_end``.
-        noise, seed: standard deviation and seed of the noise in the gradient.
-        merge: one of ``MERGES``.
-        step: whose arrows are shown.
+    surface: Literal[tuple(SURFACES)] = "beale"
+    methods: list[Literal[tuple(METHODS)]] = Field(["sgd", "adam", "atmo"], min_length=1)
+    lr: float | None = Field(None, ge=1e-6, le=1e3)  # of all methods; None: the surface's
+    schedule: Literal[("constant", *SHAPES)] = "constant"  # of λ of SGD, between the next two
+    sgd_weight: float = Field(0.1, ge=0, le=1)
+    sgd_weight_end: float = Field(1.0, ge=0, le=1)
+    noise: float = Field(0.0, ge=0, le=1e6)  # standard deviation, of each slope
+    seed: int = Field(0, ge=0, le=2**31 - 3)  # of the noise
+    merge: Literal[tuple(MERGES)] = "product"
+    start: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None  # None: the surface's
+    step: int = Field(3, ge=0, lt=STEPS)  # whose arrows are shown
 
-    Raises:
-        ValueError: naming every value that is impossible, and what is allowed.
-    """
-    given = dict(locals())
-    if isinstance(methods, str):
-        given["methods"] = methods.replace(",", " ").split()
-    known = {"surface": SURFACES, "schedule": ("constant", *SHAPES), "merge": MERGES}
-    faults = [f"{name}={given[name]!r}: must be {one_of(allowed, given[name])}"
-              for name, allowed in known.items() if given[name] not in allowed]  # fmt: skip
-    if not given["methods"] or not METHODS.keys() >= set(given["methods"]):
-        faults.append(f"methods={methods!r}: must be some of {', '.join(METHODS)}")
-    ranges = {"lr": (1e-6, 1e3), "sgd_weight": (0, 1), "sgd_weight_end": (0, 1), "noise": (0, 1e6),
-              "seed": (0, 2**31 - 3), "step": (0, STEPS - 1)}  # fmt: skip
-    faults += [f"{name}={given[name]!r}: must lie between {low:g} and {high:g}"
-               for name, (low, high) in ranges.items()
-               if given[name] is not None and not low <= given[name] <= high]  # fmt: skip
-    if start is not None and not (len(start) == 2 and all(map(math.isfinite, start))):
-        faults.append(f"start={start!r}: must be two numbers, or None")
-    if faults:
-        raise ValueError("; ".join(faults))
-    return given | {"lr": SURFACES[surface].lr if lr is None else lr}
+    @pydantic.field_validator("methods", mode="before")
+    @classmethod
+    def _names(cls, given):
+        return given.replace(",", " ").split() if isinstance(given, str) else given
+
+    @pydantic.model_validator(mode="after")
+    def _rate(self):
+        self.lr = SURFACES[self.surface].lr if self.lr is None else self.lr
+        return self
 
 
 def page(**settings) -> str:
-    """The page, complete in itself; settings as in :func:`checked`."""
+    """The page, complete in itself; settings as in :class:`Settings`."""
     rules = {}
     for name, method in METHODS.items():
         (group,) = method([torch.zeros(2)], weight_decay=0.0).param_groups
@@ -75,7 +64,8 @@ def page(**settings) -> str:
                          "bounds": s.bounds, "lr": s.lr} for k, s in SURFACES.items()},
         "METHODS": {k: {"label": m.label, "colour": m.colour, "dash": m.dash, "rules": rules[k]}
                     for k, m in METHODS.items()},
-        "STEPS": STEPS, "TOLERANCE": TOLERANCE, "FAR": FAR, "INITIAL": checked(**settings),
+        "INITIAL": Settings(**settings).model_dump(),
+        "STEPS": STEPS, "TOLERANCE": TOLERANCE, "FAR": FAR,
     }  # fmt: skip
     text = json.dumps(data)
     for name, surface in SURFACES.items():
@@ -87,54 +77,50 @@ def show(**settings) -> None:
     """The page in a frame of a notebook; where nobody could move it, a picture."""
     from IPython.display import display  # there is a notebook, so there is IPython
 
-    source = html.escape(page(**settings))
     if not figures.is_interactive():
-        figures.show(still(**settings))
-        return
-    style = "width: 100%; height: 1100px; border: 0"
+        return figures.show(still(**settings))
+    source = html.escape(page(**settings))
+    style = "width: 100%; height: 1000px; border: 0"  # the page corrects the height where it can
     frame = f'<iframe srcdoc="{source}" style="{style}" allow="clipboard-write"></iframe>'
     display({"text/html": frame, "text/plain": "The playground"}, raw=True)
 
 
 def paths(**settings) -> dict[str, np.ndarray]:
     """The path of every method (:func:`~hybrid_lib.widgets.surfaces.walk`), from Python."""
-    chosen = checked(**settings)
-    ends = [(1 - λ, λ) for λ in (chosen["sgd_weight"], chosen["sgd_weight_end"])]
-    shape = chosen["schedule"]
-    weights = Constant(ends[0]) if shape == "constant" else SHAPES[shape](*ends, STEPS)
-    common = {name: chosen[name] for name in ("surface", "lr", "merge", "noise", "seed", "start")}
-    return {name: walk(method=name, weights=weights, **common) for name in chosen["methods"]}
+    s = Settings(**settings)
+    ends = [(1 - λ, λ) for λ in (s.sgd_weight, s.sgd_weight_end)]
+    weights = Constant(ends[0]) if s.schedule == "constant" else SHAPES[s.schedule](*ends, STEPS)
+    common = (s.lr, weights, s.merge, s.noise, s.seed, s.start)
+    return {name: walk(s.surface, name, *common) for name in s.methods}
 
 
 def still(**settings):
     """A figure of the paths on their map, and of the losses beside it."""
-    chosen, figure = checked(**settings), make_subplots(1, 2, column_widths=[0.57, 0.43])
-    surface = SURFACES[chosen["surface"]]
+    s, figure = Settings(**settings), make_subplots(1, 2, column_widths=[0.57, 0.43])
+    surface = SURFACES[s.surface]
     x, y = (np.linspace(*ends, 61) for ends in surface.bounds)
     levels = np.log10((heights := surface.at(*np.meshgrid(x, y))[0]) + np.median(heights) / 60)
     veil = [[0, "rgba(100,125,165,0.035)"], [1, "rgba(100,125,165,0.035)"]]  # one per level
     figure.add_contour(x=x, y=y, z=levels.astype(np.float32), colorscale=veil, showscale=False,
                        ncontours=20, line_width=0.5)  # fmt: skip
     for name, path in paths(**settings).items():
-        colour, dash = figures.look(name)
-        left = len(path) <= STEPS and f"left the map after {len(path) - 1} steps"
-        fate = left or f"settled after {settled(path) or f'more than {STEPS}'} steps"
+        (colour, dash), steps = figures.look(name), settled(path)
+        fate = f"within {TOLERANCE} after {f'more than {STEPS}' if steps is None else steps} steps"
+        if len(path) <= STEPS:
+            path, fate = path[:-1], f"left the map after {len(path) - 1} steps"
         line = {"mode": "lines", "line": {"color": colour, "dash": dash}, "legendgroup": name}
-        on_map = path[: len(path) - bool(left)]
-        figure.add_scatter(x=on_map[:, 0], y=on_map[:, 1], name=f"{METHODS[name].label}: {fate}",
-                           **line)  # fmt: skip
-        figure.add_scatter(y=on_map[:, 2], **line, showlegend=False, xaxis="x2", yaxis="y2")
-    star = {"mode": "markers", "marker": {"symbol": "star", "size": 12, "color": "#808080"}}
-    figure.add_scatter(x=[m[0] for m in surface.minima], y=[m[1] for m in surface.minima],
-                       name=f"lowest loss; settled: within {TOLERANCE} of it", **star)  # fmt: skip
-    title = f"{surface.title} surface, η = {chosen['lr']:g}"
-    if any(METHODS[name].is_hybrid for name in chosen["methods"]):
-        end = f" to {chosen['sgd_weight_end']:g}" if chosen["schedule"] != "constant" else ""
-        title += f", λ of SGD {chosen['sgd_weight']:g}{end}"
-    figures.apply_style(figure, title, height=560).update_layout(
+        figure.add_scatter(
+            x=path[:, 0], y=path[:, 1], name=f"{METHODS[name].label}: {fate}", **line
+        )
+        figure.add_scatter(y=path[:, 2], **line, showlegend=False, xaxis="x2", yaxis="y2")
+    x, y = zip(*surface.minima)
+    star = {"symbol": "star", "size": 12, "color": "#808080"}
+    figure.add_scatter(x=x, y=y, mode="markers", marker=star, name="lowest loss")
+    end = "" if s.schedule == "constant" else f" to {s.sgd_weight_end:g}"
+    title = f"{surface.title} surface, η = {s.lr:g}, λ of SGD {s.sgd_weight:g}{end}"
+    return figures.apply_style(figure, title, height=560).update_layout(
         legend={"orientation": "h", "y": -0.2, "yanchor": "top"}, margin_b=130,
         xaxis={"title": "first weight", "range": surface.bounds[0]},
         yaxis={"title": "second weight", "range": surface.bounds[1]}, xaxis2_title="step",
         yaxis2={"title": "loss", "type": "log", "range": [-4.5, 3], "exponentformat": "power"},
     )  # fmt: skip
-    return figure

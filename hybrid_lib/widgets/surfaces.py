@@ -1,20 +1,6 @@
-r"""Landscapes of two weights, and the paths of optimizers over them.
+"""Landscapes of two weights, and the paths of optimizers over them.
 
-Every minimum that :data:`SURFACES` lists has the value 0, so a loss is also its distance from the
-best one. From every start the methods take different ways.
-
-=============  =========================================================  =======================
-surface        f(x, y)                                                    minima
-=============  =========================================================  =======================
-"rosenbrock"   :math:`(1-x)^2 + 100 (y-x^2)^2`                            (1, 1)
-"rastrigin"    :math:`20 + x^2 - 10\cos 2\pi x + y^2 - 10\cos 2\pi y`     (0, 0); a local one near
-                                                                          every pair of integers
-"saddle"       :math:`x^2/2 + (y^2-1)^2/4`                                (0, 1), (0, -1); between
-                                                                          them a saddle at (0, 0)
-"ravine"       :math:`(x^2 + 50 y^2)/2`                                   (0, 0)
-"beale"        :math:`(1.5-x+xy)^2 + (2.25-x+xy^2)^2 + (2.625-x+xy^3)^2`  (3, 1/2)
-"himmelblau"   :math:`(x^2+y-11)^2 + (x+y^2-7)^2`                         (3, 2) and three others
-=============  =========================================================  =======================
+Every minimum in :data:`SURFACES` has the value 0: a loss is also its distance from the best one.
 """
 
 from __future__ import annotations
@@ -41,10 +27,8 @@ class Surface:
     """A function of two weights, and what is needed to walk on it and to draw it.
 
     Attributes:
-        title: the name that figures show.
-        f: the function, of two symbols of sympy.
-        minima: its global minima.
-        start: where paths begin.
+        title, f: the name that figures show; the function, of two symbols of sympy.
+        minima, start: its global minima; where paths begin.
         bounds: ((x from, to), (y from, to)) of the part to draw, a square.
         lr: a learning rate at which the methods differ.
     """
@@ -89,9 +73,7 @@ def walk(
     seed: int = 0,
     start: Point | None = None,
 ) -> np.ndarray:
-    """A method's path, without weight decay, which would move the minima.
-
-    AdaHessian gets the exact Hessian diagonal, not Hutchinson's estimate.
+    """A method's path, without weight decay, and with the exact Hessian diagonal for AdaHessian.
 
     Args:
         surface, method: keys of :data:`SURFACES` and :data:`~hybrid_lib.optim.methods.METHODS`.
@@ -140,24 +122,24 @@ def settled(path: np.ndarray) -> int | None:
 
 
 SURFACES: dict[str, Surface] = {
-    "rosenbrock": Surface(
+    "rosenbrock": Surface(  # a curved valley
         "Rosenbrock", lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2,
         ((1.0, 1.0),), (-1.2, 1.0), ((-2.0, 2.0), (-1.0, 3.0)), 0.001,
     ),
-    "rastrigin": Surface(
+    "rastrigin": Surface(  # a local minimum near every pair of integers
         "Rastrigin",
         lambda x, y: 20 + x**2 + y**2 - 10 * sum(sympy.cos(2 * sympy.pi * u) for u in (x, y)),
         ((0.0, 0.0),), (2.3, -3.4), ((-4.0, 4.0), (-4.0, 4.0)), 0.005,
     ),
-    "saddle": Surface(
+    "saddle": Surface(  # between its two basins, at (0, 0)
         "Saddle", lambda x, y: x**2 / 2 + (y**2 - 1) ** 2 / 4,
         ((0.0, 1.0), (0.0, -1.0)), (2.0, 0.01), ((-2.2, 2.2), (-2.2, 2.2)), 0.01,
     ),
-    "ravine": Surface(
+    "ravine": Surface(  # fifty times steeper across than along
         "Ravine", lambda x, y: (x**2 + 50 * y**2) / 2,
         ((0.0, 0.0),), (-2.5, 1.0), ((-3.0, 3.0), (-3.0, 3.0)), 0.01,
     ),
-    "beale": Surface(
+    "beale": Surface(  # a plateau behind cliffs
         "Beale", lambda x, y: sum((c - x + x * y**n) ** 2
                                   for n, c in ((1, 1.5), (2, 2.25), (3, 2.625))),
         ((3.0, 0.5),), (1.0, -1.0), ((-1.0, 4.5), (-2.75, 2.75)), 0.01,

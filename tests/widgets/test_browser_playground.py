@@ -101,9 +101,9 @@ def test_the_page_computes_what_the_optimizers_do(visit):
 def test_left_to_themselves_page_and_optimizers_arrive_at_the_same_places(visit):
     page = visit()
     for settings in ({}, {"surface": "ravine"}, {"noise": 0.4, "surface": "saddle", "seed": 11}):
-        chosen = playground.checked(methods=" ".join(METHODS), **settings)
+        chosen = playground.Settings(methods=list(METHODS), **settings).model_dump()
         paths = page.evaluate("settings => playground.walk(settings)", chosen)
-        for name, ours in playground.paths(methods=" ".join(METHODS), **settings).items():
+        for name, ours in playground.paths(methods=list(METHODS), **settings).items():
             points = torch.tensor(paths[name]["points"], dtype=torch.float64)
             n = len(points) - (paths[name]["left"] is not None)  # the last step is off the map
             torch.testing.assert_close(points[:n], torch.tensor(ours[:n, :2]), rtol=1e-6, atol=1e-6)
