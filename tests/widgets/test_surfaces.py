@@ -1,47 +1,43 @@
-"""The surfaces are what their docstrings say: minima are minima, derivatives are derivatives."""
+"""Minima are minima, derivatives are derivatives, paths are the optimizers' own."""
 
-import dataclasses
-import math
+import itertools
 
 import numpy as np
 import pytest
+import sympy
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd.functional import hessian, jacobian
 
-from hybrid_lib.widgets.surfaces import SURFACES
+from hybrid_lib.widgets.surfaces import SURFACES, normal, settled, walk
 
 each = pytest.mark.parametrize("surface", SURFACES.values(), ids=SURFACES)
-coordinates = st.floats(-4, 4)
 
 
-def at(*point):
-    return torch.tensor(point, dtype=torch.float64)
+def as_tensors(surface):
+    """The function alone, of a tensor (x, y), for autograd."""
+    f = sympy.lambdify(["x", "y"], surface.formulas[0], modules=torch)
+    return lambda xy: f(*xy)
 
 
 @each
 def test_minima_have_value_0_no_slope_and_lie_in_a_bowl(surface):
-    for minimum in surface.minima:
-        point = at(*minimum)
-        assert surface(point).item() == pytest.approx(0, abs=1e-9)
-        assert jacobian(surface, point).abs().max() < 1e-3
-        assert torch.linalg.eigvalsh(hessian(surface, point)).min() > 0
+    for x, y in surface.minima:
+        height, *slope = surface.at(x, y)[:3]
+        assert height == pytest.approx(0, abs=1e-9)
+        assert slope == pytest.approx([0, 0], abs=1e-3)
+        point = torch.tensor([x, y], dtype=torch.float64)
+        assert torch.linalg.eigvalsh(hessian(as_tensors(surface), point)).min() > 0
 
 
 @each
-def test_nothing_on_the_map_is_lower_than_the_minima(surface):
-    _, _, heights = surface.grid(201)
-    assert heights.min() >= 0
-
-
-@each
-def test_start_and_minima_are_on_the_map_which_is_a_square(surface):
+def test_start_and_minima_are_on_the_map_a_square_with_nothing_lower(surface):
     (x0, x1), (y0, y1) = surface.bounds
     assert x1 - x0 == pytest.approx(y1 - y0)
     for x, y in (surface.start, *surface.minima):
         assert x0 < x < x1
         assert y0 < y < y1
+    heights, *_ = surface.at(*np.meshgrid(np.linspace(x0, x1, 201), np.linspace(y0, y1, 201)))
+    assert heights.min() > -1e-12
 
 
 @pytest.mark.parametrize(
@@ -56,42 +52,67 @@ def test_start_and_minima_are_on_the_map_which_is_a_square(surface):
     ],
 )
 def test_heights_are_those_of_the_literature(name, point, height):
-    assert SURFACES[name](at(*point)).item() == pytest.approx(height)
-
-
-def test_the_saddle_has_one_between_its_basins():
-    saddle = SURFACES["saddle"]
-    assert jacobian(saddle, at(0, 0)).abs().max() == 0
-    low, high = torch.linalg.eigvalsh(hessian(saddle, at(0, 0)))
-    assert low < 0 < high
+    assert SURFACES[name].at(*point)[0] == pytest.approx(height)
 
 
 @each
-@settings(max_examples=30, deadline=None)  # the first call works out the formulas
-@given(x=coordinates, y=coordinates)
-def test_formulas_of_the_slopes_are_autograds(surface, x, y):
-    gradients, diagonals = surface.slopes(np.array([[x, y], [y, x]]))
-    for point, gradient, diagonal in zip(([x, y], [y, x]), gradients, diagonals):
-        point = at(*point)
-        near = {"rel": 1e-9, "abs": 1e-9}
-        assert gradient == pytest.approx(jacobian(surface, point).numpy(), **near)
-        assert diagonal == pytest.approx(hessian(surface, point).diagonal().numpy(), **near)
+def test_formulas_of_the_slopes_are_autograds(surface):
+    f = as_tensors(surface)
+    for point in torch.empty(20, 2, dtype=torch.float64).uniform_(-4, 4, generator=seeded()):
+        _, gx, gy, dx, dy = surface.at(*point.tolist())
+        assert [gx, gy] == pytest.approx(jacobian(f, point).tolist(), rel=1e-9, abs=1e-9)
+        assert [dx, dy] == pytest.approx(hessian(f, point).diagonal().tolist(), rel=1e-9, abs=1e-9)
 
 
-@each
-@pytest.mark.parametrize("shape", [(2,), (3, 2), (4, 3, 2), (0, 2)])
-def test_the_last_dimension_goes(surface, shape):
-    assert surface(torch.zeros(shape)).shape == shape[:-1]
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 1)])
-def test_other_shapes_are_refused_with_what_was_given(shape):
-    with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
-        SURFACES["beale"](torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("name", "weights", "reference"),
+    [
+        ("atmo", (1, 0), lambda p: torch.optim.Adam(p, lr=0.005)),
+        ("atmo", (0, 1), lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.95)),
+        ("padam_sgd", (0, 1), lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.9)),
+        ("adam", None, lambda p: torch.optim.Adam(p, lr=0.005)),
+        ("sgd", None, lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.95)),
+    ],
+)
+def test_one_rule_alone_walks_torchs_path(name, weights, reference):
+    f, w = as_tensors(SURFACES["saddle"]), torch.tensor([2.0, 0.01], dtype=torch.float64)
+    optimizer, points = reference([w]), []
+    for _ in range(60):
+        points.append(w.tolist())
+        w.grad = jacobian(f, w)
+        optimizer.step()
+    ours = walk("saddle", name, lr=0.005, weights=weights and (lambda step: weights))
+    assert ours[:60, :2] == pytest.approx(np.array(points), abs=1e-10)
 
 
-@each
-def test_a_surface_is_a_value_and_may_be_moved_to(surface):
-    moved = dataclasses.replace(surface, start=(0.0, 0.0))
-    assert moved.start == (0.0, 0.0)
-    assert math.isfinite(moved(torch.tensor(moved.start)))
+def test_a_path_ends_off_the_map():
+    path = walk("beale", "sgd", lr=1.0)
+    assert len(path) < 20
+    assert np.abs(path[-1, :2] - [1.75, 0]).max() > 11 > np.abs(path[-2, :2] - [1.75, 0]).max()
+    assert settled(path) is None
+
+
+def test_noise_is_seeded_normal_and_can_be_absent():
+    def points(**settings):
+        return walk("saddle", "adam", **settings)
+
+    assert np.array_equal(points(noise=0.5, seed=1), points(noise=0.5, seed=1))
+    assert not np.array_equal(points(noise=0.5, seed=1), points(noise=0.5, seed=2))
+    assert np.array_equal(points(seed=1), points(seed=2))
+    drawn = np.array([list(itertools.islice(normal(seed), 1000)) for seed in range(100)])
+    assert drawn.mean() == pytest.approx(0, abs=0.01)
+    assert drawn.var() == pytest.approx(1, abs=0.01)
+    assert np.abs(np.corrcoef(drawn) - np.eye(100)).max() < 0.2  # of neighbouring seeds too
+
+
+def test_settled_is_the_step_after_the_last_loss_above_the_tolerance():
+    def ends(*losses):
+        return settled(np.array([(0, 0, loss) for loss in losses]))
+
+    assert ends(1, 0.001, 0.5, 0.002, 0.001) == 3
+    assert ends(0.001, 0.002) == 0
+    assert ends(0.001, 0.5) is None
