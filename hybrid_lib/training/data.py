@@ -35,26 +35,17 @@ PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test images with their labels.
+    """Training and test images with their labels."""
 
-    Attributes:
-        title: the name that figures and tables show.
-        classes: names of the classes; label i is ``classes[i]``.
-        train_images, test_images: uint8, (n, channels, height, width).
-        train_labels, test_labels: int64, (n,).
-        mean, std: per channel, of the training images scaled to [0, 1]; float32, (channels,).
-        checksum: SHA-256 over images and labels, first 16 hexadecimal digits.
-    """
-
-    title: str
-    classes: tuple[str, ...]
-    train_images: Tensor
-    train_labels: Tensor
+    title: str  # the name that figures and tables show
+    classes: tuple[str, ...]  # label i is classes[i]
+    train_images: Tensor  # uint8, (n, channels, height, width)
+    train_labels: Tensor  # int64, (n,)
     test_images: Tensor
     test_labels: Tensor
-    mean: Tensor
+    mean: Tensor  # of the training images scaled to [0, 1]; float32, (channels,)
     std: Tensor
-    checksum: str
+    checksum: str  # SHA-256 over images and labels, first 16 hexadecimal digits
 
     def to(self, device) -> Data:
         """The same data with all tensors on ``device``."""
@@ -63,11 +54,7 @@ class Data:
 
 
 def check_name(dataset: str) -> None:
-    """Refuse what can't name a data set; whether its files exist is seen when it is loaded.
-
-    Raises:
-        ValueError: with the names that exist.
-    """
+    """ValueError for what can't name a data set; its files are looked for when it is loaded."""
     if dataset.startswith("folder:") and not dataset.removeprefix("folder:").strip():
         raise ValueError(f"dataset={dataset!r}: name the folder, as in folder:data/cifar10-jpeg")
     if dataset not in NAMES and not dataset.startswith("folder:"):
@@ -113,10 +100,7 @@ def load(dataset: str, train_limit: int | None = None, test_limit: int | None = 
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits n training images.
-
-    A function of (seed, epoch), not of what was drawn before: a resumed run needs no generator
-    state to see the same batches. Drawn on the CPU, so that it is the same on every device.
+    """The order in which an epoch visits n training images: drawn on the CPU, the same everywhere.
 
     >>> order(5, seed=0, epoch=1).tolist() == order(5, seed=0, epoch=1).tolist()
     True
@@ -125,7 +109,7 @@ def order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def generator(purpose: str, seed: int, epoch: int, device="cpu") -> torch.Generator:
-    """A generator of its own for each purpose, seed and epoch."""
+    """A generator of its own for each purpose, seed and epoch: resuming restores no generators."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -145,8 +129,8 @@ def normalised(images: Tensor, data: Data) -> Tensor:
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by up to an eighth of its size (zeros beyond) and mirror half of them.
 
-    At 32x32 pixels this is the usual random crop with a padding of 4. One gather for the batch;
-    ``generator`` must live on the images' device.
+    At 32x32 pixels this is the usual random crop with a padding of 4. ``generator`` must live on
+    the images' device.
     """
     n, channels, height, width = images.shape
     pad_y, pad_x = height // 8, width // 8

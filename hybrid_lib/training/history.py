@@ -1,7 +1,6 @@
 """What a run leaves behind: its history, a row per epoch as JSON, and checkpoints to go on from.
 
-Files are replaced as a whole, so a reader sees the old or the new one, never a part; one process
-at a time writes to a run's folder.
+Files are replaced as a whole, and one process at a time writes to a run's folder.
 """
 
 from __future__ import annotations

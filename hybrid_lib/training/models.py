@@ -25,7 +25,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Convolution(nn.Conv2d):
-    """Convolution without bias, computed in ``compute_dtype`` (None: as its input comes)."""
+    """A convolution without bias, computed in ``compute_dtype`` (None: its input's)."""
 
     def __init__(self, in_channels, channels, size, stride, padding, compute_dtype=None):
         super().__init__(in_channels, channels, size, stride, padding, bias=False)
@@ -38,10 +38,8 @@ class Convolution(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that can hand its statistics out instead of writing them into its buffers.
-
-    ``torch.func`` takes only functions that write nothing; whoever calls one updates the running
-    statistics afterwards, from ``statistics``: [running mean's part, running variance's part].
+    """Batch norm that can append its batch's mean and variance to ``statistics`` instead of writing
+    them into its buffers: ``torch.func`` takes only functions that write nothing.
     """
 
     def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
@@ -137,7 +135,7 @@ def resnet18(
     Raises:
         ValueError: for a number below 1 or an unknown stem.
 
-    Weights are drawn from torch's global generator, by PyTorch's default rules for each layer.
+    Weights are drawn from torch's global generator, by PyTorch's defaults.
 
     >>> sum(p.numel() for p in resnet18().parameters())
     11173962
