@@ -16,7 +16,9 @@ import filelock
 import nbformat
 import plotly.graph_objects as go
 import pytest
+import torch
 
+import hybrid_lib as hl
 from hybrid_lib.study import figures, notebooks
 from hybrid_lib.study.__main__ import study
 from hybrid_lib.study.planning import plan, run_folder
@@ -167,6 +169,63 @@ def test_one_experiment_that_diverges_is_shown_to_its_end(tmp_path, quick):
     (source,) = [s for s in NOTEBOOKS if "train_one" in s.stem]
     given = {"scale": "toy", "optimizer": "sgd", "lr": 1e30, "out": str(tmp_path)}
     assert execute(source, given)["history"].status == "diverged"
+
+
+# --- What 02_optimizers says of the merge. ---
+
+
+@pytest.fixture(scope="module")
+def optimizers():
+    """The values of 02_optimizers, after three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "show", lambda figure: None)
+        return execute(NOTEBOOKS[0].with_name("02_optimizers.ipynb"), {"steps": 3})
+
+
+def test_bias_correction_scales_the_whole_step(optimizers):
+    step_sizes = optimizers["step_sizes"]
+    assert step_sizes["atmo"][[1, 10, 44]].tolist() == pytest.approx([5.5, 1.27, 1.005], rel=5e-3)
+    padam_sgd = step_sizes["padam_sgd"][[1, 100, 391, 3000]].tolist()
+    assert padam_sgd == pytest.approx([0.66, 0.65, 0.78, 0.99], abs=6e-3)
+
+
+@pytest.mark.parametrize("name", ["atmo", "padam_sgd", "adasgd"])
+def test_taking_steps_apart_takes_the_optimizer_s_steps(optimizers, name):
+    measured, trained = optimizers["perceptron"](), optimizers["perceptron"]()
+    optimizers["train_and_measure"](measured, getattr(hl, name)(measured.parameters()), 3)
+    weights, generator = list(trained.parameters()), torch.Generator().manual_seed(0)
+    optimizer = getattr(hl, name)(weights)
+    for step in range(3):
+        loss = optimizers["loss_on_digits"](trained, step)
+        grads, diagonal = hl.hessian_diagonal(loss, weights, 1, generator)
+        for p, g in zip(weights, grads):
+            p.grad = g
+        optimizer.step(hess_diag=diagonal)
+    for p, q in zip(measured.parameters(), trained.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_one_probe_is_nearly_noise_and_many_are_not(optimizers):
+    cosines = optimizers["cosines"]["650 weights"]
+    assert cosines[1] < 0.1
+    assert cosines[32] > 0.5
+
+
+def test_the_second_moment_of_adahessian_tracks_rows(optimizers):
+    table = optimizers["curvatures"]
+    assert (table["tracked"] / table["row"]).median() == pytest.approx(1, abs=0.05)
+    assert (table["tracked"] / table["diagonal"]).median() > 3
+
+
+@pytest.mark.parametrize(
+    ("stem", "given", "faults"),
+    [("02_optimizers", {"steps": 0, "probes": 7, "lr": 0.0}, ["steps=0", "probes=7", "lr=0"]),
+     ("03_schedules", {"optimizer": "sgd"}, ["lambda"])],
+)  # fmt: skip
+def test_impossible_values_are_refused_at_once(stem, given, faults):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        execute(NOTEBOOKS[0].with_name(f"{stem}.ipynb"), given, to_the_check=True)
+    assert all(fault in str(refused.value) for fault in faults)
 
 
 # --- Executed by papermill. ---
