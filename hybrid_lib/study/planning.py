@@ -63,17 +63,15 @@ def plan(
         for part, n in data.folder_sizes(dataset).items():
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
-    changes = {**sizes, **changes}
-    usual = changes.pop("epochs", None)
-    epochs = usual if epochs is None else epochs
-    planned = []
+    usual = sizes.pop("epochs", None)
+    epochs, planned = usual if epochs is None else epochs, []
+    changes, seeds = {**sizes, **changes, "dataset": dataset}, list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
         if epochs is not None:
             # replace() first: it refuses an impossible number that scaled() cannot work with.
             experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
-        for seed in dict.fromkeys(seeds):
-            planned.append(dataclasses.replace(experiment, dataset=dataset, seed=seed, **changes))
+        planned += [dataclasses.replace(experiment, seed=s, **changes) for s in seeds]
     return planned
 
 

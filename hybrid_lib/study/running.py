@@ -101,13 +101,10 @@ def cores(device: str | None = "cpu", threads: int | None = None) -> int:
 
 
 def train(job: Job, report, settings: dict, **how) -> History | str:
-    """Train one run, reporting its epochs; an exception is printed and answered as a line."""
-
-    def on_epoch(history: History) -> None:
-        report(len(history.rows))
-
+    """Train one run, reporting its epochs; an exception is printed and returned as a line."""
+    how |= {"progress": False, "on_epoch": lambda history: report(len(history.rows))}
     try:
-        return run(*job, progress=False, on_epoch=on_epoch, **settings, **how)
+        return run(*job, **settings, **how)
     except Exception as error:
         traceback.print_exc()
         return one_line(error)

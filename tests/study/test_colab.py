@@ -41,7 +41,7 @@ def test_every_notebook_has_the_same_few_lines_between_parameters_and_first_impo
         parameters, setup, *others = code(path)
         assert setup == SETUP
         assert "hybrid_lib" not in parameters
-        assert "REPO_URL" not in "".join([parameters, *others])
+        assert "REPO_URL" not in "".join(others)
     assert len([line for line in SETUP.splitlines() if line]) <= 6
 
 
@@ -53,8 +53,7 @@ from hybrid_lib.study import figures, planning
 
 tiny = planning.plan("toy", only=["sgd"], epochs=1, width=2)[0]
 print("trained", hl.run(tiny, progress=False).status)
-print("table", figures.paper("table3").shape)
-print("home", hl.__file__)
+print("table", figures.paper("table3").shape, "home", hl.__file__)
 """
 
 
@@ -74,16 +73,14 @@ def project(tmp_path_factory):
 @pytest.fixture
 def python(project, tmp_path):
     """Runs a Python that has all that is installed here but hybrid_lib, in an empty folder."""
-    packages = Path(sysconfig.get_path("purelib"))
-    if (packages / "hybrid_lib").exists():  # an editable one is not seen from PYTHONPATH
-        pytest.skip("hybrid_lib is installed here, and not as editable")
-    has_pip = importlib.util.find_spec("pip") is not None  # an environment made by uv has none
+    has_pip = importlib.util.find_spec("pip")  # an environment made by uv has none
     venv.create(tmp_path / "python", symlinks=os.name != "nt", with_pip=not has_pip)
-    pins = [f"{d.name}=={d.version}\n" for d in metadata.distributions(path=[str(packages)])]
+    packages = sysconfig.get_path("purelib")  # from PYTHONPATH an editable package is not seen
+    pins = [f"{d.name}=={d.version}\n" for d in metadata.distributions(path=[packages])]
     (tmp_path / "pins.txt").write_text("".join(pins), "utf-8")
     (tmp_path / "content").mkdir()
     environment = {
-        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(packages),
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": packages,
         "PIP_NO_INDEX": "1",  # nothing is to be downloaded, least of all something of our name
         "PIP_CONSTRAINT": str(tmp_path / "pins.txt"),
         "PIP_NO_BUILD_ISOLATION": "0",  # pip reads this as "no isolation": setuptools is there
@@ -91,57 +88,45 @@ def python(project, tmp_path):
         "GIT_CONFIG_KEY_0": f"url.{project.as_uri()}.insteadOf",
         "OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1",
     }  # fmt: skip
-
-    def python(*words):
-        return subprocess.run(
-            [tmp_path / "python" / BIN, *words], cwd=tmp_path / "content", env=environment,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        )  # fmt: skip
-
-    return python
+    how = {"cwd": tmp_path / "content", "env": environment, "stdout": subprocess.PIPE,
+           "stderr": subprocess.STDOUT, "text": True, "timeout": 300}  # fmt: skip
+    return lambda *words: subprocess.run([tmp_path / "python" / BIN, *words], **how)
 
 
-def run(python, folder, setup):
-    """Execute a notebook's head and a small training run: (exit code, what was said)."""
+def execute(python, folder, setup, exit_code=0):
+    """Execute a notebook's head and a small training run; returns what was said."""
     parameters, _, imports, *_ = code(ROOT / "notebooks" / "10_train_one.ipynb")
     cells = [nbformat.v4.new_code_cell(c) for c in (parameters, setup, imports, TRIAL)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "in.ipynb")
     done = python("-m", "papermill", "in.ipynb", "out.ipynb", "--log-output")
-    return done.returncode, done.stdout
+    assert done.returncode == exit_code, done.stdout
+    assert ("trained complete\ntable (8, " in done.stdout) is (exit_code == 0)
+    return done.stdout
 
 
-def test_nothing_available_is_one_sentence_and_exit_code_1(python, tmp_path):
-    exit_code, said = run(python, tmp_path / "content", SETUP)
-    assert exit_code == 1
-    assert re.search("AssertionError: No hybrid_lib: .*pip wheel . --no-deps.* make colab\n", said)
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [(SETUP, "AssertionError: No hybrid_lib: .*pip wheel . --no-deps.* make colab\n"),
+     (STAMPED.replace("notes", "notes/nowhere"), "does not appear to be a git repository")],
+    ids=["nothing available", "pip fails"],
+)  # fmt: skip
+def test_without_a_way_in_one_sentence_says_why(python, tmp_path, setup, message):
+    assert re.search(message, execute(python, tmp_path / "content", setup, exit_code=1))
 
 
 def test_the_stamped_repository(python, tmp_path):
-    exit_code, said = run(python, tmp_path / "content", STAMPED)
-    assert exit_code == 0, said
-    assert "trained complete" in said
-    assert "table (8, " in said  # the report's numbers travel with the package
+    said = execute(python, tmp_path / "content", STAMPED)
     assert str(tmp_path / "python") in re.search("home (.*)", said)[1]
 
 
 def test_an_uploaded_wheel_is_preferred_and_installed_once(python, project, tmp_path):
     wheel = ["-m", "pip", "wheel", "--no-deps", str(shutil.copytree(project, tmp_path / "p"))]
     assert python(*wheel).returncode == 0
-    exit_code, said = run(python, tmp_path / "content", STAMPED)
-    assert exit_code == 0, said
-    assert "trained complete" in said
-    assert "git clone" not in said
+    assert "git clone" not in execute(python, tmp_path / "content", STAMPED)
     next((tmp_path / "content").glob("*.whl")).unlink()
-    exit_code, said = run(python, tmp_path / "content", SETUP)  # the next notebook finds it there
-    assert exit_code == 0, said
-
-
-def test_pip_says_itself_why_it_fails(python, tmp_path):
-    exit_code, said = run(python, tmp_path / "content", STAMPED.replace("notes", "notes/nowhere"))
-    assert exit_code == 1
-    assert "does not appear to be a git repository" in said
+    execute(python, tmp_path / "content", SETUP)  # the next notebook finds it there
 
 
 # --- Beside the packages of Colab. ---
@@ -150,31 +135,31 @@ LIST = Path(__file__).with_name("colab-packages.txt").read_text("utf-8").splitli
 COLAB = dict(line.split("==") for line in LIST if not line.startswith("#"))
 
 
-def requirements():
-    """Of ``hybrid-lib[study]``."""
+@pytest.fixture
+def wanted():
+    """The requirements of ``hybrid-lib[study]``."""
     toml = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
     project = toml["project"]
     return [*project["dependencies"], *project["optional-dependencies"].get("study", [])]
 
 
-def test_what_colab_has_is_new_enough():
+def test_what_colab_has_is_new_enough(wanted):
     """Its front end shows no other widgets than 7.7.1's: an upgrade would leave them blank."""
-    wanted = {r.name.replace("-", "_"): r.specifier for r in map(Requirement, requirements())}
+    floors = {r.name.replace("-", "_"): r.specifier for r in map(Requirement, wanted)}
     there = {name.replace("-", "_"): version for name, version in COLAB.items()}
-    assert {"torch", "ipywidgets", "jupyter_client"} <= wanted.keys() & there.keys()
-    replaced = {n for n in wanted.keys() & there.keys() if there[n] not in wanted[n]}
-    assert replaced <= {"plotly"}
+    assert {"torch", "ipywidgets", "jupyter_client"} <= floors.keys() & there.keys()
+    assert {n for n in floors.keys() & there.keys() if there[n] not in floors[n]} <= {"plotly"}
 
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="there is no uv to resolve with")
-def test_nothing_that_colab_has_is_changed_but_plotly(tmp_path):
+def test_nothing_that_colab_has_is_changed_but_plotly(wanted, tmp_path):
     # Its torch is built for another CUDA than the index's: those libraries cannot be compared.
     pins = [f"{name}=={version}\n" for name, version in COLAB.items()
             if not name.startswith(("plotly", "nvidia", "cuda"))]  # fmt: skip
     (tmp_path / "pins.txt").write_text("".join(pins), "utf-8")
     command = "uv pip compile -q - -c pins.txt --python-version 3.13 --python-platform linux"
-    how = {"cwd": tmp_path, "input": "\n".join(requirements()), "capture_output": True}
-    done = subprocess.run(command.split(), text=True, timeout=300, **how)
+    how = {"cwd": tmp_path, "input": "\n".join(wanted), "capture_output": True, "timeout": 300}
+    done = subprocess.run(command.split(), text=True, **how)
     assert "No solution found" not in done.stderr, done.stderr
     if done.returncode:
         pytest.skip(f"nothing resolved: {done.stderr.strip()[-200:]}")
@@ -192,32 +177,26 @@ def texts(folder):
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_stamping_is_idempotent_and_can_be_undone(tmp_path):
     (tmp_path / "notebooks").mkdir()
-    for file in [
-        *SOURCES,
-        ROOT / "notebooks/stamp_colab.py",
-        ROOT / "README.md",
-        ROOT / "Makefile",
-    ]:
-        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    for name in ("README.md", "Makefile", "notebooks/stamp_colab.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for source in SOURCES:
+        shutil.copy(source, tmp_path / "notebooks")
 
-    def make_colab(*repo):
+    def make_colab(*repo, exit_code=0):
         command = ["make", "-s", "colab", f"PYTHON={sys.executable}", *repo]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "REPO"))}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "REPO"))}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == exit_code
+        return done.stderr
 
     subprocess.run(["git", "init", "-q", "-b", "main"], cwd=tmp_path, check=True)
-    assert make_colab("REPO=").returncode == 0
+    make_colab("REPO=")
     before = texts(tmp_path)
-    refused = make_colab()
-    assert refused.returncode == 2
-    assert "no remote named origin" in refused.stderr
-
+    assert "no remote named origin" in make_colab(exit_code=2)
     origin = "https://ada:ghp_secret@github.com/ada/notes.git"
     subprocess.run(["git", "remote", "add", "origin", origin], cwd=tmp_path, check=True)
     for _ in range(2):
-        assert make_colab().returncode == 0
+        make_colab()
         after = texts(tmp_path)
         assert not any("secret" in text for text in after.values())
         readme = after.pop("README.md")
@@ -226,24 +205,21 @@ def test_stamping_is_idempotent_and_can_be_undone(tmp_path):
             assert title.startswith("# ")
             assert mark.count(f"/github/ada/notes/blob/main/notebooks/{name})") == 1
             assert text.count("Open in Colab") == 1
-            assert text.count(r"REPO_URL = \"https://github.com/ada/notes\"") == 1
+            assert text.count(rf"REPO_URL = \"{ADDRESS}\"") == 1
         rows = [line for line in readme.splitlines() if "Open in Colab" in line]
         assert len(rows) == len(re.findall(r"^\| `\d\d_", readme, re.M)) > 0
         assert all(row.count("|") == 3 for row in rows)
-    assert make_colab("REPO=git@github.com:bob/fork.git").returncode == 0
+    make_colab("REPO=git@github.com:bob/fork.git")
     assert not any("ada/notes" in text for text in texts(tmp_path).values())
-    assert make_colab("REPO=").returncode == 0
+    make_colab("REPO=")
     assert texts(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["https://gitlab.com/ada/notes", "/home/ada/notes", "https://github.com/ada", "",
-     "https://github.com/ada/notes/tree/main", "https://github.com.evil.example/ada/notes",
-     "https://ada:secret@example.org/ada/notes"],
-)  # fmt: skip
-def test_other_addresses_are_refused(address):
+def test_other_addresses_are_refused():
     stamp = runpy.run_path(ROOT / "notebooks" / "stamp_colab.py")
-    with pytest.raises(ValueError, match="is no repository on GitHub") as refused:
-        stamp["github"](address)
-    assert "secret" not in str(refused.value)
+    elsewhere = "https://gitlab.com/ada/notes https://github.com.evil.example/ada/notes /ada/notes"
+    no_repository = f"https://github.com/ada {ADDRESS}/tree/main https://ada:secret@x.org/ada/notes"
+    for address in ["", *elsewhere.split(), *no_repository.split()]:
+        with pytest.raises(ValueError, match="is no repository on GitHub") as refused:
+            stamp["github"](address)
+        assert "secret" not in str(refused.value)
