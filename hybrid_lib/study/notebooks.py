@@ -1,7 +1,6 @@
-"""Notebooks executed with nobody watching, several at once, and the pages made of them.
+"""Notebooks executed in parallel, and their pages: interactive, loading only plotly.js.
 
-A study's report is its results notebook with the code hidden. Pages are interactive and load
-nothing but plotly.js, which lies beside them once.
+A study's report is its results notebook with the code hidden.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Train many runs, several at once: in processes of this machine, or on a cluster.
 
-On a CPU a run has one thread, so that its numbers do not depend on how many cores a machine has;
-there are as many runs at once as cores. Each run writes to a folder of its own and goes on from its
-checkpoint: whatever is interrupted or killed, the same call continues from there.
+On a CPU a run has one thread, so that its numbers do not depend on the number of cores. Each run
+has its own folder and goes on from its checkpoint: after an interruption, repeat the same call.
 """
 
 from __future__ import annotations

@@ -46,12 +46,6 @@ def declared(source: Path) -> dict[str, ast.AnnAssign]:
 # --- As committed. ---
 
 
-def test_there_are_notebooks_with_numbers_of_their_own():
-    numbers = [source.name[:2] for source in NOTEBOOKS]
-    assert len(numbers) >= 3
-    assert len(set(numbers)) == len(numbers)
-
-
 @every_notebook
 def test_it_is_valid_and_carries_no_results(source):
     text = source.read_text("utf-8")
@@ -252,16 +246,18 @@ def executed_by_papermill(source: Path, target: Path, toy_study: Path):
     papermill.execute_notebook(
         source, target, given, progress_bar=False, cwd=source.parent, execution_timeout=90
     )
-    return nbformat.read(target, 4)
+    return checked_notebook(target)
 
 
-def check_executed(notebook) -> None:
+def checked_notebook(file: Path):
+    notebook = nbformat.read(file, 4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.execution_count
             for output in cell.outputs:
                 assert output.output_type != "error"
                 assert "Warning" not in output.get("text", ""), output
+    return notebook
 
 
 @pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
@@ -269,7 +265,7 @@ def check_executed(notebook) -> None:
 def test_it_runs_without_anyone_watching(source, tmp_path, toy_study, monkeypatch):
     monkeypatch.setenv("BROWSER_PATH", os.devnull)  # figures without their images: seconds less
     before = {f: f.stat().st_mtime_ns for f in source.parent.iterdir()}
-    check_executed(executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study))
+    executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
     assert {f: f.stat().st_mtime_ns for f in source.parent.iterdir()} == before
 
 
@@ -280,12 +276,8 @@ def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))):
         pytest.skip("there is no Chromium to draw the images")
     notebook = executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
-    check_executed(notebook)
-    figures = [
-        o.data for c in notebook.cells for o in c.get("outputs", [])
-        if "application/vnd.plotly.v1+json" in o.get("data", {})
-    ]  # fmt: skip
-    assert all("image/png" in d for d in figures)
+    drawn = [o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])]
+    assert all("image/png" in d for d in drawn if "application/vnd.plotly.v1+json" in d)
     assert (tmp_path / "executed.ipynb").stat().st_size <= 200 * 1024
 
 
@@ -295,12 +287,8 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path):
     """The largest: eight methods, three seeds, hundreds of epochs, which are made up here."""
     rng = random.Random(0)
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    seen = {
-        "dataset": "CIFAR-10 (made up)",
-        "device_name": "none",
-        "train_images": 9,
-        "test_images": 9,
-    }
+    seen = {"dataset": "CIFAR-10 (made up)", "device_name": "none",
+            "train_images": 9, "test_images": 9}  # fmt: skip
     for e in plan("paper", "cifar10", seeds=range(3)):
         rows = [
             {"epoch": i, "lr": e.lr, "lambdas": (), "train_seconds": 38, "test_seconds": 3}
@@ -313,5 +301,5 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path):
     given = {"out": str(tmp_path), "scale": "paper", "dataset": "cifar10", "seeds": "0-2"}
     (executed,), failures = notebooks.execute({source: {**given, "train": False}}, tmp_path)
     assert failures == []
-    check_executed(nbformat.read(executed, 4))
+    checked_notebook(executed)
     assert executed.stat().st_size <= 200 * 1024
