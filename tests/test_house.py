@@ -65,27 +65,52 @@ def test_imports_go_down_only(name):
 
 DASK = {"dask", "distributed", "dask_jobqueue"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-# Brought by one that is declared.
-BROUGHT = {
-    "sympy": "torch", "IPython": "ipykernel", "jupyter_client": "ipykernel", "comm": "ipywidgets",
-    "nbformat": "nbconvert",
-}  # fmt: skip
+BROUGHT = {"IPython": "ipykernel", "comm": "ipywidgets", "nbformat": "nbconvert"}
+BASE, STUDY = PROJECT["dependencies"], PROJECT["optional-dependencies"]["study"]
 
 
-def test_every_package_that_is_imported_is_declared():
-    declared = {re.match(r"[\w-]+", line).group() for line in PROJECT["dependencies"]}
-    used = {name.split(".")[0] for file in LIBRARY.values() for name in imports(file)}
+@pytest.mark.parametrize(("rooms", "lines"), [(ROOMS[:2], BASE), (ROOMS, BASE + STUDY)])
+def test_every_package_that_rooms_import_is_declared(rooms, lines):
+    declared = {re.match(r"[\w-]+", line).group().replace("-", "_") for line in lines}
+    files = [file for name, file in LIBRARY.items() if name.partition("/")[0] in rooms]
+    used = {name.split(".")[0] for file in files for name in imports(file)}
     used -= {*sys.stdlib_module_names, "hybrid_lib", "google"}  # google.colab is its runtime's
-    used -= DASK
-    assert {DISTRIBUTIONS.get(name, BROUGHT.get(name, name)) for name in used} <= declared
+    used -= DASK | ({"pandas"} if lines == BASE else set())  # History.frame alone, once called
+    names = {DISTRIBUTIONS.get(name, BROUGHT.get(name, name)).replace("-", "_") for name in used}
+    assert names <= declared
 
 
 def test_what_colab_has_is_new_enough():
     """Its front end shows no other widgets than 7.7.1's: an upgrade would leave them blank."""
-    asked = [re.match(r"([\w-]+)>=([\d.]+)", line) for line in PROJECT["dependencies"]]
-    floors = dict(match.groups() for match in asked)
+    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in BASE + STUDY)
     assert floors["ipywidgets"] == "7.7.1"
     assert floors["jupyter-client"] == "7.4.9"
+
+
+WITHOUT_STUDY = """
+import sys
+for name in ("pandas", "plotly", "yaml", "tqdm", "papermill", "nbconvert", "ipywidgets"):
+    sys.modules[name] = None
+import hybrid_lib as hl
+from dataclasses import replace
+short = replace(hl.EXPERIMENTS["adasgd"], dataset="digits", width=2, epochs=1, train_limit=256,
+                lr_schedule="constant", lr_milestones=())
+print(hl.run(short, progress=False).status)
+try:
+    import hybrid_lib.widgets.explorer
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra_study_a_run_trains_and_a_notebook_says_what_to_install():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_STUDY], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    trained, refused = done.stdout.splitlines()
+    assert trained == "complete"
+    assert "pip install -e '.[study]'" in refused
 
 
 def test_dask_is_optional():

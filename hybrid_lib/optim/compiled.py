@@ -47,7 +47,9 @@ def compiled(function: Callable, what: str, only: str = "", **options) -> Callab
         nonlocal fast
         try:
             if fast is None:
-                fast = _torch_compiled(own, options)
+                if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
+                    raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
+                fast = torch.compile(own, fullgraph=True, dynamic=False, options=options)
             return fast(*args)
         except Exception as error:
             module = type(error).__module__
@@ -61,9 +63,3 @@ def compiled(function: Callable, what: str, only: str = "", **options) -> Callab
             ) from error
 
     return call
-
-
-def _torch_compiled(function: Callable, options: dict) -> Callable:
-    if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
-        raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+ATTENTION = "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+
 
 def hessian_diagonal(
     loss: Tensor | Callable[[list[Tensor]], tuple[Tensor, object]],
@@ -23,18 +25,15 @@ def hessian_diagonal(
     :math:`E[z_i \sum_j H_{ij} z_j] = H_{ii}`. The variance of entry i is
     :math:`\frac{1}{n} \sum_{j \ne i} H_{ij}^2`; on a diagonal Hessian every probe is exact.
 
-    A pure function: it writes no ``.grad``, and both results are detached, so no graph outlives
-    it but the one that ``loss`` itself holds; keep ``loss.detach()``, not the loss.
-
-    D belongs to the loss that is given: with a GradScaler pass the unscaled one, since ``unscale_``
-    divides gradients only. Under autocast D is as coarse as the forward pass.
+    A pure function: it writes no ``.grad``, and no graph outlives it but the one that ``loss``
+    itself holds; keep ``loss.detach()``. With a GradScaler pass the unscaled loss, since
+    ``unscale_`` divides gradients only.
 
     Args:
-        loss: a scalar, computed from ``params`` by operations that differentiate twice, whose
-            gradient is then differentiated backwards again. Or a function of the parameters that
-            answers (scalar, other) and writes nothing: :func:`forward_over_reverse` takes it, once
-            per probe, so what it draws at random (dropout) is drawn anew for each.
-        params: the tensors to differentiate by, read once.
+        loss: a scalar, computed from ``params`` by operations that differentiate twice; or a
+            function of the parameters that answers (scalar, other) and writes nothing:
+            :func:`forward_over_reverse` calls it once per probe (dropout is drawn anew for each).
+        params: the tensors to differentiate by.
         n_samples: probes to average, at least 1; each costs about two gradients.
         generator: where probes are drawn from, on the parameters' device; None: the global one.
 
@@ -75,8 +74,7 @@ def hessian_diagonal(
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"this loss has no derivative forward ({_first_line(error)}): pass the loss itself "
-                "instead of a function, which is differentiated backwards twice; for attention, "
-                "compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                f"instead of a function; {ATTENTION}"
             ) from error
     if loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
@@ -91,9 +89,8 @@ def hessian_diagonal(
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            f"this loss cannot be differentiated twice ({_first_line(error)}): for attention, "
-            "compute it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH); of a compiled "
-            "model, use the one before torch.compile"
+            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}; of a "
+            "compiled model, take the one before torch.compile"
         ) from error
 
 
@@ -113,8 +110,8 @@ def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, ge
     curved = [g for g in grads if g is not None and g.requires_grad]  # the rest has H z = 0
     if not curved and _has_own_backward(loss):
         raise ValueError(
-            "no gradient of this loss can be differentiated again: an autograd.Function of its "
-            "own has a backward() that is not differentiable; D would be 0 without being so"
+            "no gradient of this loss can be differentiated again, so D would be 0: an "
+            "autograd.Function of its own has a backward() that is not differentiable"
         )
     for sample in range(n_samples if curved else 0):
         zs = rademacher(params, generator)
@@ -153,13 +150,12 @@ def forward_over_reverse(
     r"""As :func:`hessian_diagonal`, the other way round, for loops that are compiled.
 
     H z is the derivative of the gradient along z, taken forward (``torch.func.jvp``) while the
-    gradient itself is computed: one pass, no graph. Eager it is slower than two backward passes;
-    under ``torch.compile`` it is twice as fast as they are, since a convolution's derivative is
-    again a convolution.
+    gradient itself is computed: one pass, no graph. Eager it is slower than two backward passes,
+    under ``torch.compile`` twice as fast: a convolution's derivative is again a convolution.
 
     Args:
-        function: of the parameters, writing nothing; answers the scalar loss and what else is
-            wanted of the pass: tensors, in tuples, lists or dicts.
+        function: of the parameters, writing nothing; answers the scalar loss and tensors that are
+            wanted of the pass, in tuples, lists or dicts.
         params: the point.
         probes: one z per sample, each with a tensor per parameter, of its shape and strides.
 
@@ -184,8 +180,6 @@ def forward_over_reverse(
 
 def rademacher(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
     """Independent signs, -1 or 1 with equal probability, one tensor like each of ``params``.
-
-    All of them come from one draw of random bits, a bit each, whatever the dtypes and strides.
 
     >>> (z,) = rademacher([torch.empty(1000)], torch.Generator().manual_seed(0))
     >>> sorted(set(z.tolist()))

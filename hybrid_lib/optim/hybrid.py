@@ -1,11 +1,6 @@
-"""One optimizer for all hybrids: rules propose, their directions and step sizes are merged.
+"""One optimizer for all hybrids: rules propose, and :func:`move` merges what they answer.
 
-The merge of the report (Algorithms 2 and 4) is a product of sums,
-
-    w  <-  w - (sum of lambda_i * eta_i) * (sum of lambda_i * d_i),
-
-not the sum of the rules' own steps. :func:`move` computes it, for one tensor or for many at once;
-:class:`Hybrid` is the optimizer around it.
+The report's merge (Algorithms 2 and 4) is a product of sums, not the sum of the rules' own steps.
 """
 
 from __future__ import annotations
@@ -53,11 +48,9 @@ def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge) -> N
     """One step, in place: the only place where weights move.
 
     Args:
-        w, g, D: weights, gradient and Hessian diagonal (or None), a tensor each or, for many
-            parameters at once, :class:`~hybrid_lib.optim.rules.Tensors`.
-        buffers: a dict per rule.
-        η, λ, corrections, γ: learning rate, weights, what each rule's ``corrections`` answered,
-            and decoupled weight decay.
+        w, g, D: weights, gradient and Hessian diagonal (or None): a tensor or ``Tensors`` each.
+        buffers, corrections: a dict, and what ``corrections`` answered, per rule.
+        η, λ, γ: learning rate, weights, decoupled weight decay.
         rules, maximize, merge: of the parameter group.
     """
     x, g = _wide(w), _wide(g)  # under bfloat16 the arithmetic is float32's; otherwise x is w
@@ -80,7 +73,7 @@ def move_each(params, grads, diagonals, buffers, *settings) -> None:
     """:func:`move` of several parameters, one by one; a buffer is a list here. For a compiler."""
     for i, (w, g) in enumerate(zip(params, grads)):
         of_this = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
-        move(w, g, diagonals[i] if diagonals else None, of_this, *settings)
+        move(w, g, diagonals[i], of_this, *settings)
 
 
 class Hybrid(Optimizer):
@@ -104,20 +97,17 @@ class Hybrid(Optimizer):
         lambdas: one weight per rule, in their order: finite, at least 0. They need not sum to 1.
         decoupled_weight_decay: :math:`\gamma \ge 0`; weights shrink before they move (Algorithm 3).
         maximize: ascend instead of descend.
-        compile: let ``torch.compile`` fuse the step of all parameters: each tensor is then read
-            and written once. Worth its compilation (seconds to a minute) for thousands of steps.
-            The same numbers up to rounding; ``lr`` and ``lambdas`` may change at every step
-            without another compilation.
+        compile: let ``torch.compile`` fuse the step, which then reads and writes each tensor once:
+            worth its compilation (seconds to a minute) for thousands of steps. The same numbers up
+            to rounding; changes of ``lr`` and ``lambdas`` compile nothing again.
         foreach: compute all parameters of a group at once, as in :mod:`torch.optim`: few kernels
-            instead of many, at the price of some memory. None: on NVIDIA GPUs.
+            instead of many, for some memory. None: on NVIDIA GPUs.
         merge: "product", the report's; "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
 
     Raises:
-        ValueError: at construction and in ``add_param_group`` for anything outside its range, and
-            in ``step`` for weights or rates that were changed to something impossible.
+        ValueError: for anything outside its range, in ``step`` too if it was changed to that.
         TypeError: for complex parameters, and for rules that are not rules.
-        CannotCompile: in the first step that was to be compiled and cannot be; groups before the
-            one that failed have moved then.
+        CannotCompile: in a group's first step; earlier groups have already moved.
 
     Example:
         >>> from hybrid_lib.optim.rules import SGD, Adam
@@ -146,27 +136,18 @@ class Hybrid(Optimizer):
         foreach: bool | None = None,
         merge: str = "product",
     ):
-        defaults = dict(
-            lr=lr,
-            lambdas=_weights(lambdas),
-            rules=tuple(rules),
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-            compile=compile,
-            foreach=foreach,
-            merge=merge,
-        )
-        self._forget()
+        defaults = {
+            "lr": lr, "lambdas": _weights(lambdas), "rules": tuple(rules),
+            "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
+            "compile": compile, "foreach": foreach, "merge": merge,
+        }  # fmt: skip
+        self._compiled: dict[tuple, tuple] = {}  # by all that torch does not look at
         super().__init__(params, defaults)
-
-    def _forget(self) -> None:
-        self._compiled: dict[tuple, Callable] = {}  # by all that torch does not look at
-        self._initialised: dict[int, tuple] = {}  # the rules whose buffers are there, by group
 
     def __setstate__(self, state: dict) -> None:
         """Of a copy, or of a loaded state: the buffers are others now."""
         super().__setstate__(state)
-        self._forget()
+        self._compiled = {}
         for group in self.param_groups:
             group.setdefault("foreach", None)  # of a pickle from before these existed
             group.setdefault("merge", "product")
@@ -184,11 +165,9 @@ class Hybrid(Optimizer):
         """
         group = {**self.defaults, **param_group}
         group["rules"], group["lambdas"] = tuple(group["rules"]), _weights(group["lambdas"])
+        needed = "needs_hessian", "init", "corrections", "propose"
         for r in group["rules"]:
-            is_rule = is_dataclass(r) and not isinstance(r, type)
-            if not is_rule or not all(
-                hasattr(r, name) for name in ("needs_hessian", "init", "corrections", "propose")
-            ):
+            if isinstance(r, type) or not is_dataclass(r) or not all(hasattr(r, n) for n in needed):
                 raise TypeError(f"rules: {r!r} is not a rule; use those of rules, as in SGD()")
         if group["merge"] not in MERGES:
             raise ValueError(f"merge={group['merge']!r}: must be one of {', '.join(MERGES)}")
@@ -199,10 +178,7 @@ class Hybrid(Optimizer):
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 self.param_groups.pop()
-                raise TypeError(
-                    f"a parameter of dtype {p.dtype}: complex numbers have no order, so the "
-                    "second moment and |D| are undefined; pass torch.view_as_real(parameter)"
-                )
+                raise TypeError(f"a parameter is {p.dtype}, complex: pass torch.view_as_real of it")
 
     @torch.no_grad()
     def step(
@@ -232,42 +208,41 @@ class Hybrid(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        fresh = {} if hess_diag is None else self._matched(list(hess_diag))
-        ready = [self._ready(group, fresh) for group in self.param_groups]
-        self._keep(fresh)
-        for i, (group, members) in enumerate(zip(self.param_groups, ready)):
-            self._make_buffers(i, group, members)
+        given = {} if hess_diag is None else self._by_parameter(list(hess_diag))
+        moving = [self._checked(group, given) for group in self.param_groups]
+        self._keep(given)
+        for group, params in zip(self.param_groups, moving):
+            self._make_buffers(group["rules"], params)
             # Parameters that have waited are at an earlier step: their corrections are others.
             alike: dict[tuple, list] = {}
-            for member in members:
-                p, _, state = member
-                alike.setdefault((state["step"] + 1, p.device, p.dtype), []).append(member)
+            for p in params:
+                alike.setdefault((self.state[p]["step"] + 1, p.device, p.dtype), []).append(p)
             for (t, device, dtype), part in alike.items():
-                self._move(group, *zip(*part), t, device, dtype)
-                for _, _, state in part:
-                    state["step"] = t
+                self._move(group, part, t, device, dtype)
+                for p in part:
+                    self.state[p]["step"] = t
         return loss
 
-    def _move(self, group: dict, params, grads, states, t: int, device, dtype) -> None:
+    def _move(self, group: dict, params, t: int, device, dtype) -> None:
         """The step t of parameters of one device and dtype."""
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
-        rules, diagonals = group["rules"], ()
+        rules = group["rules"]
+        corrections = [r.corrections(t) for r in rules]
+        how = rules, group["maximize"], group["merge"]
+        states, grads = [self.state[p] for p in params], [p.grad for p in params]
+        diagonals = [None] * len(params)
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
-        corrections = [r.corrections(t) for r in rules]
-        how = rules, group["maximize"], group["merge"]
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
         if not group["compile"] and not foreach:
-            for p, g, s, D in zip(params, grads, states, diagonals or [None] * len(params)):
+            for p, g, D, s in zip(params, grads, diagonals, states):
                 move(p, g, D, s["rules"], η, λ, corrections, γ, *how)
             return
-        buffers = [
-            {name: [s["rules"][j][name] for s in states] for name in of_rule}
-            for j, of_rule in enumerate(states[0]["rules"])
-        ]
+        buffers = [{name: [s["rules"][i][name] for s in states] for name in of_rule}
+                   for i, of_rule in enumerate(states[0]["rules"])]  # fmt: skip
         if not group["compile"]:
-            D = Tensors(diagonals) if diagonals else None
+            D = None if diagonals[0] is None else Tensors(diagonals)
             buffers = [{name: Tensors(b) for name, b in of_rule.items()} for of_rule in buffers]
             move(Tensors(params), Tensors(grads), D, buffers, η, λ, corrections, γ, *how)
             return
@@ -282,84 +257,63 @@ class Hybrid(Optimizer):
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
         fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
 
-    def _make_buffers(self, i: int, group: dict, members: list[tuple]) -> None:
-        """What the rules of group i want for these parameters, where it is not there."""
-        rules = group["rules"]
-        for place, (p, g, state) in enumerate(members):
-            if "rules" not in state:
-                state = self.state[p]
-                state |= {"step": state.get("step", 0), "rules": [r.init(p) for r in rules]}
-                members[place] = p, g, state
-        if self._initialised.get(i) is not rules:  # changed by hand, or after a copy or a load
-            for state, p in ((self.state.get(p, {}), p) for p in group["params"]):
-                for r, buffers in zip(rules, state.get("rules", ())):
+    def _make_buffers(self, rules: Sequence, params: list[Tensor]) -> None:
+        """What the rules, which may have been changed since, want and have not got."""
+        wanted = [r.init(torch.empty(0)).keys() for r in rules]
+        for p in params:
+            state = self.state[p]
+            state.setdefault("step", 0)
+            held = state.setdefault("rules", [{} for _ in rules])
+            for r, names, buffers in zip(rules, wanted, held):
+                if not names <= buffers.keys():
                     buffers |= {k: b for k, b in r.init(p).items() if k not in buffers}
-            self._initialised[i] = rules
 
-    def _keep(self, fresh: dict[Tensor, Tensor]) -> None:
+    def _keep(self, given: dict[Tensor, Tensor]) -> None:
         """Copy diagonals: "the last again" must not change with the caller's tensor."""
-        kept = {p: self.state[p].get("hess_diag") for p in fresh}
+        kept = {p: self.state[p].get("hess_diag") for p in given}
         again = [p for p, D in kept.items() if D is not None]
         if again:
-            torch._foreach_copy_([kept[p] for p in again], [fresh[p] for p in again])
-        for p in fresh.keys() - set(again):
-            self.state[p]["hess_diag"] = fresh[p].detach().to(state_dtype(p), copy=True)
+            torch._foreach_copy_([kept[p] for p in again], [given[p] for p in again])
+        for p in given.keys() - set(again):
+            self.state[p]["hess_diag"] = given[p].detach().to(state_dtype(p), copy=True)
 
-    def _matched(self, hess_diag: list[Tensor | None]) -> dict[Tensor, Tensor]:
-        """The given tensors by parameter, where a rule needs them."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        if len(hess_diag) != len(params):
-            raise ValueError(
-                f"hess_diag holds {len(hess_diag)} tensors, the optimizer {len(params)} "
-                "parameters: pass one per parameter, in the order of param_groups"
-            )
-        for i, (p, D) in enumerate(zip(params, hess_diag)):
-            if D is not None and D.shape != p.shape:
-                raise ValueError(
-                    f"hess_diag[{i}] has shape {tuple(D.shape)}, its parameter {tuple(p.shape)}"
-                )
-            if D is not None and (D.device != p.device or not D.is_floating_point()):
-                raise ValueError(
-                    f"hess_diag[{i}] is {D.dtype} on {D.device}, its parameter {p.dtype} on "
-                    f"{p.device}: the diagonal must be real and on its parameter's device"
-                )
-        wanted = {p for group in self.param_groups if _needs_hessian(group)
-                  for p in group["params"]}  # fmt: skip
-        return {p: D for p, D in zip(params, hess_diag) if D is not None and p in wanted}
+    def _by_parameter(self, hess_diag: list[Tensor | None]) -> dict[Tensor, Tensor]:
+        """The given tensors, where a rule needs them."""
+        needs = {p: _needs_hessian(group) for group in self.param_groups for p in group["params"]}
+        if len(hess_diag) != len(needs):
+            counts = f"{len(hess_diag)} tensors for {len(needs)} parameters"
+            raise ValueError(f"hess_diag: {counts}; pass one each, in the order of param_groups")
+        for i, (p, D) in enumerate(zip(needs, hess_diag)):
+            if D is None or (D.shape, D.device, D.is_floating_point()) == (p.shape, p.device, True):
+                continue
+            ours, theirs = (f"{tuple(x.shape)}, {x.dtype} on {x.device}" for x in (D, p))
+            raise ValueError(f"hess_diag[{i}]: shape {ours}; its parameter: shape {theirs}")
+        return {p: D for p, D in zip(needs, hess_diag) if D is not None and needs[p]}
 
-    def _ready(self, group: dict, fresh: dict[Tensor, Tensor]) -> list[tuple]:
-        """(parameter, gradient, state) of what moves, once nothing speaks against it."""
+    def _checked(self, group: dict, given: dict[Tensor, Tensor]) -> list[Tensor]:
+        """The parameters of a group that move, once nothing speaks against it."""
         _check_rates(group)
+        moving = [p for p in group["params"] if p.grad is not None]
         # A step with lr = 0 only makes buffers, as torch.distributed.checkpoint does.
         must_have_diagonal = _needs_hessian(group) and _if_here(group["lr"]) != 0
-        members, n_rules = [], len(group["rules"])
-        for p in group["params"]:
-            g = p.grad
-            if g is None:
-                continue
-            if g.layout is not torch.strided:
-                raise RuntimeError(
-                    f"a gradient of layout {g.layout}: the rules keep dense averages; "
-                    "use dense gradients (for an embedding: sparse=False)"
-                )
+        for p in moving:
             state = self.state.get(p, {})
-            if "rules" in state and len(state["rules"]) != n_rules:
+            if p.grad.layout is not torch.strided:
+                raise RuntimeError(f"a gradient is {p.grad.layout}: make it dense (sparse=False)")
+            if "rules" in state and len(state["rules"]) != len(group["rules"]):
                 raise RuntimeError(
-                    "rules were added or removed after the first step: their buffers are not "
-                    "there; make a new optimizer, or weigh a rule with 0 until it is wanted"
+                    "rules were added or removed after the first step, so buffers are missing: "
+                    "make a new optimizer, or weigh a rule with 0 until it is wanted"
                 )
-            if must_have_diagonal and "hess_diag" not in state and p not in fresh:
+            if must_have_diagonal and "hess_diag" not in state and p not in given:
                 raise RuntimeError(
                     "AdaHessian needs the Hessian diagonal at its first step: "
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
-            members.append((p, g, state))
-        if members and members[0][0].is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph would repeat this step's bias corrections for ever: capture forward "
-                "and backward pass, and call step() outside"
-            )
-        return members
+        if moving and moving[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            reason = "a CUDA graph would repeat this step's bias corrections for ever"
+            raise RuntimeError(f"{reason}: capture the passes, and call step() outside")
+        return moving
 
     def state_dict(self) -> dict:
         """As in :class:`torch.optim.Optimizer`; rules become dicts of numbers and strings.
@@ -369,11 +323,8 @@ class Hybrid(Optimizer):
         """
         packed = super().state_dict()
         for group in packed["param_groups"]:
-            group["lr"], group["lambdas"] = (
-                _value(group["lr"]),
-                tuple(map(_value, group["lambdas"])),
-            )
             group["rules"] = [{"rule": type(r).__name__, **asdict(r)} for r in group["rules"]]
+            group["lambdas"] = tuple(group["lambdas"])
             group.update(_plain(group))
         return packed
 
@@ -385,16 +336,16 @@ class Hybrid(Optimizer):
         Raises:
             ValueError: if it belongs to other rules or to other parameters.
         """
-        given: dict = {}
+        saved: dict = {}
 
         def checked(_, state_dict: dict) -> dict:  # after the hooks that the user has registered
-            given.update(state_dict)
+            saved.update(state_dict)
             return {**state_dict, "param_groups": self._restored_groups(state_dict)}
 
         def copy(_) -> None:  # torch rounds to the parameter's dtype; under bfloat16 ours are wider
-            for key, p in self._keyed(given):
-                if key in given["state"]:
-                    self.state[p] = _copied(given["state"][key], p)
+            for key, p in self._keyed(saved):
+                if key in saved["state"]:
+                    self.state[p] = _copied(saved["state"][key], p)
 
         hooks = [self.register_load_state_dict_pre_hook(checked),
                  self.register_load_state_dict_post_hook(copy, prepend=True)]  # fmt: skip
@@ -410,32 +361,28 @@ class Hybrid(Optimizer):
         return zip(keys, (p for group in self.param_groups for p in group["params"]))
 
     def _restored_groups(self, state_dict: dict) -> list[dict]:
-        saved_groups = list(state_dict["param_groups"])
-        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups)):
+        groups = list(state_dict["param_groups"])
+        for i, (saved, group) in enumerate(zip(groups, self.param_groups)):
             theirs = [r["rule"] for r in saved.get("rules", [])]
             ours = [type(r).__name__ for r in group["rules"]]
             if theirs != ours:
-                raise ValueError(
-                    f"the saved state belongs to {' + '.join(theirs) or 'another optimizer'}, "
-                    f"this optimizer is {' + '.join(ours)}"
-                )
-            rules = tuple(
-                replace(r, **{k: v for k, v in packed.items() if k != "rule"})
-                for r, packed in zip(group["rules"], saved["rules"])
-            )
-            own = {name: group[name] for name in ("compile", "foreach")}
-            restored = {"rules": rules, "lambdas": tuple(saved["lambdas"]), **own}
-            saved_groups[i] = {"merge": "product", **saved, **restored}  # older ones name no merge
+                whose = " + ".join(theirs) or "another optimizer"
+                raise ValueError(f"the saved state is of {whose}, this is {' + '.join(ours)}")
+            settings = [{k: v for k, v in r.items() if k != "rule"} for r in saved["rules"]]
+            groups[i] = {
+                "merge": "product", **saved,  # older states name no merge
+                "rules": tuple(replace(r, **s) for r, s in zip(group["rules"], settings)),
+                "lambdas": tuple(saved["lambdas"]),
+                "compile": group["compile"], "foreach": group["foreach"],
+            }  # fmt: skip
         for key, p in self._keyed(state_dict):
             state = state_dict["state"].get(key, {})
             for buffers in [state, *state.get("rules", [])]:
                 for name, value in buffers.items():
                     if isinstance(value, Tensor) and name != "step" and value.shape != p.shape:
-                        raise ValueError(
-                            f"the saved state of parameter {key} ({name}) has shape "
-                            f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
-                        )
-        return saved_groups
+                        shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                        raise ValueError(f"the saved {name} of parameter {key} has shape {shapes}")
+        return groups
 
 
 def _weighted_sum(weights: Sequence[Number], terms: Sequence):
@@ -472,9 +419,7 @@ def _check_rates(group: dict) -> None:
             raise ValueError(f"{name}={group[name]!r}: must be a finite number, at least 0")
     lambdas = tuple(group["lambdas"])
     if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):
-        raise ValueError(
-            f"lambdas={lambdas!r} for {len(group['rules'])} rules: one weight per rule"
-        )
+        raise ValueError(f"lambdas={lambdas!r} for {len(group['rules'])} rules: one weight each")
     if not all(map(_is_weight, lambdas)):
         raise ValueError(f"lambdas={lambdas!r}: weights must be finite and at least 0")
 
@@ -491,11 +436,9 @@ def _if_here(number: Number) -> float:
 
 
 def _weights(lambdas) -> tuple | Tensor:
-    if isinstance(lambdas, Tensor):
-        return lambdas
     if not isinstance(lambdas, Iterable):
         raise ValueError(f"lambdas={lambdas!r}: must be a sequence of numbers, one per rule")
-    return tuple(lambdas)
+    return lambdas if isinstance(lambdas, Tensor) else tuple(lambdas)
 
 
 def _value(number: Number) -> float:
@@ -510,21 +453,19 @@ def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
 
 def _copied(value, p: Tensor, name: str = ""):
     """A copy of one parameter's state, on its device and in the dtype its buffers have."""
-    if name == "step":
-        return int(value)
-    if isinstance(value, Tensor):
-        return value.detach().to(p.device, state_dtype(p), copy=True)
     if isinstance(value, dict):
         return {k: _copied(v, p, k) for k, v in value.items()}
     if isinstance(value, list):
         return [_copied(v, p) for v in value]
-    return value
+    if name == "step":
+        return int(value)
+    return value.detach().to(p.device, state_dtype(p), copy=True)
 
 
 def _plain(value):
-    """NumPy's numbers as Python's, which every loader accepts."""
+    """Tensors' and NumPy's numbers as Python's, which every loader accepts."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_plain(v) for v in value)
-    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value
+    return value.item() if hasattr(value, "item") else value

@@ -19,8 +19,7 @@ from hybrid_lib.optim.hybrid import Hybrid
 
 # Okabe and Ito's four colours with a contrast of 3:1 on white; families share one.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-
-
+_AROUND = {"maximize": False, "compile": False, "foreach": None, "merge": "product"}  # of Hybrid
 _FIRST = ("betas", "eps", "momentum", "dampening", "nesterov")  # settings, as in torch.optim
 
 
@@ -54,53 +53,49 @@ class Method:
         return any(rule.needs_hessian for rule in self.rules)
 
     @property
-    def signature(self) -> inspect.Signature:
-        """Of its constructor: ``params``, ``lr``, ``lambdas`` of a hybrid, and all settings."""
-        settings = {"lr": 0.01}
-        if self.is_hybrid:
-            settings["lambdas"] = (1 / len(self.rules),) * len(self.rules)
+    def settings(self) -> dict:
+        """Of its rules, with their defaults: momentum, partial, weight_decay, …"""
         fields = {f.name: f.default for r in reversed(self.rules) for f in dataclasses.fields(r)}
-        settings |= {name: fields[name] for name in _FIRST if name in fields}
-        settings["weight_decay"] = 0.0
-        if self.is_hybrid:
-            settings["weight_decay_in"] = "both"
-        settings |= {k: v for k, v in fields.items() if k not in settings}
-        settings |= {"maximize": False, "compile": False, "foreach": None, "merge": "product"}
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return inspect.Signature(
-            [inspect.Parameter("params", kind)]
-            + [inspect.Parameter(k, kind, default=self.defaults.get(k, v))
-               for k, v in settings.items()]
-        )  # fmt: skip
+        first = {name: fields[name] for name in _FIRST if name in fields} | {"weight_decay": 0.0}
+        first |= {"weight_decay_in": "both"} if self.is_hybrid else {}
+        settings = first | {name: v for name, v in fields.items() if name not in first}
+        return {name: self.defaults.get(name, v) for name, v in settings.items()}
 
     @property
-    def settings(self) -> set[str]:
-        """The settings of its rules: momentum, partial, weight_decay, …"""
-        around = {"params", "lr", "lambdas", "maximize", "compile", "foreach", "merge"}
-        return set(self.signature.parameters) - around
+    def signature(self) -> inspect.Signature:
+        """Of its constructor: ``params``, ``lr``, ``lambdas`` of a hybrid, and all settings."""
+        arguments = {"lr": self.defaults.get("lr", 0.01)}
+        if self.is_hybrid:
+            arguments["lambdas"] = (1 / len(self.rules),) * len(self.rules)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter("params", kind)]
+        for name, default in (arguments | self.settings | _AROUND).items():
+            parameters.append(inspect.Parameter(name, kind, default=default))
+        return inspect.Signature(parameters)
 
     def __call__(self, *arguments, **settings) -> Hybrid:
         """The optimizer; arguments as in :attr:`signature`.
 
         Weight decay is an L2 term in the rules that have one, decoupled for those that do not.
         """
-        given = dict(self.defaults) | self.signature.bind(*arguments, **settings).arguments
-        decay, where = given.pop("weight_decay", 0.0), given.pop("weight_decay_in", "both")
+        bound = self.signature.bind(*arguments, **settings).arguments
+        given = {"lr": 0.01, "weight_decay": 0.0, **self.defaults, **bound}
+        decay, where = given["weight_decay"], given.get("weight_decay_in", "both")
         if where not in ("both", "sgd"):
             raise ValueError(f'weight_decay_in={where!r}: must be "both" or "sgd"')
         made, decoupled = [], 0.0
         for rule in self.rules:
             names = {f.name for f in dataclasses.fields(rule)}
-            own = {name: given[name] for name in names & given.keys()}
+            own = {name: given[name] for name in names & given.keys()}  # else the rule's default
             share = decay if where == "both" or rule is self.rules[-1] else 0.0
             if "weight_decay" in names:
                 own["weight_decay"] = share
             else:
                 decoupled = share
             made.append(rule(**own))
-        around = {k: given[k] for k in ("maximize", "compile", "foreach", "merge") if k in given}
+        around = {name: given[name] for name in _AROUND.keys() & given.keys()}
         lambdas = given.get("lambdas", (1 / len(made),) * len(made))
-        return Hybrid(given["params"], made, given.get("lr", 0.01), lambdas, decoupled, **around)
+        return Hybrid(given["params"], made, given["lr"], lambdas, decoupled, **around)
 
     def constructor(self, name: str) -> Callable[..., Hybrid]:
         """The function ``name(params, lr=…, …)``."""
@@ -108,14 +103,12 @@ class Method:
         def construct(*arguments, **settings) -> Hybrid:
             return self(*arguments, **settings)
 
-        parts = [f":class:`~hybrid_lib.optim.rules.{rule.__name__}`" for rule in self.rules]
-        weights = ""
-        if self.is_hybrid:
-            names = ", ".join(f"weight of {rule.__name__}" for rule in self.rules)
-            weights = f"\n\n    ``lambdas`` is ({names})."
+        rules = ", ".join(f":class:`~hybrid_lib.optim.rules.{r.__name__}`" for r in self.rules)
+        weights = ", ".join(f"weight of {r.__name__}" for r in self.rules)
+        weights = f"\n\n    ``lambdas`` is ({weights})." if self.is_hybrid else ""
         construct.__name__ = construct.__qualname__ = name
         construct.__doc__ = (
-            f"{self.summary}{weights}\n\n    Other arguments: {', '.join(parts)}, "
+            f"{self.summary}{weights}\n\n    Other arguments: {rules}, "
             ":class:`~hybrid_lib.Hybrid`.\n    "
         )
         construct.__signature__ = self.signature
@@ -216,10 +209,8 @@ def get_method(name: str) -> Method:
         return METHODS[name]
     parts = name.split("+")
     if len(parts) < 2 or not RULES.keys() >= set(parts):
-        raise ValueError(
-            f"{name!r} is no method: must be one of {', '.join(METHODS)}, or rules joined by + "
-            f"({', '.join(RULES)})"
-        )
+        known = f"{', '.join(METHODS)}, or rules joined by + ({', '.join(RULES)})"
+        raise ValueError(f"{name!r} is no method: must be one of {known}")
     label = " + ".join(METHODS[part].label for part in parts)
     return Method(
         label, tuple(RULES[part] for part in parts), f"{label}, merged as in Algorithm 2."

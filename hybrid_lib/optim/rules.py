@@ -2,7 +2,7 @@
 
 Used alone, a rule would move the weights by ``-step_size * direction``; the merge of several
 answers, and the only place where weights move, is :mod:`hybrid_lib.optim.hybrid`. A rule is a
-frozen dataclass of hyper-parameters with
+frozen dataclass of hyper-parameters, which raises ValueError for one outside its range, with
 
 - ``needs_hessian``: whether it wants the diagonal of the Hessian,
 - ``init(w)``: its buffers for one parameter, by name,
@@ -10,8 +10,8 @@ frozen dataclass of hyper-parameters with
 - ``propose(seen, buffers, lr, corrections)``: moves the buffers in place and answers
   (direction, step size).
 
-One text serves a tensor and, as :class:`Tensors`, all tensors of a parameter group at once: in
-``propose`` write methods (``x.add(y)``), not functions of torch, and do not look at values.
+In ``propose`` write methods (``x.add(y)``), not functions of torch, and do not look at values: one
+text serves a tensor, all tensors of a parameter group at once (:class:`Tensors`) and a compiler.
 """
 
 from __future__ import annotations
@@ -70,17 +70,11 @@ def zeros(w: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    """What a rule may look at in one step; the three are of the same shape.
+    """What a rule may look at in one step; the three are of the same shape."""
 
-    Attributes:
-        w: the weights, before this step.
-        g: the gradient of the loss at ``w`` (already negated where the loss is maximised).
-        hess_diag: an estimate of the diagonal of the Hessian at ``w``, or None if no rule asked.
-    """
-
-    w: Tensor | Tensors
-    g: Tensor | Tensors
-    hess_diag: Tensor | Tensors | None = None
+    w: Tensor | Tensors  # the weights before this step
+    g: Tensor | Tensors  # the gradient there, negated where the loss is maximised
+    hess_diag: Tensor | Tensors | None = None  # None if no rule asked
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,6 @@ class SGD:
         dampening: d, in [0, 1].
         nesterov: look one momentum step ahead; needs momentum > 0 and no dampening.
         weight_decay: :math:`\gamma \ge 0`, an L2 term added to the gradient.
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     momentum: float = 0.0
@@ -115,10 +106,8 @@ class SGD:
         if not 0 <= self.dampening <= 1:
             raise ValueError(f"dampening={self.dampening!r}: must lie in [0, 1]")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
-            raise ValueError(
-                f"nesterov=True with momentum={self.momentum!r}, dampening={self.dampening!r}: "
-                "Nesterov's step needs momentum > 0 and dampening = 0"
-            )
+            given = f"momentum={self.momentum!r}, dampening={self.dampening!r}"
+            raise ValueError(f"nesterov=True with {given}: needs momentum > 0 and dampening = 0")
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
         """The momentum buffer, if there is momentum."""
@@ -157,9 +146,6 @@ class Adam:
         weight_decay: L2 term added to the gradient. Algorithm 2 writes none here; the released
             code has it, and so do the defaults of :func:`hybrid_lib.atmo`.
         amsgrad: divide by the running maximum of v.
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -221,9 +207,6 @@ class Padam(Adam):
         amsgrad: divide by the running maximum of v (Algorithm 1). The released PADAM-SGD does not.
         partial: p in (0, 1/2]; the exponent on the root of v is 2p.
         bias_correction: "released", "none" or "consistent".
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     amsgrad: bool = True
@@ -233,14 +216,10 @@ class Padam(Adam):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.partial <= 0.5:
-            raise ValueError(
-                f"partial={self.partial!r}: Padam's p must lie in (0, 1/2]; 1/2 is Adam's root"
-            )
-        if self.bias_correction not in ("released", "none", "consistent"):
-            raise ValueError(
-                f"bias_correction={self.bias_correction!r}: "
-                'must be "released", "none" or "consistent"'
-            )
+            raise ValueError(f"partial={self.partial!r}: must lie in (0, 1/2]; 1/2 is Adam's root")
+        readings = ("released", "none", "consistent")
+        if self.bias_correction not in readings:
+            raise ValueError(f"bias_correction={self.bias_correction!r}: must be one of {readings}")
 
     def corrections(self, t: int) -> tuple[float, ...]:
         """Factors of the step size and of the root of v, as ``bias_correction`` reads them."""
@@ -262,8 +241,8 @@ class AdaHessian:
               \text{direction } \frac{m_t}{(v_t / (1 - \beta_2^t))^{k/2} + \varepsilon}, \quad
               \eta_t = \frac{\eta}{1 - \beta_1^t}
 
-    m averages the plain gradient; weight decay, if any, is decoupled and belongs to
-    :class:`~hybrid_lib.Hybrid`. v moves on every step, also when the last D is used again.
+    m averages the plain gradient: weight decay is decoupled and :class:`~hybrid_lib.Hybrid`'s. v
+    moves on every step, also when the last D is used again.
 
     Args:
         betas: decay rates of m and v, each in [0, 1).
@@ -272,12 +251,9 @@ class AdaHessian:
         spatial_average: how :math:`D^{(s)}` is made from D. None: :math:`D^{(s)} = D`. "kernel":
             mean of \|D\| over the last two dimensions of 4-D tensors. "auto": also over the last
             dimension of 2-D and 3-D tensors. An integer b: over runs of b entries in row-major
-            order (Algorithm 3's block size; a last, shorter run is averaged over its own length).
-        signed_average: average D itself instead of \|D\|, as Algorithm 3 is printed. Both public
-            implementations take \|D\|: entries of opposite sign would cancel.
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
+            order (Algorithm 3's block size; the last run may be shorter).
+        signed_average: average D itself, as Algorithm 3 is printed. Both public implementations
+            take \|D\|: entries of opposite sign would cancel.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -295,10 +271,8 @@ class AdaHessian:
             raise ValueError(f"hessian_power={self.hessian_power!r}: must lie in (0, 1]")
         block = self.spatial_average
         if not (block in (None, "kernel", "auto") or (type(block) is int and block >= 1)):
-            raise ValueError(
-                f'spatial_average={block!r}: must be None, "kernel", "auto" '
-                "or a block size of at least 1"
-            )
+            allowed = 'None, "kernel", "auto" or a block size of at least 1'
+            raise ValueError(f"spatial_average={block!r}: must be {allowed}")
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
         """The averages m and v."""
@@ -331,9 +305,6 @@ class Lion:
 
     Args:
         betas: how the direction and the average m weigh the past, each in [0, 1).
-
-    Raises:
-        ValueError: for a hyper-parameter outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -361,23 +332,17 @@ class Lion:
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
-    """Replace every entry by the mean of its block (:class:`AdaHessian` says which blocks).
+    """Replace every entry by the mean of its block; :class:`AdaHessian` says which blocks.
 
     >>> spatial_average(torch.tensor([1.0, 3.0, 5.0, 7.0, 10.0]), 2)
     tensor([ 2.,  2.,  6.,  6., 10.])
     """
-    if block is None:
+    if block is None or values.numel() == 0:
         return values
     if isinstance(block, int):
-        flat = values.flatten()
-        if flat.numel() == 0:
-            return values
-        n_blocks = -(-flat.numel() // block)
-        padded = F.pad(flat, (0, n_blocks * block - flat.numel())).view(n_blocks, block)
-        sizes = torch.full((n_blocks, 1), block, dtype=flat.dtype, device=flat.device)
-        sizes[-1] = flat.numel() - (n_blocks - 1) * block
-        means = padded.sum(dim=1, keepdim=True) / sizes
-        return means.expand_as(padded).flatten()[: flat.numel()].view_as(values)
+        size = min(block, values.numel())
+        means = F.avg_pool1d(values.reshape(1, 1, -1), size, ceil_mode=True).flatten()
+        return means.repeat_interleave(size)[: values.numel()].view_as(values)
     averaged_dims = {4: (2, 3)} if block == "kernel" else {2: (1,), 3: (2,), 4: (2, 3)}
     if values.dim() not in averaged_dims:
         return values

@@ -1,21 +1,16 @@
-"""Schedules of the weights lambda: pure functions of the epoch.
+"""Schedules of the weights λ: pure functions of the epoch.
 
-A schedule is a frozen dataclass that is called with the 0-based epoch and answers the weights in
-force during that epoch, in rule order: (adaptive, SGD). It can be plotted, compared and tested
-without an optimizer and has no state to save: the epoch is the state.
+A schedule is a frozen dataclass, called with the 0-based epoch, that answers the weights in force
+during it, in rule order: (adaptive, SGD). It can be plotted, compared and tested without an
+optimizer and has no state to save: the epoch is the state.
 
->>> Linear(start=(1, 0), end=(0, 1), epochs=4)(1)
-(0.75, 0.25)
-
-With epochs counted from 1, as in the report, epoch e uses ``schedule(e - 1)``: the first epoch
-runs on ``start``, and ``end`` is reached in epoch ``epochs + 1`` (and kept).
+Epoch e of the report, which counts from 1, uses ``schedule(e - 1)``: the first epoch runs on
+``start``, and ``end`` is reached in epoch ``epochs + 1`` (and kept).
 """
 
 from __future__ import annotations
 
-import bisect
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 Weights = tuple[float, ...]
@@ -39,17 +34,22 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class _Ramp(ABC):
-    """From ``start`` to ``end`` over ``epochs`` epochs, then ``end``; subclasses say along what.
+class Linear:
+    """Straight from ``start`` to ``end`` over ``epochs`` epochs, then ``end``; as in the report.
+
+    The other shapes differ in :meth:`progress` alone.
 
     Args:
-        start, end: the first and the last weights, one per rule. The report's direction, from
-            the adaptive rule to SGD, is the default.
+        start, end: the first and the last weights, one per rule; by default as in the report,
+            from the adaptive rule to SGD.
         epochs: the horizon, at least 1.
 
     Raises:
         ValueError: for weights that are negative, not finite or of unequal number; for a horizon
             below 1.
+
+    >>> [Linear(epochs=2)(epoch) for epoch in range(4)]
+    [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0)]
     """
 
     start: Weights = (1.0, 0.0)
@@ -69,25 +69,13 @@ class _Ramp(ABC):
         done = self.progress(min(max(epoch / self.epochs, 0.0), 1.0))
         return tuple((1 - done) * a + done * b for a, b in zip(self.start, self.end))
 
-    @abstractmethod
     def progress(self, u: float) -> float:
         """How much of the way is done when the share u of the horizon is over; 0 to 0, 1 to 1."""
-
-
-@dataclass(frozen=True)
-class Linear(_Ramp):
-    """Straight from start to end: the report's dynamic weights.
-
-    >>> [Linear(epochs=2)(epoch) for epoch in range(4)]
-    [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0)]
-    """
-
-    def progress(self, u: float) -> float:
         return u
 
 
 @dataclass(frozen=True)
-class Cosine(_Ramp):
+class Cosine(Linear):
     """Half a cosine: slow, fast, slow.
 
     >>> [round(Cosine(epochs=100)(epoch)[1], 3) for epoch in (0, 10, 50, 90, 100)]
@@ -99,7 +87,7 @@ class Cosine(_Ramp):
 
 
 @dataclass(frozen=True)
-class Step(_Ramp):
+class Step(Linear):
     """All at once, when the horizon is over: a hard switch (as in SWATS).
 
     >>> [Step(epochs=2)(epoch) for epoch in range(3)]
@@ -111,11 +99,10 @@ class Step(_Ramp):
 
 
 @dataclass(frozen=True)
-class Exponential(_Ramp):
+class Exponential(Linear):
     """Fast first: what is left shrinks by the factor exp(-rate) over the horizon.
 
-    >>> adaptive, sgd = Exponential(epochs=100, rate=5.0)(50)
-    >>> round(sgd, 3)
+    >>> round(Exponential(epochs=100, rate=5.0)(50)[1], 3)
     0.924
     """
 
@@ -123,15 +110,14 @@ class Exponential(_Ramp):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (math.isfinite(self.rate) and self.rate > 0):
-            raise ValueError(f"rate={self.rate!r}: must be a finite number above 0")
+        _check_above_zero(rate=self.rate)
 
     def progress(self, u: float) -> float:
         return math.expm1(-self.rate * u) / math.expm1(-self.rate)
 
 
 @dataclass(frozen=True)
-class Sigmoid(_Ramp):
+class Sigmoid(Linear):
     """A soft switch in the middle of the horizon, the sharper the larger ``steepness``.
 
     >>> Sigmoid(epochs=100)(50)
@@ -142,8 +128,7 @@ class Sigmoid(_Ramp):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (math.isfinite(self.steepness) and self.steepness > 0):
-            raise ValueError(f"steepness={self.steepness!r}: must be a finite number above 0")
+        _check_above_zero(steepness=self.steepness)
 
     def progress(self, u: float) -> float:
         # tanh is the sigmoid shifted to be odd; dividing by its end makes the ends exact.
@@ -158,70 +143,43 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Several schedules one after another; each counts epochs from its own start.
-
-    Args:
-        schedules: the schedules, in order.
-        starts: the 0-based epoch in which each one takes over: 0 first, then increasing.
-
-    Raises:
-        ValueError: if the two do not fit together.
-
-    >>> warm = Sequence((Constant((1, 0)), Linear(epochs=10)), starts=(0, 5))
-    >>> warm(4), warm(5), warm(10)
-    ((1.0, 0.0), (1.0, 0.0), (0.5, 0.5))
-    """
-
-    schedules: tuple
-    starts: tuple[int, ...]
-
-    def __post_init__(self):
-        object.__setattr__(self, "schedules", tuple(self.schedules))
-        object.__setattr__(self, "starts", tuple(self.starts))
-        rising = all(a < b for a, b in zip(self.starts, self.starts[1:]))
-        if not self.starts or len(self.starts) != len(self.schedules) or self.starts[0] != 0:
-            raise ValueError(
-                f"starts={self.starts} for {len(self.schedules)} schedules: "
-                "one start per schedule, the first 0"
-            )
-        if not rising:
-            raise ValueError(f"starts={self.starts}: must increase")
-
-    def __call__(self, epoch: int) -> Weights:
-        i = max(bisect.bisect_right(self.starts, epoch) - 1, 0)
-        return self.schedules[i](epoch - self.starts[i])
-
-
-def released(
-    start: Weights = (0.0, 1.0),
-    end: Weights = (1.0, 0.0),
-    epochs: int = 100,
-    first: Weights = (1.0, 0.0),
-) -> Sequence:
+class Released(Linear):
     """The dynamic weights as the report's released code runs them for ATMO and PADAM-SGD.
 
     Its scheduler acts at the end of an epoch and drives SGD's weight from 1 to 0, while the
-    optimizer begins with the adaptive rule alone. So epoch 1 is purely adaptive (``first``), epoch
-    2 is almost purely SGD, and from there the weights return to the adaptive rule: ``start``
-    itself is never in force. The report describes the opposite direction, :class:`Linear`.
+    optimizer begins with the adaptive rule alone: epoch 1 runs on ``first``, epoch 2 is almost
+    purely SGD, and from there the weights return to the adaptive rule; ``start`` is never in
+    force. The report describes the opposite direction, :class:`Linear`.
 
-    >>> schedule = released(epochs=100)
+    >>> schedule = Released(epochs=100)
     >>> [tuple(round(w, 2) for w in schedule(epoch)) for epoch in (0, 1, 2, 100, 150)]
     [(1.0, 0.0), (0.01, 0.99), (0.02, 0.98), (1.0, 0.0), (1.0, 0.0)]
     """
-    ramp = Linear(start, end, epochs)
-    rest = Linear(ramp(1), ramp.end, max(epochs - 1, 1))
-    return Sequence((Constant(first), rest), starts=(0, 1))
+
+    start: Weights = (0.0, 1.0)
+    end: Weights = (1.0, 0.0)
+    epochs: int = 100
+    first: Weights = (1.0, 0.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "first", _checked_weights("first", self.first))
+
+    def __call__(self, epoch: int) -> Weights:
+        return self.first if epoch < 1 else super().__call__(epoch)
 
 
 def _checked_weights(name: str, weights) -> Weights:
     try:
         weights = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{name}={weights!r}: must be a sequence of numbers, one per rule"
-        ) from None
+        raise ValueError(f"{name}={weights!r}: must be numbers, one per rule") from None
     if not weights or not all(math.isfinite(w) and w >= 0 for w in weights):
         raise ValueError(f"{name}={weights}: weights must be finite and at least 0")
     return weights
+
+
+def _check_above_zero(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: must be a finite number above 0")

@@ -33,7 +33,7 @@ def step_seconds(
     x, y = next(task.training_batches(0, layout))
     parts: dict[str, list[float]] = {"gradient": [], "Hessian": [], "step": [], "evaluation": []}
     for _ in range(repeats + 2):
-        with tf32(experiment, device):
+        with tf32(experiment):
             clock = [now(device)]
             _, _, grads, hess_diag = one_pass(x, y, None)
             clock.append(now(device))

@@ -1,7 +1,7 @@
 """Data sets as one uint8 tensor each, and the batches made from them on the device.
 
-Images stay resident as (n, channels, height, width) uint8; cropping, flipping and normalising
-happen per batch on whatever device holds them. There is no data loader and no worker process.
+Cropping, flipping and normalising happen per batch on whatever device holds the images: there is
+no data loader and no worker process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,21 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 TITLES = {
-    "digits": "handwritten digits",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "mnist": "MNIST",
-    "fashion-mnist": "Fashion-MNIST",
-}
+    "digits": "handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
+    "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST",
+}  # fmt: skip
 NAMES = tuple(TITLES)
+# A copy of a known data set is named for what it is: never mistake it for the original.
+FOLDER_TITLES = {"cifar10-jpeg": "CIFAR-10 (JPEG copy)"}
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # Where data/, notebooks/ and runs/ are: the checkout; for an installed package the working folder.
 PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
-# A copy of a known data set is named for what it is: never mistake it for the original.
-FOLDER_TITLES = {"cifar10-jpeg": "CIFAR-10 (JPEG copy)"}
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,8 @@ def check_name(dataset: str) -> None:
     if dataset.startswith("folder:") and not dataset.removeprefix("folder:").strip():
         raise ValueError(f"dataset={dataset!r}: name the folder, as in folder:data/cifar10-jpeg")
     if dataset not in NAMES and not dataset.startswith("folder:"):
-        raise ValueError(
-            f"dataset={dataset!r}: must be one of {', '.join(NAMES)} or folder:PATH "
-            "(PATH/train/CLASS/*, PATH/test/CLASS/*)"
-        )
+        known = f"{', '.join(NAMES)} or folder:PATH (PATH/train/CLASS/*, PATH/test/CLASS/*)"
+        raise ValueError(f"dataset={dataset!r}: must be one of {known}")
 
 
 def title(dataset: str) -> str:
@@ -106,20 +102,14 @@ def load(dataset: str, train_limit: int | None = None, test_limit: int | None = 
         FileNotFoundError: for files that are neither there nor to be downloaded.
     """
     check_name(dataset)
-    return _load(dataset, train_limit, test_limit, _changed(dataset))
-
-
-@functools.lru_cache(maxsize=2)  # a study runs many experiments on one data set
-def _load(dataset: str, train_limit: int | None, test_limit: int | None, changed: tuple) -> Data:
     if dataset.startswith("folder:"):
         return _folder(dataset, train_limit, test_limit)
-    classes, train, test = _digits() if dataset == "digits" else _torchvision(dataset)
-    return _data(
-        title(dataset),
-        classes,
-        _limited(train, train_limit, "train_limit"),
-        _limited(test, test_limit, "test_limit"),
-    )
+    classes, *parts = _digits() if dataset == "digits" else _torchvision(dataset)
+    for i, (name, limit) in enumerate((("train_limit", train_limit), ("test_limit", test_limit))):
+        images, labels = parts[i]
+        kept = _balanced(labels, limit, name)
+        parts[i] = images[kept], labels[kept]
+    return _data(title(dataset), classes, *parts)
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
@@ -176,9 +166,9 @@ def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
     digest = hashlib.sha256()
     for tensor in (train_images, train_labels, test_images, test_labels):
         digest.update(tensor.numpy().tobytes())
-    values = train_images.transpose(0, 1).flatten(1)
     # In float64, channel by channel: 50,000 images at once would need half a gigabyte.
-    std, mean = zip(*(torch.std_mean(v.double() / 255, correction=0) for v in values))
+    channels = train_images.transpose(0, 1)
+    std, mean = zip(*(torch.std_mean(c.double() / 255, correction=0) for c in channels))
     std, mean = torch.stack(std).float(), torch.stack(mean).float()
     std = torch.where(std > 0, std, 1.0)  # a channel without contrast stays at zero
     return Data(
@@ -187,6 +177,7 @@ def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
     )  # fmt: skip
 
 
+@functools.cache
 def _digits():
     from sklearn.datasets import load_digits  # imported where used: it takes a second
 
@@ -228,67 +219,64 @@ def _torchvision(dataset: str):
     return train.classes, *tensors
 
 
+def folder_sizes(dataset: str) -> dict[str, int]:
+    """How many images a "folder:PATH" has in "train" and in "test", before any is decoded."""
+    root = _root(dataset)
+    return {part: sum(map(len, _files(root / part).values())) for part in ("train", "test")}
+
+
 def _root(dataset: str) -> Path:
     root = Path(dataset.removeprefix("folder:")).expanduser()
     # A notebook's working folder is not the project's.
     return root if root.is_absolute() or root.exists() else PROJECT / root
 
 
-def folder_sizes(dataset: str) -> dict[str, int]:
-    """How many files a "folder:PATH" has in "train" and in "test", before any is decoded."""
-    root = _root(dataset)
-    return {part: sum(1 for _ in root.glob(f"{part}/*/*")) for part in ("train", "test")}
+def _files(part: Path) -> dict[str, list[Path]]:
+    """The images of each class; what is hidden (.ipynb_checkpoints, ._1.png) is none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    def listed(folder: Path) -> list[Path]:
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(f for f in found if not f.name.startswith("."))
 
-def _changed(dataset: str) -> tuple:
-    """When the folders of a data set were last changed: a stale copy must not be served."""
-    if not dataset.startswith("folder:"):
-        return ()
-    return tuple((str(f), f.stat().st_mtime_ns) for f in sorted(_root(dataset).glob("*/*/")))
+    return {
+        folder.name: [f for f in listed(folder) if f.suffix.lower() in IMG_EXTENSIONS]
+        for folder in listed(part) if folder.is_dir()
+    }  # fmt: skip
 
 
 def _folder(dataset: str, train_limit: int | None, test_limit: int | None) -> Data:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    path, root = dataset.removeprefix("folder:"), _root(dataset)
-    layout = f"{path}/train/CLASS/* and {path}/test/CLASS/*"
+    root = _root(dataset)
+    layout = f"{dataset}/train/CLASS/* and test/CLASS/*"
     if not root.is_dir():
-        raise FileNotFoundError(f"dataset=folder:{path}: no such folder; expected {layout}")
-    classes = _subfolders(root / "train")
-    if len(classes) < 2 or _subfolders(root / "test") != classes:
+        raise FileNotFoundError(f"dataset={dataset}: no such folder; expected {layout}")
+    train, test = _files(root / "train"), _files(root / "test")
+    if len(train) < 2 or train.keys() != test.keys():
         raise ValueError(
-            f"dataset=folder:{path}: expected images as {layout}, the same two or more classes "
-            f"in both; found train: {_shortened(classes)}, test: "
-            f"{_shortened(_subfolders(root / 'test'))}"
+            f"dataset={dataset}: expected images as {layout}, the same two or more classes in "
+            f"both; found train: {_shortened(train)}, test: {_shortened(test)}"
         )
     parts = []
-    for part, limit in (("train", train_limit), ("test", test_limit)):
-        files, labels = [], []
-        for label, name in enumerate(classes):
-            here = sorted(
-                f for f in (root / part / name).iterdir() if f.suffix.lower() in IMG_EXTENSIONS
-            )
-            if not here:
-                raise ValueError(f"dataset=folder:{path}: no image in {root / part / name}")
-            files += here
-            labels += [label] * len(here)
-        # Chosen before decoding: a small part of a large folder loads quickly.
-        chosen = _balanced(torch.tensor(labels), limit, f"{part}_limit")
-        images = _decoded([files[i] for i in chosen.tolist()])
-        parts.append((images, torch.tensor(labels)[chosen]))
-    return _data(title(dataset), classes, *parts)
+    for part, by_class, limit in (("train", train, train_limit), ("test", test, test_limit)):
+        for name in (name for name, files in by_class.items() if not files):
+            raise ValueError(f"dataset={dataset}: no image in {root / part / name}")
+        files = [file for of_class in by_class.values() for file in of_class]
+        labels = torch.tensor([i for i, c in enumerate(by_class.values()) for _ in c])
+        kept = _balanced(labels, limit, f"{part}_limit")  # before decoding: a small part is quick
+        parts.append((_decoded([files[i] for i in kept.tolist()]), labels[kept]))
+    return _data(title(dataset), list(train), *parts)
 
 
 def _decoded(files: list[Path]) -> Tensor:
-    from PIL import Image
-
     def decode(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                if image.mode.startswith("I"):  # 16 bits, which PIL's own conversion cuts off
-                    grey = (np.asarray(image) >> 8).astype(np.uint8)
-                    return np.stack([grey] * 3, axis=-1)
-                return np.asarray(image.convert("RGB"))
+                if image.mode[0] not in "IF":
+                    return np.asarray(image.convert("RGB"))
+                if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+                    raise ValueError(f"mode {image.mode}, 32 bits a pixel: save it with 8 or 16")
+                grey = (np.asarray(image) >> 8).astype(np.uint8)  # PIL's own conversion cuts off
+                return np.stack([grey] * 3, axis=-1)
         except Exception as error:  # decoders raise of every kind, SyntaxError included
             raise ValueError(f"{file}: not a readable image ({_first_line(error)})") from error
 
@@ -296,19 +284,11 @@ def _decoded(files: list[Path]) -> Tensor:
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         for i, pixels in enumerate(pool.map(decode, files)):
             if pixels.shape != images.shape[1:]:
-                h, w, _ = images.shape[1:]
-                raise ValueError(
-                    f"{files[i]} has {pixels.shape[0]}x{pixels.shape[1]} pixels, {files[0]} has "
-                    f"{h}x{w}: all images of a folder must have one size"
-                )
+                here, there = (f"{h}x{w}" for h, w, _ in (pixels.shape, images.shape[1:]))
+                sizes = f"{files[i]} has {here} pixels, {files[0]} has {there}"
+                raise ValueError(f"{sizes}: all images of a folder must have one size")
             images[i] = pixels
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def _limited(part: tuple[Tensor, Tensor], limit: int | None, name: str) -> tuple[Tensor, Tensor]:
-    images, labels = part
-    chosen = _balanced(labels, limit, name)
-    return images[chosen], labels[chosen]
 
 
 def _balanced(labels: Tensor, limit: int | None, name: str) -> Tensor:
@@ -326,11 +306,8 @@ def _balanced(labels: Tensor, limit: int | None, name: str) -> Tensor:
     return by_turn[:limit].sort().values
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
-
-
-def _shortened(names: list[str]) -> str:
+def _shortened(names: Iterable[str]) -> str:
+    names = list(names)
     return ", ".join(names[:5]) + ("" if len(names) <= 5 else ", …") or "none"
 
 

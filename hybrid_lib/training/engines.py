@@ -25,19 +25,21 @@ Pass = Callable[
     tuple[Tensor, Tensor, list[Tensor], list[Tensor] | None],
 ]
 
-# From so many steps on, a run saves more by compiling than the compilation takes.
-WORTH_FIRST_ORDER, WORTH_SECOND_ORDER = 20_000, 2_000
 
+def should_compile(experiment: Experiment, task, begun_with: str | None = None) -> bool:
+    """Whether a run whose user does not say is compiled.
 
-def worth_compiling(experiment: Experiment, n_items: int) -> bool:
-    """Whether a run is long enough; a demo never is.
-
-    >>> from hybrid_lib import EXPERIMENTS
-    >>> worth_compiling(EXPERIMENTS["adahessian"], 50_000)
-    True
+    As it began; a new run from so many steps on that it saves more time than the compilation takes
+    (20,000 of a first-order method, 2,000 of a second-order one), if the machine has a compiler.
     """
-    steps = experiment.epochs * math.ceil(n_items / experiment.batch_size)
-    return steps >= (WORTH_SECOND_ORDER if experiment.needs_hessian else WORTH_FIRST_ORDER)
+    steps = experiment.epochs * math.ceil(task.n_train / experiment.batch_size)
+    wanted = steps >= (2_000 if experiment.needs_hessian else 20_000)
+    if begun_with is not None:
+        wanted = begun_with == "compiled"
+    why_not = why_not_compile(task.device.type) if wanted else ""
+    if why_not:
+        print(f"{experiment.label}: training eagerly, since {why_not}")
+    return wanted and not why_not
 
 
 @functools.lru_cache

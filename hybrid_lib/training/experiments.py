@@ -28,14 +28,11 @@ def _numbers(value):
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
-def _block(value):
-    return int(value) if isinstance(value, str) and value.isdigit() else value
-
-
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[tuple[NotNegative, NotNegative], BeforeValidator(_numbers)]
+Block = Annotated[str | int | None, BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -58,13 +55,13 @@ class Experiment:
             "cosine" (equation 1, to 0 over all epochs) or "multistep" (times ``lr_gamma`` after
             each of the ``lr_milestones``, in epochs).
         restart_epoch: before this epoch the optimizer and its rate start anew and only the weights
-            stay, as when a run is resumed from its weights alone: the report's AdaHessian, at
-            epoch 146. None: never; an interrupted run always goes on with everything it had.
+            stay, as happened to the report's AdaHessian at epoch 146. None: never.
         lambda_schedule, lambda_start, lambda_end, lambda_epochs: the weights (adaptive, SGD):
             "constant" (``lambda_start`` throughout), or a ramp from start to end over
             ``lambda_epochs`` epochs; None: over all.
+        lambda_rate, lambda_steepness: of the shapes that have one; None: the shape's default.
         lambda_direction: "report" (from start to end), "released" (the direction of
-            :func:`hybrid_lib.optim.schedules.released`), or "protocol": released for ATMO and
+            :class:`hybrid_lib.optim.schedules.Released`), or "protocol": released for ATMO and
             PADAM-SGD under the released protocol, the report's everywhere else.
         merge: of a hybrid, see :class:`hybrid_lib.Hybrid`: "product" is the report's.
         hessian_samples, hessian_every, hessian_fraction: probes per estimate of the Hessian
@@ -75,8 +72,7 @@ class Experiment:
             normalised by their own statistics and move the running ones.
         test_mode: "eval" or "train", the network's mode in the test pass; "protocol": as the
             protocol says.
-        precision: "float32"; "tf32" (NVIDIA GPUs) and "bfloat16" (of the
-            convolutions) are faster, coarser.
+        precision: "float32"; "tf32" (NVIDIA GPUs), "bfloat16" (convolutions): faster, coarser.
         seed: of weights, data order, augmentation and probes; each has its own stream.
 
     Raises:
@@ -109,13 +105,15 @@ class Experiment:
     partial: Positive | None = None
     bias_correction: Literal["released", "none", "consistent"] | None = None
     hessian_power: Positive | None = None
-    spatial_average: Annotated[str | int | None, BeforeValidator(_block)] = None
+    spatial_average: Block = None
     signed_average: bool | None = None
     merge: Literal["product", "sum", "graft"] = "product"
     lambda_schedule: Literal[("constant", *schedules.SHAPES)] = "constant"
     lambda_start: Pair = (0.5, 0.5)
     lambda_end: Pair = (0.0, 1.0)
     lambda_epochs: Count | None = None
+    lambda_rate: Positive | None = None
+    lambda_steepness: Positive | None = None
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"
     hessian_samples: Count = 1
     hessian_every: Count = 1
@@ -131,24 +129,18 @@ class Experiment:
         if len(self.method.rules) > 2:
             raise ValueError(f"optimizer={self.optimizer!r}: weights are scheduled for two rules")
         if self.train_limit is not None and self.batch_size > self.train_limit:
-            raise ValueError(
-                f"batch_size={self.batch_size} is larger than train_limit={self.train_limit}: "
-                "an epoch would have no full batch"
-            )
+            limit = f"train_limit={self.train_limit}"
+            raise ValueError(f"batch_size={self.batch_size} is larger than {limit}: no full batch")
         if any(a >= b for a, b in zip(self.lr_milestones, self.lr_milestones[1:])):
             raise ValueError(f"lr_milestones={self.lr_milestones}: must increase")
         if (self.lr_schedule == "multistep") != bool(self.lr_milestones):
-            raise ValueError(
-                f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}: "
-                "give milestones to 'multistep', and only to it"
-            )
+            given = f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}"
+            raise ValueError(f"{given}: give milestones to 'multistep', and only to it")
         if self.restart_epoch is not None and not 2 <= self.restart_epoch <= self.epochs:
-            raise ValueError(
-                f"restart_epoch={self.restart_epoch}: must lie between 2 and epochs={self.epochs}"
-            )
+            allowed = f"between 2 and epochs={self.epochs}"
+            raise ValueError(f"restart_epoch={self.restart_epoch}: must lie {allowed}")
         idle = {} if self.is_hybrid else dict.fromkeys(
-            ("lambda_schedule", "lambda_start", "lambda_end", "lambda_epochs", "lambda_direction",
-             "merge"),
+            [f.name for f in dataclasses.fields(self) if f.name.startswith("lambda_")] + ["merge"],
             "has one rule, nothing to weigh; use atmo, padam_sgd or adasgd",
         )  # fmt: skip
         if not self.needs_hessian:
@@ -159,10 +151,12 @@ class Experiment:
             if f.name in idle and given != f.default:
                 raise ValueError(f"{f.name}={given!r}: {self.optimizer} {idle[f.name]}")
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
-            raise ValueError(
-                f"lambda_schedule={self.lambda_schedule!r}: the released scheduler is linear; "
-                "choose 'linear', or lambda_direction='report'"
-            )
+            ways = "choose 'linear', or lambda_direction='report'"
+            raise ValueError(f"lambda_schedule={self.lambda_schedule!r} as released: {ways}")
+        shape = schedules.SHAPES.get(self.lambda_schedule, schedules.Constant)
+        own = {f.name for f in dataclasses.fields(shape)}
+        for name in self._shape_settings.keys() - own:
+            raise ValueError(f"lambda_{name}: {self.lambda_schedule!r} has no {name}")
         self.build_optimizer([torch.zeros(1, requires_grad=True)])
         return self
 
@@ -214,6 +208,13 @@ class Experiment:
         reversed_ = self.protocol == "released" and self.optimizer in ("atmo", "padam_sgd")
         return "released" if reversed_ else "report"
 
+    @property
+    def _shape_settings(self) -> dict:
+        """What the shape of lambda has besides start, end and epochs, where it is given."""
+        names = {f.name for shape in schedules.SHAPES.values() for f in dataclasses.fields(shape)}
+        given = {n: getattr(self, f"lambda_{n}") for n in names - {"start", "end", "epochs"}}
+        return {name: value for name, value in given.items() if value is not None}
+
     def lambdas(self):
         """The schedule of the weights: a function of the 0-based epoch."""
         if not self.is_hybrid:
@@ -222,11 +223,10 @@ class Experiment:
             return schedules.Constant(self.lambda_start)
         horizon = self.lambda_epochs or self.epochs
         if self._direction == "released":
-            return schedules.released(
-                start=self.lambda_end, end=self.lambda_start, epochs=horizon,
-                first=self.lambda_start,
-            )  # fmt: skip
-        return schedules.SHAPES[self.lambda_schedule](self.lambda_start, self.lambda_end, horizon)
+            start = self.lambda_start
+            return schedules.Released(self.lambda_end, start, horizon, first=start)
+        shape = schedules.SHAPES[self.lambda_schedule]
+        return shape(self.lambda_start, self.lambda_end, horizon, **self._shape_settings)
 
     def learning_rates(self) -> list[float]:
         """The rate of every epoch, from torch's own schedulers.
@@ -283,9 +283,8 @@ def get_experiment(name: str) -> Experiment:
     if name not in known and not all(part in methods.RULES for part in name.split("+")):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(
-            f"optimizer={name!r}: must be one of {', '.join(known)}{hint}, or two rules joined by +"
-        )
+        known = f"{', '.join(known)}, or two rules joined by +"
+        raise ValueError(f"optimizer={name!r}: must be one of {known}{hint}")
     lr = methods.get_method(name).defaults.get("lr", 0.01)
     return Experiment(name=name.replace("+", "-"), optimizer=name, lr=lr, epochs=200)
 
@@ -300,53 +299,54 @@ def error_messages(error: ValidationError) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _row(name: str, optimizer: str, lr: float, **settings) -> tuple[str, Experiment]:
-    return name, Experiment(name=name, optimizer=optimizer, lr=lr, **settings)
-
-
 # Tables I and II, one row per method in the report's order. Where a setting surprises, its reason
-# stands behind it; "released" is the code that made Table III.
-EXPERIMENTS: dict[str, Experiment] = dict(
-    [
-        _row("sgd", "sgd", 0.01, momentum=0.95, weight_decay=5e-4, epochs=350),
+# stands before it; "released" is the code that made Table III.
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        Experiment(
+            name="sgd", optimizer="sgd", lr=0.01, momentum=0.95, weight_decay=5e-4, epochs=350
+        ),
         # L2 decay, though the report cites the paper on decoupled decay: as released.
-        _row("adam", "adam", 0.001, weight_decay=5e-4, epochs=350),
+        Experiment(name="adam", optimizer="adam", lr=0.001, weight_decay=5e-4, epochs=350),
         # Decay in both rules, as released; Algorithm 2 has it in SGD only (weight_decay_in="sgd").
-        _row("atmo", "atmo", 0.01, momentum=0.95, weight_decay=5e-4, epochs=350),
+        Experiment(
+            name="atmo", optimizer="atmo", lr=0.01, momentum=0.95, weight_decay=5e-4, epochs=350
+        ),
         # A tenth of ATMO's rate. Probably never dynamic when released: the log's optimizer name is
         # not the one for which the notebook steps lambda (lambda_schedule="constant",
         # lambda_start=(1, 0) is that reading).
-        _row(
-            "dyn_atmo", "atmo", 0.001, momentum=0.95, weight_decay=5e-4, epochs=350,
-            lr_schedule="cosine", lambda_schedule="linear", lambda_start=(1, 0),
+        Experiment(
+            name="dyn_atmo", optimizer="atmo", lr=0.001, momentum=0.95, weight_decay=5e-4,
+            epochs=350, lr_schedule="cosine", lambda_schedule="linear", lambda_start=(1, 0),
         ),
         # Fifty times the decay of the others; Table II leaves the weights blank, the code has one
         # half each. No AMSGrad maximum (Algorithm 1 has one), p = 1/8.
-        _row(
-            "padam_sgd", "padam_sgd", 0.01, momentum=0.9, weight_decay=0.025, batch_size=128,
-            epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
+        Experiment(
+            name="padam_sgd", optimizer="padam_sgd", lr=0.01, momentum=0.9, weight_decay=0.025,
+            batch_size=128, epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
         ),
         # The horizon is 100 of 200 epochs; under the released protocol it ends purely adaptive.
-        _row(
-            "dyn_padam_sgd", "padam_sgd", 0.01, momentum=0.9, weight_decay=0.025, batch_size=128,
-            epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
+        Experiment(
+            name="dyn_padam_sgd", optimizer="padam_sgd", lr=0.01, momentum=0.9, weight_decay=0.025,
+            batch_size=128, epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
             lambda_schedule="linear", lambda_start=(1, 0), lambda_epochs=100,
         ),
         # Decoupled decay, no spatial averaging although Algorithm 3 has it: as released.
-        _row(
-            "adahessian", "adahessian", 0.15, weight_decay=5e-4, epochs=160,
+        Experiment(
+            name="adahessian", optimizer="adahessian", lr=0.15, weight_decay=5e-4, epochs=160,
             lr_schedule="multistep", lr_milestones=(80, 120),
         ),
         # L2 decay in the SGD rule only, as released; Algorithm 4 has it in both.
-        _row(
-            "adasgd", "adasgd", 0.1, momentum=0.95, weight_decay=5e-4, epochs=200,
+        Experiment(
+            name="adasgd", optimizer="adasgd", lr=0.1, momentum=0.95, weight_decay=5e-4, epochs=200,
             lr_schedule="multistep", lr_milestones=(100, 140, 180),
             lambda_schedule="linear", lambda_start=(1, 0),
         ),
         # Not in the tables: Algorithm 1 alone, with the rate and decay of its own paper.
-        _row(
-            "padam", "padam", 0.1, weight_decay=5e-4, batch_size=128,
+        Experiment(
+            name="padam", optimizer="padam", lr=0.1, weight_decay=5e-4, batch_size=128,
             epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
         ),
-    ]
-)  # fmt: skip
+    )
+}  # fmt: skip

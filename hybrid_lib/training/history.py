@@ -75,7 +75,7 @@ class History:
         return max(self.rows, key=lambda row: row["test_accuracy"])
 
     def frame(self):
-        """The rows as a pandas table, indexed by epoch."""
+        """The rows as a table of pandas (of the extra ``study``), indexed by epoch."""
         import pandas as pd  # imported where used: training itself needs none
 
         return pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS).set_index("epoch")
@@ -104,24 +104,19 @@ class History:
         """
         file = _file(path)
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: no history there; a run writes it after its 1st epoch"
-            )
+            raise FileNotFoundError(f"{file}: no history there; a run writes it after an epoch")
         try:
             content = json.loads(file.read_text("utf-8"))
             if content["format"] > FORMAT:
-                raise ValueError(
-                    f"format {content['format']} is newer than this version reads ({FORMAT}); "
-                    "update hybrid_lib"
-                )
+                newer = f"format {content['format']} is newer than this version reads ({FORMAT})"
+                raise ValueError(f"{newer}; update hybrid_lib")
             rows = [{**row, "lambdas": tuple(row["lambdas"])} for row in content["rows"]]
-            experiment = Experiment(**content["experiment"])
-            environment, status = content["environment"], content["status"]
+            experiment, note = Experiment(**content["experiment"]), content.get("note", "")
+            return cls(experiment, rows, content["environment"], content["status"], note)
         except ValidationError as error:
             raise ValueError(f"{file}: {'; '.join(error_messages(error))}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: not a readable history ({error})") from error
-        return cls(experiment, rows, environment, status, content.get("note", ""))
 
 
 def load_all(folder: str | Path) -> list[History]:
@@ -230,7 +225,7 @@ def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -
 
 
 def _checksum(state) -> str:
-    """SHA-256 over all tensors, numbers and names of a state."""
+    """SHA-256 over all tensors, numbers and names of a state; a zip's own misses flipped flags."""
     digest, waiting = hashlib.sha256(), [state]
     while waiting:
         value = waiting.pop()
@@ -240,8 +235,7 @@ def _checksum(state) -> str:
             waiting += value
         elif isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(flat.numpy().data)
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{value!r};".encode())
     return digest.hexdigest()

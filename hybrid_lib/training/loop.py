@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -18,16 +17,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hybrid_lib.training import data
-from hybrid_lib.training.engines import (
-    Pass,
-    compiled_pass,
-    eager_pass,
-    why_not_compile,
-    worth_compiling,
-)
+from hybrid_lib.training.engines import Pass, compiled_pass, eager_pass, should_compile
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import (
     FILE,
@@ -66,7 +58,7 @@ def run(
             and ``last.pt`` (everything needed to go on) are in it; a later call with the same
             experiment continues from there, to the same numbers. None: nothing is written.
         device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
-        progress: show a bar in a terminal, elsewhere print a line per epoch.
+        progress: print a line per epoch.
         should_stop: asked before every step; True ends the call with status "stopped".
         on_epoch: called with the history so far, once it is on disk: at the start of the call
             (with the rows of a checkpoint, if any) and after every epoch.
@@ -100,17 +92,18 @@ def run(
 
     task = load_task(experiment, device)
     if begun and begun.get("dataset_checksum") != task.environment["dataset_checksum"]:
+        there, here = begun.get("dataset_checksum"), task.environment["dataset_checksum"]
         raise RuntimeError(
             f"{folder} was trained on other data of {task.environment['dataset']} (checksum "
-            f"{begun.get('dataset_checksum')}, here {task.environment['dataset_checksum']}); "
-            "restore it, or choose another folder"
+            f"{there}, here {here}); restore it, or choose another folder"
         )
-    engine = _engine(experiment, task, compile, begun.get("engine"))
+    if compile is None:
+        compile = should_compile(experiment, task, begun.get("engine"))
     usual = 1 if task.device.type == "cpu" else torch.get_num_threads()
     threads = threads or begun.get("cpu_threads", usual)
     with contextlib.nullcontext() if folder is None else only_writer(folder), _cpu_threads(threads):
-        history = History(experiment, environment=_environment(task, engine))
-        _train_until_done(history, task, folder, progress, should_stop, on_epoch)
+        history = History(experiment, environment=_environment(task, compile))
+        _train_until_done(history, task, folder, compile, progress, should_stop, on_epoch)
     return history
 
 
@@ -142,28 +135,16 @@ def epochs(
         for group in optimizer.param_groups:
             group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
 
-        with tf32(experiment, task.device):
+        row = {"epoch": epoch + 1, "lr": learning_rates[epoch], "lambdas": lambdas(epoch)}
+        with tf32(experiment):
             start = now(task.device)
-            train_loss, train_accuracy = _train(
+            row["train_loss"], row["train_accuracy"] = _train(
                 model, one_pass, optimizer, task, epoch, should_stop, layout
             )
             trained = now(task.device)
-            test_loss, test_accuracy = _test(model, task, epoch, layout)
+            row["test_loss"], row["test_accuracy"] = _test(model, task, epoch, layout)
             tested = now(task.device)
-
-        rows.append(
-            {
-                "epoch": epoch + 1,
-                "lr": learning_rates[epoch],
-                "lambdas": lambdas(epoch),
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-                "train_seconds": trained - start,
-                "test_seconds": tested - trained,
-            }
-        )
+        rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
         if folder is not None:
             save_checkpoint(folder, experiment, model, optimizer, rows)
         yield rows
@@ -226,22 +207,22 @@ def _check_finite(losses: Tensor, optimizer, epoch: int) -> None:
         )
 
 
-def _train_until_done(history: History, task, folder, progress, should_stop, on_epoch) -> None:
+def _train_until_done(
+    history: History, task, folder, compile, progress, should_stop, on_epoch
+) -> None:
     """Fill the history, keep it on disk, and say how it ended."""
-    experiment, compile = history.experiment, history.environment["engine"] == "compiled"
-    show = _Progress(experiment, progress)
+    experiment, say = history.experiment, print if progress else lambda text: None
     try:
-        for rows in epochs(experiment, task, folder, should_stop, compile):
+        for i, rows in enumerate(epochs(experiment, task, folder, should_stop, compile)):
             history.rows = list(rows)
             if rows and folder is not None:
                 history.save(folder)
-            show(rows)
+            if i:  # the first rows are a checkpoint's
+                say(f"{history.label} {len(rows)}/{experiment.epochs} {_line(rows[-1])}")
             on_epoch(history)
         history.status = "complete"
-    except Diverged as reason:
-        history.status, history.note = "diverged", str(reason)
-    except Stopped as reason:
-        history.status, history.note = "stopped", str(reason)
+    except (Diverged, Stopped) as reason:
+        history.status, history.note = type(reason).__name__.lower(), str(reason)
     except KeyboardInterrupt:
         history.status, history.note = "stopped", "interrupted"
         raise
@@ -251,36 +232,13 @@ def _train_until_done(history: History, task, folder, progress, should_stop, on_
             "free the device; what was finished is kept, run again to go on"
         ) from error
     finally:
-        show.close(history)
         if folder is not None and (history.rows or history.status == "diverged"):
             with contextlib.suppress(OSError):  # a full disk has been reported already
                 history.save(folder)
-
-
-class _Progress:
-    """A bar where someone watches a terminal, a line per epoch in notebooks and logs."""
-
-    def __init__(self, experiment: Experiment, enabled: bool):
-        self.experiment, self.lines, self.resumed = experiment, enabled, None
-        in_terminal = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=experiment.epochs, desc=experiment.label, unit="epoch",
-                        disable=not in_terminal)  # fmt: skip
-        self.lines = enabled and not in_terminal
-
-    def __call__(self, rows: list[dict]) -> None:
-        if self.lines and rows and self.resumed is not None:
-            print(f"{self.experiment.label} {len(rows)}/{self.experiment.epochs} {_line(rows[-1])}")
-        self.bar.update(len(rows) - self.bar.n)
-        self.bar.set_postfix_str(_line(rows[-1]) if rows else "")
-        self.resumed = len(rows)
-
-    def close(self, history: History) -> None:
-        enabled = self.lines or not self.bar.disable
-        self.bar.close()
-        if enabled and history.status in ("stopped", "diverged"):
+        if history.status in ("stopped", "diverged"):
             again = "; run again to continue" if history.status == "stopped" else ""
-            print(f"{history.label}: {history.status}, {history.note}; "
-                  f"epochs kept: {len(history.rows)}{again}")  # fmt: skip
+            say(f"{history.label}: {history.status}, {history.note}; "
+                f"epochs kept: {len(history.rows)}{again}")  # fmt: skip
 
 
 def _line(row: dict) -> str:
@@ -299,9 +257,9 @@ def fast_layout(device: torch.device, compile: bool) -> torch.memory_format:
 
 
 @contextlib.contextmanager
-def tf32(experiment: Experiment, device: torch.device) -> Iterator[None]:
+def tf32(experiment: Experiment) -> Iterator[None]:
     """Whether NVIDIA GPUs may round to TF32 (torch lets convolutions); afterwards as before."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn) * (device.type == "cuda")
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
@@ -329,22 +287,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _engine(experiment: Experiment, task, compile: bool | None, begun_with: str | None) -> str:
-    """What the history will say: "compiled", "eager", or "eager: why it could not be compiled"."""
-    if compile is None:
-        compile = worth_compiling(experiment, task.n_train)
-        if begun_with is not None:
-            compile = begun_with == "compiled"  # rounds otherwise: resumed as begun
-        why_not = why_not_compile(task.device.type) if compile else ""
-        if why_not:
-            print(f"{experiment.label}: training eagerly, since {why_not}")
-            return f"eager: {why_not}"
-        if not compile and begun_with is not None:
-            return begun_with  # with the reason, if there was one
-    return "compiled" if compile else "eager"
-
-
-def _environment(task, engine: str) -> dict:
+def _environment(task, compile: bool) -> dict:
     on_gpu = task.device.type == "cuda"
     try:
         own_version = version("hybrid-lib")
@@ -354,7 +297,7 @@ def _environment(task, engine: str) -> dict:
         **task.environment,
         "device": str(task.device),
         "device_name": torch.cuda.get_device_name(task.device) if on_gpu else cpu_name(),
-        "engine": engine,
+        "engine": "compiled" if compile else "eager",
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -373,9 +316,7 @@ def cpu_name() -> str:
 
 def _check_same(experiment: Experiment, history: History, folder: Path) -> None:
     ours, theirs = dataclasses.asdict(experiment), dataclasses.asdict(history.experiment)
-    differing = [
-        f"{k}: {theirs[k]!r} there, {ours[k]!r} here" for k in ours if ours[k] != theirs[k]
-    ]
+    differing = [f"{k}: {theirs[k]!r} there, {v!r} here" for k, v in ours.items() if v != theirs[k]]
     if differing:
         raise RuntimeError(
             f"{folder} holds another experiment ({'; '.join(differing)}); choose another folder"

@@ -62,9 +62,8 @@ class ImageClassification:
         """
         n, size = self.n_train, self.experiment.batch_size
         if size > n:
-            raise ValueError(
-                f"batch_size={size} is larger than the {n} training images of {self.data.title}"
-            )
+            images = f"the {n} training images of {self.data.title}"
+            raise ValueError(f"batch_size={size} is larger than {images}")
         # Eight times halved (cifar stem) or 32 times (imagenet), a small image is a single pixel.
         shrink = 8 if self.experiment.stem == "cifar" else 32
         parts = [n] + [len(self.data.test_images)] * self.experiment.tests_in_training_mode
@@ -124,13 +123,7 @@ def load_task(experiment: Experiment, device: str | torch.device | None = None):
         ValueError, FileNotFoundError: as :func:`hybrid_lib.run` does.
     """
     try:
-        if device is None or device == "":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device={str(device)!r}: no NVIDIA GPU here; use 'cpu' or leave it out"
-            )
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # there, and able to hold numbers
     except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]

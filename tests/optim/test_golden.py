@@ -66,7 +66,7 @@ def test_the_released_weights_are_reproduced(row):
 
     start, end, epochs = pair(row["start"]), pair(row["end"]), row["horizon"]
     first = (row["initial"]["lambda_ad"], row["initial"]["lambda_sgd"])
-    ours = [schedules.released(start, end, epochs, first)]
+    ours = [schedules.Released(start, end, epochs, first)]
     if start == first:  # the scheduler drives as it should: no jump, and no need for a first
         ours.append(schedules.Linear(start, end, epochs))
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hybrid_lib.optim import methods
 from hybrid_lib.optim.curvature import hessian_diagonal
 from hybrid_lib.optim.hybrid import Hybrid
-from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Padam
+from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Lion, Padam
 
 SHAPES = [(2, 3, 2, 2), (4, 3), (5,), ()]
 OPTIMIZERS = {
@@ -439,6 +439,11 @@ def test_where_weight_decay_goes(constructor, l2, decoupled):
     assert decays("sgd") == (l2 and 0.0, 0.3, 0.0)
     with pytest.raises(ValueError, match="weight_decay_in='adam'"):
         decays("adam")
+
+
+def test_every_rule_of_a_hybrid_has_its_own_defaults():
+    (group,) = methods.get_method("lion+padam+adam")(parameters()).param_groups
+    assert group["rules"] == (Lion(), Padam(), Adam())
 
 
 def test_averages_may_keep_the_sign():

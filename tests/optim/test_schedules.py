@@ -2,7 +2,7 @@
 
 Every ramp starts at ``start``, reaches ``end`` at its horizon and keeps it, never turns back and
 never leaves the line between the two; schedules are values (frozen, equal, hashable, printable);
-:class:`Sequence` hands over where it says; :func:`released` is the released code's detour.
+:class:`Released` is the released code's detour.
 """
 
 import dataclasses
@@ -20,10 +20,9 @@ from hybrid_lib.optim.schedules import (
     Cosine,
     Exponential,
     Linear,
-    Sequence,
+    Released,
     Sigmoid,
     Step,
-    released,
 )
 
 unhurried = settings(deadline=None)  # a busy machine is no fault
@@ -31,8 +30,7 @@ unhurried = settings(deadline=None)  # a busy machine is no fault
 RAMPS = [Linear, Cosine, Step, Exponential, Sigmoid]
 EXAMPLES = [ramp((1, 0), (0.25, 0.75), 10) for ramp in RAMPS] + [
     Constant((0.3, 0.7)),
-    Sequence((Constant((1, 0)), Linear(epochs=5)), (0, 3)),
-    released(),
+    Released(),
 ]
 
 weights = st.integers(0, 50_000).map(lambda thousandths: thousandths / 1000)
@@ -137,21 +135,6 @@ def test_lists_and_integers_are_the_same_value():
     assert Linear(epochs=10) != Cosine(epochs=10)
 
 
-@unhurried
-@given(st.lists(st.integers(1, 50), max_size=4), st.integers(0, 300))
-def test_a_sequence_hands_over_where_it_says(lengths, epoch):
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    parts = tuple(Linear((i, 0), (i, 1), epochs=7) for i in range(len(starts)))
-    active = max(i for i, start in enumerate(starts) if start <= epoch)
-    assert Sequence(parts, starts)(epoch) == parts[active](epoch - starts[active])
-
-
-def test_sequences_nest():
-    inner = Sequence((Constant((1, 0)), Constant((0, 1))), (0, 2))
-    outer = Sequence((Constant((5, 5)), inner), (0, 10))
-    assert [outer(e) for e in (9, 10, 11, 12)] == [(5, 5), (1, 0), (1, 0), (0, 1)]
-
-
 BAD_WEIGHTS = [(-0.1, 1), (math.nan, 1), (math.inf, 0), (), 0.5, "ab", None, (1, "x"), (1, None)]
 
 
@@ -186,19 +169,10 @@ def test_an_impossible_sharpness_is_named(bad):
         Sigmoid(steepness=bad)
 
 
-@pytest.mark.parametrize(
-    ("n_schedules", "starts"),
-    [(0, ()), (2, (0,)), (1, (0, 5)), (1, (1,)), (2, (0, 0)), (2, (0, -1))],
-)
-def test_starts_that_do_not_fit_are_named(n_schedules, starts):
-    with pytest.raises(ValueError, match=r"starts=\("):
-        Sequence((Constant((1, 0)),) * n_schedules, starts)
-
-
 @unhurried
 @given(horizons, pairs, pairs, pairs, st.integers(1, 600))
 def test_released_is_one_epoch_of_its_own_and_then_the_ramp(epochs, start, end, first, epoch):
-    schedule = released(start, end, epochs, first)
+    schedule = Released(start, end, epochs, first)
     assert schedule(0) == first
     expected = Linear(start, end, epochs)(epoch)
     assert schedule(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-9)
@@ -206,6 +180,6 @@ def test_released_is_one_epoch_of_its_own_and_then_the_ramp(epochs, start, end, 
 
 def test_released_runs_the_report_s_weights_backwards():
     """Epoch 1 purely adaptive, epoch 2 almost purely SGD, and back by epoch 101."""
-    one_to_three = [released()(epoch) for epoch in range(3)]
+    one_to_three = [Released()(epoch) for epoch in range(3)]
     assert one_to_three == [pytest.approx(pair) for pair in ((1, 0), (0.01, 0.99), (0.02, 0.98))]
-    assert released()(100) == released()(1000) == (1, 0)
+    assert Released()(100) == Released()(1000) == (1, 0)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 import hybrid_lib as hl
 from hybrid_lib.study import planning
-from hybrid_lib.training import engines, loop
+from hybrid_lib.training import engines
 from hybrid_lib.training.data import generator
 from hybrid_lib.training.models import BatchNorm, Convolution, resnet18
 from hybrid_lib.training.tasks import ImageClassification, image_model, load_task
@@ -186,12 +187,16 @@ def test_the_diagonal_is_right_under_mixed_precision(precision):
     assert F.cosine_similarity(ours, theirs, dim=0) > (0.8 if precision == "bfloat16" else 0.999)
 
 
-def test_only_long_runs_are_worth_compiling():
-    for scale, n in (("toy", 160), ("demo", 1200)):
-        assert not any(engines.worth_compiling(e, n) for e in planning.plan(scale))
-    demo_images = planning.plan("demo", "cifar10")
-    assert not any(engines.worth_compiling(e, 10_000) for e in demo_images)
-    assert all(engines.worth_compiling(e, 50_000) for e in planning.plan("paper"))
+def test_only_long_runs_are_worth_compiling(monkeypatch):
+    monkeypatch.setattr(engines, "why_not_compile", lambda device: "")
+
+    def compiles(experiments, n):
+        images = SimpleNamespace(n_train=n, device=torch.device("cpu"))
+        return {engines.should_compile(e, images) for e in experiments}
+
+    assert compiles(planning.plan("toy"), 160) == compiles(planning.plan("demo"), 1200) == {False}
+    assert compiles(planning.plan("demo", "cifar10"), 10_000) == {False}
+    assert compiles(planning.plan("paper"), 50_000) == {True}
 
 
 # --- Refusals. ---
@@ -202,7 +207,7 @@ WITHOUT_COMPILER = """
     from hybrid_lib.training import engines, loop
     from hybrid_lib.study import planning
     (e,) = planning.plan("toy", only=["sgd"], epochs=1, width=2, train_limit=32, test_limit=16)
-    loop.worth_compiling = lambda experiment, n: True
+    loop.should_compile = lambda e, task, begun: engines.should_compile(e, task, "compiled")
     history = hl.run(e, progress=False)
     print(history.status, "|", history.environment["engine"])
     try:
@@ -224,32 +229,25 @@ def test_without_a_compiler_auto_trains_eagerly_and_says_why_and_a_demand_is_ref
     assert done.returncode == 0, done.stderr
     said, auto, asked = done.stdout.splitlines()
     assert said.startswith("SGD: training eagerly, since a test function cannot be compiled here")
-    assert auto.startswith("complete | eager: a test function cannot be compiled here")
+    assert auto == "complete | eager"
     assert asked.startswith("refused | ")
     assert "cannot be compiled here" in asked
 
 
-ENGINE_CHOICES = [
-    # asked for, long enough, begun with, a compiler -> the engine
-    (None, False, None, True, "eager"),
-    (None, True, None, True, "compiled"),
-    (None, True, None, False, "eager: no compiler"),
-    (None, True, "eager", True, "eager"),
-    (None, True, "eager: no gcc then", True, "eager: no gcc then"),
-    (None, False, "compiled", True, "compiled"),
-    (True, False, None, False, "compiled"),  # and refused when it comes to it
-    (False, True, "compiled", True, "eager"),
-]
-
-
-@pytest.mark.parametrize(("asked", "long", "begun", "compiler", "engine"), ENGINE_CHOICES)
-def test_the_engine_is_the_one_asked_for_or_begun_with(
-    monkeypatch, asked, long, begun, compiler, engine
-):
-    monkeypatch.setattr(loop, "worth_compiling", lambda e, n: long)
-    monkeypatch.setattr(loop, "why_not_compile", lambda device: "" if compiler else "no compiler")
-    e = experiment("sgd")
-    assert loop._engine(e, load_task(e), asked, begun) == engine
+@pytest.mark.parametrize(
+    ("long", "begun", "compiler", "compiles"),
+    [
+        (False, None, True, False),
+        (True, None, True, True),
+        (True, None, False, False),
+        (True, "eager", True, False),
+        (False, "compiled", True, True),
+    ],
+)
+def test_a_run_goes_on_as_it_began(monkeypatch, long, begun, compiler, compiles):
+    monkeypatch.setattr(engines, "why_not_compile", lambda device: "" if compiler else "none here")
+    e = dataclasses.replace(experiment("sgd"), epochs=10_000 if long else 1)
+    assert engines.should_compile(e, load_task(e), begun) == compiles
 
 
 @pytest.mark.parametrize("name", ["atmo", "adasgd"])

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hybrid_lib.optim import rules
+from hybrid_lib.optim import rules, schedules
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, error_messages
 from hybrid_lib.training.tasks import image_model
 
@@ -355,6 +355,15 @@ def test_the_released_direction_keeps_the_shape_that_was_asked_for(shape):
     with contextlib.suppress(ValidationError):  # to refuse the pair is honest, too
         asked = replace(linear, lambda_schedule=shape)
         assert asked.lambdas()(87) != pytest.approx(linear.lambdas()(87), abs=0.01)
+
+
+def test_a_shape_s_own_setting_reaches_it_and_no_other():
+    steep = replace(EXPERIMENTS["adasgd"], lambda_schedule="sigmoid", lambda_steepness=40.0)
+    assert steep.lambdas() == schedules.Sigmoid((1, 0), (0, 1), 200, steepness=40.0)
+    with pytest.raises(ValidationError, match="lambda_steepness"):
+        replace(steep, lambda_schedule="exponential")
+    with pytest.raises(ValidationError, match="lambda_rate"):
+        replace(EXPERIMENTS["atmo"], lambda_rate=2.0)
 
 
 @every_name

@@ -561,7 +561,7 @@ REFUSED = [  # arguments of hybrid-study, and the line that refuses them
     (["--protocol", "dirty"], r"protocol='dirty'"),
     (["--scale", "huge"], r"--scale.*huge"),
     (["--device", "quantum"], r"device='quantum'"),
-    (["--device", "cuda"], r"no NVIDIA GPU"),
+    (["--device", "cuda"], r"use cpu"),
     (["--lambda", "1"], r"--lambda"),
 ]
 
