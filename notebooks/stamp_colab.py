@@ -1,6 +1,6 @@
 """Write a GitHub repository into the notebooks, so that Colab can open them: ``make colab``.
 
-Every notebook's setup cell gets the address to clone from (``REPO_URL``); its first cell and its
+Every notebook's setup cell gets the address to install from (``REPO_URL``); its first cell and its
 row in the README's table get an "Open in Colab" badge. Run it again after a move;
 ``make colab REPO=`` takes all of it out. It needs nothing but Python.
 """
@@ -24,19 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("repo", nargs="?", help="default: git's remote origin")
     parser.add_argument("--branch", help="default: the one that is checked out")
     parser.add_argument("--clear", action="store_true", help="take addresses and badges out")
-    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     try:
-        slug = "" if chosen.clear else github(chosen.repo or origin(chosen.root))
+        slug = "" if chosen.clear else github(chosen.repo or origin())
     except ValueError as error:
         print(f"make colab: {error}", file=sys.stderr)
         return 2
-    branch = chosen.branch or git(chosen.root, "branch", "--show-current") or "main"
+    branch = chosen.branch or git("branch", "--show-current") or "main"
 
-    notebooks = sorted((chosen.root / "notebooks").glob("[0-9]*.ipynb"))
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     for file in notebooks:
         write(file, stamped(file.read_text("utf-8"), slug, badge(slug, branch, file.name)))
-    readme = chosen.root / "README.md"
+    readme = ROOT / "README.md"
     lines = readme.read_text("utf-8").splitlines(keepends=True)
     for file in notebooks:
         lines = [row(line, file.stem, badge(slug, branch, file.name)) for line in lines]
@@ -45,13 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def origin(root: Path) -> str:
+def origin() -> str:
     """The address of git's remote ``origin``.
 
     Raises:
         ValueError: if there is none.
     """
-    url = git(root, "remote", "get-url", "origin")
+    url = git("remote", "get-url", "origin")
     if not url:
         raise ValueError(
             "git has no remote named origin here; name the repository, "
@@ -111,9 +110,9 @@ def row(line: str, stem: str, mark: str) -> str:
     return f"| {' '.join(filter(None, [name.strip(), mark]))} {bar}{rest}"
 
 
-def git(root: Path, *words: str) -> str:
+def git(*words: str) -> str:
     """What git answers, or nothing."""
-    command = ["git", "-C", str(root), *words]
+    command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 

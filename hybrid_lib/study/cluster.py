@@ -1,22 +1,19 @@
 """Many runs at once on a Dask cluster: one that is running, or jobs of SLURM.
 
-One run is one task. It writes to its own folder, on storage that all machines share, and goes on
-from its checkpoint wherever Dask starts it again: a killed worker costs the epoch it was in.
+One run is one task, in a process of its own (torch's generator and TF32 are global). It writes to
+its own folder, on storage that all machines share, and goes on from its checkpoint wherever Dask
+restarts it. Runs that share a GPU are several workers that each declare a part of it.
 
-A run has a process of its own: weights are drawn from torch's global generator, and TF32 is a
-global switch. Runs that share a GPU are several workers that each declare a part of it.
-
-Whoever reaches a Dask port can run code. A scheduler for SLURM listens on TLS with certificates
-made for the day. A cluster of your own, on one machine::
+Security: whoever reaches a Dask port can run code. A scheduler for SLURM listens on TLS, with
+certificates made for the day. A cluster of your own, on one machine::
 
     dask scheduler --host 127.0.0.1 --dashboard-address 127.0.0.1:8787
     dask worker tcp://127.0.0.1:8786 --nthreads 1 --host 127.0.0.1 --dashboard-address 127.0.0.1:0
 
-(``--no-dashboard`` closes nothing: the worker then listens on every interface.) Between machines,
-give all of them ``--protocol tls --tls-ca-file CA --tls-cert CERT --tls-key KEY``, and this process
-the same three files in Dask's configuration, as DASK_DISTRIBUTED__COMM__TLS__CA_FILE,
-DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY in its
-environment; then join ``tls://HOST:PORT``.
+(With ``--no-dashboard`` the worker listens on every interface.) Between machines, give all of them
+``--protocol tls --tls-ca-file CA --tls-cert CERT --tls-key KEY``; name the same files to this
+process in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and
+DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY, and join ``tls://HOST:PORT``.
 """
 
 from __future__ import annotations
@@ -57,12 +54,11 @@ def train_all(
 ) -> None:
     """Train jobs, reporting epochs, histories and failures.
 
-    A run that raises is not tried again; one whose worker dies is, from its checkpoint, until it
-    has cost four workers.
+    A run that raises is not retried; one whose worker dies is, until it has cost four workers.
 
     Args:
-        jobs, order: experiments with their folders, as paths that every worker understands; and
-            which of them to train, the first one first.
+        jobs: experiments with their folders, as paths that every worker understands.
+        order: which of them to train, the first one first.
         cluster: the address of a scheduler ("tcp://...", "tls://..." with the certificates of
             Dask's configuration); or "slurm:PROFILE.yaml", the arguments of
             :class:`dask_jobqueue.SLURMCluster` and "timeout", seconds to wait for the first worker.

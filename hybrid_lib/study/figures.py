@@ -494,3 +494,32 @@ def apply_style(figure, title: str, height: int = 460):
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
     return figure
+
+
+def lines(
+    series: Mapping[str, pd.Series], title: str, x: str, y: str, shape: str = "linear",
+    level: float | None = None,
+):  # fmt: skip
+    """One line per series, over its index.
+
+    Args:
+        series: by name; a method has its own colour, dash and label.
+        title, x, y: of the figure and its axes; the title names the data set, if there is one.
+        shape: "linear", or "hv" for values that hold until the next.
+        level: a height to compare with, a dotted line.
+    """
+    colours = (GREEN, BLUE, VERMILLION, PURPLE, "#808080", BLUE)
+    looks = list(zip(colours, ("solid", "dash", "dot", "dashdot", "solid", "longdash")))
+    others = [name for name in series if name.removeprefix("dyn_") not in methods.METHODS]
+    figure = go.Figure()
+    for name, values in series.items():
+        colour, dash = looks[others.index(name) % len(looks)] if name in others else look(name)
+        figure.add_scatter(
+            x=values.index, y=values, mode="lines", name=methods.label(name),
+            line={"color": colour, "dash": dash, "width": 2, "shape": shape},
+        )  # fmt: skip
+    if level is not None:
+        figure.add_hline(level, line={"color": "#808080", "dash": "dot"})
+    figure.update_xaxes(title_text=x)
+    figure.update_yaxes(title_text=y)
+    return apply_style(figure, title).update_layout(legend_itemwidth=60)

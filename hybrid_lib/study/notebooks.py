@@ -1,7 +1,6 @@
-"""Notebooks executed with nobody watching, several at once, and the pages made of them.
+"""Notebooks executed in parallel, and their pages: interactive, loading only plotly.js.
 
-A study's report is its results notebook with the code hidden. Pages are interactive and load
-nothing but plotly.js, which lies beside them once.
+A study's report is its results notebook with the code hidden.
 """
 
 from __future__ import annotations
@@ -62,17 +61,15 @@ def for_study(found: Sequence[History], scale: str, **given) -> dict[Path, dict]
     names, jobs = list(dict.fromkeys(method(h.experiment) for h in found)), {}
     for source in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         declared = papermill.inspect_notebook(source)
-        if "train" not in declared or "space" in declared:
-            continue  # it reads no study
-        if scale == "toy" and source.stem != RESULTS:
+        reads_a_study = "train" in declared and "space" not in declared
+        if not reads_a_study or (scale == "toy" and source.stem != RESULTS):
             continue
         methods = ast.literal_eval(declared.get("methods", {}).get("default", "''"))
-        there = [n for n in methods.split(",") if n in names] if methods else names
-        if not there:
+        if there := [n for n in methods.split(",") if n in names] if methods else names:
+            values = {"scale": scale, **given, "train": False, "methods": ",".join(there)}
+            jobs[source] = {k: v for k, v in values.items() if k in declared}
+        else:
             print(f"notebook {source.stem}: none of its methods is in this study")
-            continue
-        values = {"scale": scale, **given, "train": False, "methods": ",".join(there)}
-        jobs[source] = {k: v for k, v in values.items() if k in declared}
     return jobs
 
 

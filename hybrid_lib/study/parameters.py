@@ -16,19 +16,12 @@ INJECTED = "# Parameters\n"  # the first line of papermill's cell
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
-class Parameters(SimpleNamespace):
-    """Values by name; ``plan`` is what the notebook's check made of them."""
-
-    __slots__ = ("plan",)
-    plan: Any
-
-
-def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> Parameters:
+def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleNamespace:
     """Check a notebook's parameters: the cell after them calls this with ``globals()``.
 
     The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
-    says that the value may be missing). Papermill injects a cell behind it, warns of names that
-    nobody reads and passes everything else on as it came, text or number.
+    says that the value may be missing). Papermill injects a cell after it, only warns of unknown
+    names, and passes values on as they came, text or number.
 
     Args:
         namespace: the notebook's globals, with IPython's list of cells ``In``.
@@ -38,13 +31,12 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> Paramet
         The values as attributes, converted to their types, and as ``plan`` what ``check`` returned.
 
     Raises:
-        ValueError: with one line that names every fault: names that were not declared, values
-            that do not fit their type, and whatever ``check`` found.
+        ValueError: with one line that names every fault: undeclared names, values that do not fit
+            their type, and what ``check`` found.
     """
     declared, given = {}, []
     for source in namespace["In"]:
-        injected = source.startswith(INJECTED)
-        if declared and not injected:
+        if declared and not source.startswith(INJECTED):
             continue  # the reader's own cells
         for node in _assignments(source):
             if isinstance(node, ast.AnnAssign):
@@ -59,7 +51,7 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> Paramet
     config = pydantic.ConfigDict(coerce_numbers_to_str=True)
     model = pydantic.create_model("Parameters", __config__=config, **declared)
     try:
-        values = Parameters(**dict(model(**{name: namespace[name] for name in declared})))
+        values = SimpleNamespace(**dict(model(**{name: namespace[name] for name in declared})))
         values.plan = check(values)
     except ValueError as error:
         messages.append(reason(error))
@@ -79,11 +71,11 @@ def _assignments(source: str) -> list[ast.stmt]:
         for node in body
         for name in getattr(node, "targets", [getattr(node, "target", None)])
     )
-    if source.startswith(INJECTED):
-        if not plain:  # papermill quotes values, but writes names as they come
-            raise ValueError("papermill's cell holds more than values: give declared names")
-        return body
-    return body if plain and any(isinstance(node, ast.AnnAssign) for node in body) else []
+    injected = source.startswith(INJECTED)
+    if injected and not plain:  # papermill quotes values, but writes names as they come
+        raise ValueError("papermill's cell holds more than values: give declared names")
+    declares = injected or any(isinstance(node, ast.AnnAssign) for node in body)
+    return body if plain and declares else []
 
 
 def reason(error: Exception) -> str:

@@ -63,17 +63,15 @@ def plan(
         for part, n in data.folder_sizes(dataset).items():
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
-    changes = {**sizes, **changes}
-    usual = changes.pop("epochs", None)
-    epochs = usual if epochs is None else epochs
-    planned = []
+    usual = sizes.pop("epochs", None)
+    epochs, planned = usual if epochs is None else epochs, []
+    changes, seeds = {**sizes, **changes, "dataset": dataset}, list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
         if epochs is not None:
             # replace() first: it refuses an impossible number that scaled() cannot work with.
             experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
-        for seed in dict.fromkeys(seeds):
-            planned.append(dataclasses.replace(experiment, dataset=dataset, seed=seed, **changes))
+        planned += [dataclasses.replace(experiment, seed=s, **changes) for s in seeds]
     return planned
 
 
@@ -92,19 +90,19 @@ def default_out(scale: str, dataset: str, protocol: str = "clean") -> Path:
 def experiments_from(params: SimpleNamespace) -> list[Experiment]:
     """The experiments of a notebook's parameters.
 
-    These are scale, dataset, methods (as text: "sgd,atmo"; empty: the eight of Table III), seeds
-    (as text: "0,3" or "0-4"), and epochs (None: the scale's).
+    These are scale, dataset, methods ("sgd,atmo"; empty: the eight of Table III), seeds ("0,3" or
+    "0-4") and epochs (None: the scale's).
     """
     only = [name.strip() for name in params.methods.split(",")] if params.methods else PAPER_METHODS
     return plan(params.scale, params.dataset, only, seed_list(params.seeds), params.epochs)
 
 
 def experiment_from(params: SimpleNamespace) -> Experiment:
-    """The one experiment that a notebook's parameters ask for.
+    """The one experiment of a notebook's parameters.
 
-    ``params`` has optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; of its other
-    values those that are not None and name a field of Experiment change that field. ``settings``
-    has further fields as text, if it is there: "nesterov=True hessian_every=10".
+    These are optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; others that name a
+    field of Experiment change it, unless they are None; so do those in ``settings``, if it is
+    there: "nesterov=True hessian_every=10".
     """
     fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
     changes = {k: v for k, v in vars(params).items() if k in fields and v is not None}
@@ -153,9 +151,8 @@ def as_papermill(experiment: Experiment, folder: str | Path) -> str:
 def collect(params: SimpleNamespace) -> list[History]:
     """The histories of a notebook whose parameters :func:`experiments_from` has checked.
 
-    They are in ``params.out`` (empty: :func:`default_out`); ``params.train`` says whether to train
-    what is missing there. If the default folder has none of them, published histories of the same
-    experiments are taken, if there are any.
+    They are in ``params.out`` (empty: :func:`default_out`, or if it has none, published histories
+    of the same experiments); ``params.train`` says whether to train what is missing.
     """
     wanted = params.plan
     out = params.out or default_out(params.scale, params.dataset)
@@ -171,9 +168,8 @@ def histories(
 ) -> list[History]:
     """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
 
-    A folder with the runs directly inside, as in ``data/results``, is read and never trained in.
-    What is only read is found by name and seed; a line says where its other settings are not those
-    of ``experiments``. ``how`` are options of :func:`run_many`.
+    A folder with the runs directly inside, as in ``data/results``, is only read: by name and seed;
+    a line says which other settings differ. ``how`` are options of :func:`run_many`.
 
     Raises:
         FileNotFoundError: if there is none, and nothing was to be trained.

@@ -44,21 +44,28 @@ class Progress:
         self.ended: dict[int, History | str] = {}
         self.start = self.said = time.monotonic()
         self.line = tqdm(bar_format="{desc}", disable=not sys.stderr.isatty(), leave=False)
-        self.display = _display(self._table)
+        self.display = None  # the table's place in a notebook, where it is drawn again
+        if "IPython" in sys.modules:
+            from hybrid_lib.study import figures
+
+            if figures.is_interactive():
+                from IPython.display import display
+
+                self.display = display(self._table(), display_id=True)
 
     def __call__(self, number: int, event: Event) -> None:
         """Take note of what happened to a run, and show it."""
-        now, text = time.monotonic(), self.names[number]
+        now, text, n = time.monotonic(), self.names[number], len(self.of)
         if isinstance(event, int):
             self.begun.setdefault(number, event)
             self.epochs[number] = event
-            text += f" (run {number + 1} of {len(self.of)}): epoch {event} of {self.of[number]}"
+            text += f" (run {number + 1} of {n}): epoch {event} of {self.of[number]}"
             quiet = self.display or not self.line.disable or now < self.said + QUIET
         else:
             self.ended[number] = event
             text += f": {outcome(event)}"
             quiet = number not in self.begun and isinstance(event, History)  # there already
-        text += f"; {len(self.ended)} of {len(self.of)} done{self._left(now)}"
+        text += f"; {len(self.ended)} of {n} done{self._left(now)}"
         self.line.set_description_str(text)
         if not quiet:
             self.said = now
@@ -80,15 +87,3 @@ class Progress:
         seconds = (now - self.start) * todo / done
         time_left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
         return f", about {time_left} left"
-
-
-def _display(table):
-    """The table's place in a notebook, where it can be drawn again; None where nobody sees one."""
-    if "IPython" in sys.modules:
-        from hybrid_lib.study import figures
-
-        if figures.is_interactive():
-            from IPython.display import display
-
-            return display(table(), display_id=True)
-    return None

@@ -1,8 +1,7 @@
 """Train many runs, several at once: in processes of this machine, or on a cluster.
 
-On a CPU a run has one thread, so that its numbers do not depend on how many cores a machine has;
-there are as many runs at once as cores. Each run writes to a folder of its own and goes on from its
-checkpoint: whatever is interrupted or killed, the same call continues from there.
+On a CPU a run has one thread, so that its numbers do not depend on the number of cores. Each run
+has its own folder and goes on from its checkpoint: after an interruption, repeat the same call.
 """
 
 from __future__ import annotations
@@ -101,13 +100,10 @@ def cores(device: str | None = "cpu", threads: int | None = None) -> int:
 
 
 def train(job: Job, report, settings: dict, **how) -> History | str:
-    """Train one run, reporting its epochs; an exception is printed and answered as a line."""
-
-    def on_epoch(history: History) -> None:
-        report(len(history.rows))
-
+    """Train one run, reporting its epochs; an exception is printed and returned as a line."""
+    how |= {"progress": False, "on_epoch": lambda history: report(len(history.rows))}
     try:
-        return run(*job, progress=False, on_epoch=on_epoch, **settings, **how)
+        return run(*job, **settings, **how)
     except Exception as error:
         traceback.print_exc()
         return one_line(error)

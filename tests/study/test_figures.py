@@ -418,3 +418,13 @@ def test_a_reader_gets_the_figure_itself(displayed, monkeypatch):
     figures.show(figure)
     assert shown == [figure]
     assert displayed == []
+
+
+def test_lines_have_their_methods_looks_and_others_one_each():
+    names = ["atmo", "dyn_atmo", *"abcdef"]
+    figure = figures.lines({n: pd.Series([1.0, 2.0]) for n in names}, "title", "x", "y", level=1.5)
+    looks = [(line.line.color, line.line.dash) for line in figure.data]
+    assert looks[:2] == [methods.look("atmo"), methods.look("dyn_atmo")]
+    assert len(set(looks[2:])) == 6
+    assert [line.name for line in figure.data][:3] == ["ATMO", "Dyn. ATMO", "a"]
+    assert [shape.y0 for shape in figure.layout.shapes] == [1.5]

@@ -16,7 +16,9 @@ import filelock
 import nbformat
 import plotly.graph_objects as go
 import pytest
+import torch
 
+import hybrid_lib as hl
 from hybrid_lib.study import figures, notebooks
 from hybrid_lib.study.__main__ import study
 from hybrid_lib.study.planning import plan, run_folder
@@ -42,12 +44,6 @@ def declared(source: Path) -> dict[str, ast.AnnAssign]:
 
 
 # --- As committed. ---
-
-
-def test_there_are_notebooks_with_numbers_of_their_own():
-    numbers = [source.name[:2] for source in NOTEBOOKS]
-    assert len(numbers) >= 3
-    assert len(set(numbers)) == len(numbers)
 
 
 @every_notebook
@@ -169,6 +165,63 @@ def test_one_experiment_that_diverges_is_shown_to_its_end(tmp_path, quick):
     assert execute(source, given)["history"].status == "diverged"
 
 
+# --- What 02_optimizers says of the merge. ---
+
+
+@pytest.fixture(scope="module")
+def optimizers():
+    """The values of 02_optimizers, after three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "show", lambda figure: None)
+        return execute(NOTEBOOKS[0].with_name("02_optimizers.ipynb"), {"steps": 3})
+
+
+def test_bias_correction_scales_the_whole_step(optimizers):
+    step_sizes = optimizers["step_sizes"]
+    assert step_sizes["atmo"][[1, 10, 44]].tolist() == pytest.approx([5.5, 1.27, 1.005], rel=5e-3)
+    padam_sgd = step_sizes["padam_sgd"][[1, 100, 391, 3000]].tolist()
+    assert padam_sgd == pytest.approx([0.66, 0.65, 0.78, 0.99], abs=6e-3)
+
+
+@pytest.mark.parametrize("name", ["atmo", "padam_sgd", "adasgd"])
+def test_taking_steps_apart_takes_the_optimizer_s_steps(optimizers, name):
+    measured, trained = optimizers["perceptron"](), optimizers["perceptron"]()
+    optimizers["train_and_measure"](measured, getattr(hl, name)(measured.parameters()), 3)
+    weights, generator = list(trained.parameters()), torch.Generator().manual_seed(0)
+    optimizer = getattr(hl, name)(weights)
+    for step in range(3):
+        loss = optimizers["loss_on_digits"](trained, step)
+        grads, diagonal = hl.hessian_diagonal(loss, weights, 1, generator)
+        for p, g in zip(weights, grads):
+            p.grad = g
+        optimizer.step(hess_diag=diagonal)
+    for p, q in zip(measured.parameters(), trained.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_one_probe_is_nearly_noise_and_many_are_not(optimizers):
+    cosines = optimizers["cosines"]["650 weights"]
+    assert cosines[1] < 0.1
+    assert cosines[32] > 0.5
+
+
+def test_the_second_moment_of_adahessian_tracks_rows(optimizers):
+    table = optimizers["curvatures"]
+    assert (table["tracked"] / table["row"]).median() == pytest.approx(1, abs=0.05)
+    assert (table["tracked"] / table["diagonal"]).median() > 3
+
+
+@pytest.mark.parametrize(
+    ("stem", "given", "faults"),
+    [("02_optimizers", {"steps": 0, "probes": 7, "lr": 0.0}, ["steps=0", "probes=7", "lr=0"]),
+     ("03_schedules", {"optimizer": "sgd"}, ["lambda"])],
+)  # fmt: skip
+def test_impossible_values_are_refused_at_once(stem, given, faults):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        execute(NOTEBOOKS[0].with_name(f"{stem}.ipynb"), given, to_the_check=True)
+    assert all(fault in str(refused.value) for fault in faults)
+
+
 # --- Executed by papermill. ---
 
 
@@ -193,16 +246,18 @@ def executed_by_papermill(source: Path, target: Path, toy_study: Path):
     papermill.execute_notebook(
         source, target, given, progress_bar=False, cwd=source.parent, execution_timeout=90
     )
-    return nbformat.read(target, 4)
+    return checked_notebook(target)
 
 
-def check_executed(notebook) -> None:
+def checked_notebook(file: Path):
+    notebook = nbformat.read(file, 4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.execution_count
             for output in cell.outputs:
                 assert output.output_type != "error"
                 assert "Warning" not in output.get("text", ""), output
+    return notebook
 
 
 @pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
@@ -210,7 +265,7 @@ def check_executed(notebook) -> None:
 def test_it_runs_without_anyone_watching(source, tmp_path, toy_study, monkeypatch):
     monkeypatch.setenv("BROWSER_PATH", os.devnull)  # figures without their images: seconds less
     before = {f: f.stat().st_mtime_ns for f in source.parent.iterdir()}
-    check_executed(executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study))
+    executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
     assert {f: f.stat().st_mtime_ns for f in source.parent.iterdir()} == before
 
 
@@ -221,12 +276,8 @@ def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))):
         pytest.skip("there is no Chromium to draw the images")
     notebook = executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
-    check_executed(notebook)
-    figures = [
-        o.data for c in notebook.cells for o in c.get("outputs", [])
-        if "application/vnd.plotly.v1+json" in o.get("data", {})
-    ]  # fmt: skip
-    assert all("image/png" in d for d in figures)
+    drawn = [o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])]
+    assert all("image/png" in d for d in drawn if "application/vnd.plotly.v1+json" in d)
     assert (tmp_path / "executed.ipynb").stat().st_size <= 200 * 1024
 
 
@@ -236,12 +287,8 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path):
     """The largest: eight methods, three seeds, hundreds of epochs, which are made up here."""
     rng = random.Random(0)
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    seen = {
-        "dataset": "CIFAR-10 (made up)",
-        "device_name": "none",
-        "train_images": 9,
-        "test_images": 9,
-    }
+    seen = {"dataset": "CIFAR-10 (made up)", "device_name": "none",
+            "train_images": 9, "test_images": 9}  # fmt: skip
     for e in plan("paper", "cifar10", seeds=range(3)):
         rows = [
             {"epoch": i, "lr": e.lr, "lambdas": (), "train_seconds": 38, "test_seconds": 3}
@@ -254,5 +301,5 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path):
     given = {"out": str(tmp_path), "scale": "paper", "dataset": "cifar10", "seeds": "0-2"}
     (executed,), failures = notebooks.execute({source: {**given, "train": False}}, tmp_path)
     assert failures == []
-    check_executed(nbformat.read(executed, 4))
+    checked_notebook(executed)
     assert executed.stat().st_size <= 200 * 1024
