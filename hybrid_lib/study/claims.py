@@ -22,7 +22,7 @@ from statistics import fmean, median
 import pandas as pd
 
 from hybrid_lib.optim import methods
-from hybrid_lib.study import figures, statistics
+from hybrid_lib.study import statistics, tables
 from hybrid_lib.training.history import History
 
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told"
@@ -112,7 +112,7 @@ def table(histories: Sequence[History]) -> pd.DataFrame:
     Raises:
         ValueError: for no history, or for histories of several data sets or protocols.
     """
-    title = figures.subject(histories)
+    title = tables.subject(histories)
     protocols = sorted({h.experiment.protocol for h in histories})
     if len(protocols) > 1:
         raise ValueError(f"histories of protocols {', '.join(protocols)}: judge one at a time")

@@ -118,14 +118,14 @@ def ranks(histories: Sequence[History]) -> pd.DataFrame:
         "seeds" that finished, and that "diverged"; with fewer than two, no interval (NaN).
 
     Raises:
-        ValueError: if no run has finished.
+        ValueError: if no run has ended.
     """
     ended = [h for h in histories if h.status in ENDED]
     scores = finals(ended)
     finite = scores.replace(-np.inf, np.nan)
     seeds, diverged = finite.count(), np.isneginf(scores).sum()
-    if not seeds.any():
-        raise ValueError("no run has finished: there is nothing to rank")
+    if scores.empty:
+        raise ValueError("no run has ended: there is nothing to rank")
     order = scores.mean().rank(ascending=False, method="min").astype(int)
     columns = {"mean": finite.mean(), "±": margin(finite), "rank": order, "rank from": np.nan}
     table = pd.DataFrame({**columns, "rank to": np.nan, "seeds": seeds, "diverged": diverged})
