@@ -63,7 +63,7 @@ def main() -> None:
         of_one, of_pairs = (f" ± {row[k]:.4f}" if chosen.seeds > 1 else ""
                             for k in ("margin", "difference_margin"))  # fmt: skip
         print(f"{row['name']:18s} test accuracy {row['accuracy']:.4f}{of_one} "
-              f"({row['difference']:+.4f}{of_pairs}), train loss {row['train_loss']:.4f}")  # fmt: skip
+              f"({row['difference']:+.4f}{of_pairs}), loss {row['train_loss']:.4f}")  # fmt: skip
 
 
 if __name__ == "__main__":

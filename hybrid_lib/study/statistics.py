@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,7 @@ def difference(one: Sequence[float], two: Sequence[float]) -> tuple[float, float
     >>> f"{value:.3f} ± {half:.3f}"
     '0.040 ± 0.023'
     """
-    value = float(np.mean(one) - np.mean(two))
+    value = fmean(one) - fmean(two)
     if min(len(one), len(two)) < 2:
         return value, np.nan
     with warnings.catch_warnings():

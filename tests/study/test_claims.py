@@ -1,14 +1,10 @@
 """A claim holds, fails or stays open as its numbers say, and no verdict outruns its seeds."""
 
-import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import ttest_ind
 
-from hybrid_lib.study import claims
+from hybrid_lib.study import claims, statistics
 from hybrid_lib.study.claims import FAILS, HOLDS, UNTOLD
 from hybrid_lib.training.experiments import EXPERIMENTS
 from hybrid_lib.training.history import History
@@ -152,7 +148,8 @@ def test_with_one_seed_the_margin_is_that_of_the_test_set():
         h.environment["test_images"] = 400
     judged = claims.table(few).set_index("claim").loc[topic]
     assert judged.verdict == UNTOLD
-    assert "+0.027 ± 0.050 (best: +0.027)" in judged.numbers
+    assert "+0.027, margin 0.050 (best: +0.027)" in judged.numbers
+    assert "±" not in "".join(claims.table(few).numbers), "of one seed there is none"
 
 
 def test_more_seeds_decide_by_their_spread():
@@ -173,16 +170,86 @@ def test_a_method_with_fewer_seeds_says_how_many():
     assert judged.n["AdaSGD ends good and stable"] == 2
 
 
-accuracies = st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=2, max_size=6)
+def numbers(histories) -> dict[str, str]:
+    return dict(claims.table(histories)[["claim", "numbers"]].values)
 
 
-@given(accuracies, accuracies)
-def test_the_margin_is_that_of_welch_s_test(one, two):
-    value, margin = claims.between(one, two, one_seed=math.nan)
-    assert value == pytest.approx(sum(one) / len(one) - sum(two) / len(two), abs=1e-12)
-    if len(set(one)) > 1 and len(set(two)) > 1:
-        interval = ttest_ind(one, two, equal_var=False).confidence_interval()
-        assert (value - margin, value + margin) == pytest.approx(tuple(interval), abs=1e-9)
+def test_margins_are_those_of_the_shared_statistics():
+    sgd, adam = (0, 0.011, 0.002, 0.004), (0.003, 0, 0.009, 0.001)
+    shifts = [{"sgd": a, "adam": b} for a, b in zip(sgd, adam)]
+    seeds = [h for s, shift in enumerate(shifts) for h in world(seed=s, shifts=shift)]
+    value, margin = statistics.difference([0.89 + a for a in sgd], [0.84 + a for a in adam])
+    text = numbers(seeds)["SGD and dynamic ATMO beat Adam and ATMO"]
+    assert f"SGD − Adam: {value:+.3f} ± {margin:.3f} (best" in text
+
+
+def test_seeds_and_not_places_belong_together():
+    """The average of the others is taken seed by seed, whatever the order of the runs."""
+    topic = "PADAM-SGD starts slowly"
+    shifts = [{"sgd": 0.06 * s, "adam": -0.06 * s} for s in range(3)]  # they cancel in each seed
+    seeds = [h for s, shift in enumerate(shifts) for h in world(seed=s, shifts=shift)]
+    of_sgd = [h for h in seeds if h.experiment.name == "sgd"]
+    others = [h for h in seeds if h.experiment.name != "sgd"]
+    expected = numbers(seeds)
+    assert "± 0.000" in expected[topic]
+    for order in (seeds[::-1], of_sgd[::-1] + others, others + of_sgd[1:] + of_sgd[:1]):
+        assert numbers(order) == expected
+    missing = [h for h in seeds if (h.experiment.name, h.experiment.seed) != ("sgd", 0)]
+    assert "± 0.000" in numbers(missing)[topic]
+    alone = [h for h in seeds if (h.experiment.name == "sgd") == (h.experiment.seed == 0)]
+    assert "share no seed" in numbers(alone)[topic]
+    assert verdicts(alone)[topic] == UNTOLD
+
+
+# --- Where the bounds and margins are. ---
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [(2.6, FAILS), (2.9, UNTOLD), (3.2, UNTOLD), (3.45, HOLDS), (4.0, HOLDS), (4.5, HOLDS),
+     (4.6, UNTOLD), (5.4, UNTOLD), (5.7, FAILS)],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["train_seconds", "test_seconds"])
+def test_almost_four_times_is_three_to_five_times_training_and_test_pass(column, ratio, verdict):
+    """A margin of a tenth of the ratio; a first-order epoch takes .9 s and .1 s."""
+    usual = {"train_seconds": 0.9, "test_seconds": 0.1}
+    slow = {c: line(s if c != column else ratio - 1 + s, 0) for c, s in usual.items()}
+    judged = claims.table(world({"adahessian": slow, "adasgd": slow})).set_index("claim")
+    row = judged.loc["A second-order epoch takes almost four times as long"]
+    assert f"AdaHessian: {ratio:.2f} ×; AdaSGD: {ratio:.2f} ×" == row.numbers
+    assert row.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("rise", "verdict"), [(0.02, FAILS), (0.07, UNTOLD), (0.13, UNTOLD), (0.17, HOLDS)]
+)
+def test_overfitting_is_a_tenth_more_loss_with_a_margin_of_a_twentieth(rise, verdict):
+    change = {"adahessian": {"test_loss": step(1, 1 + rise)}}
+    assert verdicts(world(change))["AdaHessian overfits"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("fall", "verdict"), [(-0.06, FAILS), (-0.04, UNTOLD), (0.04, UNTOLD), (0.06, HOLDS)]
+)
+def test_still_learning_is_less_loss_with_a_margin_of_a_twentieth(fall, verdict):
+    last = {"test_loss": step(1, 1 - fall, at=36)}  # the last tenth of 40
+    judged = verdicts(world({"padam_sgd": last, "dyn_padam_sgd": last}))
+    assert judged["PADAM-SGD still learns at the end"] == verdict
+
+
+@pytest.mark.parametrize("epochs", [20, 40, 100])
+def test_a_jump_is_measured_a_tenth_of_the_epochs_around_the_first_milestone(epochs):
+    """Steps everywhere, so that every other window and every other milestone is another number."""
+    w, first = max(3, epochs // 10), epochs // 2
+    h = history("padam_sgd", {"test_accuracy": lambda e: (e / epochs) ** 2}, epochs=epochs)
+    assert h.experiment.lr_milestones[0] == first < h.experiment.lr_milestones[1]
+    column = [row["test_accuracy"] for row in h.rows]
+    after, before = sum(column[first : first + w]) / w, sum(column[first - w : first]) / w
+    assert claims.jump(h) == pytest.approx(after - before)
+    second = h.experiment.lr_milestones[1]
+    if second + 2 * w <= epochs:
+        start = sum(column[second : second + w]) / w
+        assert claims.drift(h) == pytest.approx(sum(column[-w:]) / w - start)
 
 
 # --- What it is shown as. ---
@@ -201,7 +268,7 @@ def test_histories_that_do_not_belong_together_are_refused():
 
 
 def test_a_notebook_shows_data_set_protocol_and_every_claim_as_a_table():
-    title, empty, *rows = claims.shown(world()).data.splitlines()
+    title, empty, *rows = claims.as_markdown(world()).data.splitlines()
     assert title == "**The report's claims on Pictures, clean protocol**"
     assert empty == ""
     assert {row.count(" | ") for row in rows} == {5}
