@@ -76,16 +76,13 @@ def difference(one: Sequence[float], two: Sequence[float]) -> tuple[float, float
 
 
 def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
-    """Every other method minus ``baseline`` on equal seeds, in test accuracy of the last epoch.
+    """Other methods minus ``baseline`` on equal seeds, in test accuracy; ValueError without both.
 
     Returns:
         "difference": the mean, with "±". "effect size": it over the standard deviation (Cohen's d
         for pairs). "p" of Student's paired test, NaN where nothing varies; "p (Holm)", for as many
         questions as rows. "wins": the share of seeds with the higher accuracy; half for a tie.
         "seeds" in which both finished; "diverged", in which one did not: these count as wins only.
-
-    Raises:
-        ValueError: if ``baseline`` is not there, or nothing else is.
     """
     scores = finals(histories)
     if baseline not in scores or len(scores.columns) < 2:
