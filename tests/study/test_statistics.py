@@ -41,20 +41,17 @@ def spread(mean, n=10, by=0.01, seed=0):
 # --- Intervals. ---
 
 
-@given(accuracies)
-def test_the_margin_is_half_of_student_s_interval_at_95(values):
-    half = np.std(values, ddof=1) / math.sqrt(len(values))
-    if half > 1e-9:
-        low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), half)
-        assert statistics.margin(values) == pytest.approx((high - low) / 2)
-        table = pd.DataFrame({"a": [*values, math.nan], "b": math.nan})
-        assert statistics.margin(table)["a"] == pytest.approx((high - low) / 2)
-        assert math.isnan(statistics.margin(table)["b"])
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
+def test_the_margin_is_half_of_student_s_interval_by_his_table(n, t):
+    values = spread(0.5, n)
+    expected = pytest.approx(t * np.std(values, ddof=1) / math.sqrt(n), rel=1e-3)
+    assert statistics.margin(values) == expected
+    table = statistics.margin(pd.DataFrame({"a": [*values, math.nan], "b": math.nan}))
+    assert table["a"] == expected
+    assert math.isnan(table["b"])
 
 
-def test_the_margin_by_the_tables_of_student():
-    assert statistics.margin([0.1, 0.2, 0.3]) == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
-    assert statistics.margin([0.1, 0.3]) == pytest.approx(12.706 * 0.1, rel=1e-3)
+def test_one_value_has_no_margin_and_equal_values_none_to_speak_of():
     assert statistics.margin([0.5, 0.5, 0.5]) == 0
     assert math.isnan(statistics.margin([0.5]))
     assert math.isnan(statistics.margin([]))
@@ -116,20 +113,17 @@ def test_a_run_that_diverged_ranks_below_all_and_its_method_is_never_surely_bett
     assert list(table["rank to"])[:2] == [2, 3]
 
 
-def test_one_seed_orders_but_knows_nothing_of_ranks():
+def test_one_seed_orders_but_knows_nothing_of_ranks_and_stopped_runs_count_nowhere():
     table = statistics.ranks(runs(sgd=[0.5], adam=[0.9]))
     assert list(table["rank"]) == [1, 2]
     assert table[["±", "rank from", "rank to"]].isna().all(axis=None)
-
-
-def test_stopped_runs_count_nowhere():
     found = [*runs(sgd=[0.5, 0.6]), run("adam", 0, 0.9, status="stopped")]
     assert list(statistics.ranks(found).index) == ["sgd"]
+
+
+def test_what_cannot_be_ranked_is_refused():
     with pytest.raises(ValueError, match="no run has ended"):
-        statistics.ranks(found[-1:])
-
-
-def test_two_runs_of_one_seed_are_refused():
+        statistics.ranks([run("adam", 0, 0.9, status="stopped")])
     with pytest.raises(ValueError, match=r"sgd has two runs of a seed \(seeds \[0, 0\]\)"):
         statistics.ranks(runs(sgd=[0.5]) + runs(sgd=[0.6]))
 
@@ -161,12 +155,6 @@ def test_a_pair_turned_round_is_its_mirror_image(values, random):
     assert one["wins"] == pytest.approx(1 - two["wins"])
 
 
-def test_without_a_spread_there_is_no_p():
-    row = statistics.pairs(runs(adam=[0.5, 0.6, 0.7], sgd=[0.5, 0.6, 0.7])).loc["adam"]
-    assert (row["wins"], row["difference"], row["±"]) == (0.5, 0, 0)
-    assert row[["p", "p (Holm)", "effect size"]].isna().all()
-
-
 def test_only_equal_seeds_make_pairs_and_a_diverged_run_is_a_lost_one():
     found = [*runs(adam=[0.5, 0.6, None], sgd=[0.4, 0.4, 0.1]), run("adam", 7, 0.9)]
     row = statistics.pairs(found[::-1]).loc["adam"]
@@ -175,6 +163,9 @@ def test_only_equal_seeds_make_pairs_and_a_diverged_run_is_a_lost_one():
     alone = statistics.pairs([run("adam", 1, 0.5), run("sgd", 2, 0.5)]).loc["adam"]
     assert alone["seeds"] == 0
     assert alone[["difference", "p", "wins"]].isna().all()
+    equal = statistics.pairs(runs(adam=[0.5, 0.6, 0.7], sgd=[0.5, 0.6, 0.7])).loc["adam"]
+    assert (equal["wins"], equal["difference"], equal["±"]) == (0.5, 0, 0)
+    assert equal[["p", "p (Holm)", "effect size"]].isna().all(), "there is no spread"
 
 
 @pytest.mark.parametrize(
