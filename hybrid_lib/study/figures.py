@@ -24,6 +24,7 @@ from hybrid_lib.optim import methods
 from hybrid_lib.optim.methods import BLUE, GREEN, PURPLE, VERMILLION, look
 from hybrid_lib.study import statistics
 from hybrid_lib.study.statistics import group_by_method
+from hybrid_lib.study.tables import accuracies as accuracy_table  # noqa: F401  (notebook 03)
 from hybrid_lib.study.tables import paper, seconds, subject
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
