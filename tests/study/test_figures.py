@@ -94,11 +94,8 @@ def test_every_method_has_a_look_of_its_own(make):
     assert len(looks) == 9
     assert all(len(of_one) == 1 for of_one in looks.values()), "the same in every panel"
     assert len(set.union(*looks.values())) == 9
-
-
-def test_methods_of_one_s_own_can_be_told_apart():
-    data = figures.curves([history("mine"), history("yours"), history("sgd")]).data
-    assert len({(trace.line.color, trace.line.dash) for trace in data}) == 3
+    own = make([history("mine"), history("yours"), history("sgd")]).data
+    assert len({(trace.line.color, trace.line.dash) for trace in own}) == 3
 
 
 @pytest.mark.parametrize("colour", sorted({methods.look(name)[0] for name in methods.METHODS}))
@@ -124,16 +121,12 @@ def test_no_history_and_several_data_sets_are_refused(make):
 @any_of([*FIGURES, *TABLES])
 @pytest.mark.parametrize(
     "runs",
-    [
-        [history(epochs=1)],
-        [history(epochs=0, status="diverged")],
-        [history(epochs=0, status="diverged"), history("adam")],
-        [history("adam", epochs=0, status="diverged"), history("adam", seed=1)],
-        [history("adam"), history("adam", seed=1, epochs=1, status="stopped")],
-        [history("my-own")],
-    ],
+    [[history(epochs=1)], [history(epochs=0, status="diverged")],
+     [history(epochs=0, status="diverged"), history("adam")],
+     [history("adam", epochs=0, status="diverged"), history("adam", seed=1)],
+     [history("adam"), history("adam", seed=1, epochs=1, status="stopped")], [history("my-own")]],
     ids=["one epoch", "none", "one failed", "one seed failed", "one stopped", "own name"],
-)
+)  # fmt: skip
 def test_runs_of_any_state_can_be_shown(make, runs):
     shown = make(runs)
     if isinstance(shown, go.Figure):
@@ -141,10 +134,6 @@ def test_runs_of_any_state_can_be_shown(make, runs):
         assert "null" not in shown.layout.title.text
     else:
         assert len(shown) == len({h.experiment.name for h in runs})
-
-
-def test_one_epoch_is_a_point_not_an_invisible_line():
-    assert [trace.mode for trace in figures.curves([history(epochs=1)]).data] == ["markers"]
 
 
 # --- What the figures draw. ---
@@ -181,6 +170,8 @@ def test_the_four_panels_show_their_own_columns_and_one_legend():
         assert list(shown[figures.AXES[column]].y) == values[column]
     assert [trace.showlegend for trace in figure.data].count(True) == 1
     assert [axis.type for axis in figure.select_yaxes()] == ["log", "log", None, None]
+    modes = [trace.mode for trace in figures.panels([history(epochs=1)]).data]
+    assert modes == ["markers"] * 4, "one epoch is a point, not an invisible line"
 
 
 @any_of([figures.curves, figures.panels])
@@ -264,12 +255,6 @@ def test_every_seed_is_a_point_beside_the_mean_and_a_failed_one_is_named():
 # --- Tables, against sums done by hand. ---
 
 
-def test_the_report_s_tables_are_read():
-    assert tables.paper("table3")["test_accuracy"]["padam_sgd"] == 0.8997
-    assert tables.paper("runs")["seconds_per_epoch"]["adasgd"] == 148.4
-    assert set(tables.paper("milestones")["optimizer"]) == set(EXPERIMENTS) - {"padam"}
-
-
 def test_the_accuracy_table_by_hand():
     long = [0.5 + 0.01 * i for i in range(12)]
     runs = [
@@ -298,6 +283,8 @@ def test_the_accuracy_table_by_hand():
     assert atmo[["final", "best"]].isna().all()
     assert (atmo["epochs"], atmo["seeds"], atmo["status"]) == (0, 0, "diverged")
     assert pd.isna(table.loc["Padam", "report (CIFAR-10)"]), "not in the report"
+    assert tables.paper("table3")["test_accuracy"]["padam_sgd"] == 0.8997
+    assert set(tables.paper("milestones")["optimizer"]) == set(EXPERIMENTS) - {"padam"}
 
 
 def test_the_seconds_table_by_hand():
@@ -352,13 +339,9 @@ def test_what_a_notebook_keeps_is_light_and_as_drawn(displayed, n):
         assert (x[0], x[-1]) == (thick.x[0], thick.x[-1])
         assert all(min(abs(b - c) for b in drawn[a]) < 1e-5 for a, c in zip(x, y))
     assert len(figure.data[1].x) == n, "the figure itself is as it was"
-
-
-def test_what_a_notebook_keeps_has_its_names(displayed):
-    """On an axis of categories: figures of ranks have the methods there."""
     figures.show(go.Figure(go.Scatter(x=[0.5, 0.25], y=["ATMO", "SGD"], mode="markers")))
-    (kept,) = displayed[0]["application/vnd.plotly.v1+json"]["data"]
-    assert kept["y"] == ["ATMO", "SGD"]
+    (kept,) = displayed[1]["application/vnd.plotly.v1+json"]["data"]
+    assert kept["y"] == ["ATMO", "SGD"], "names on an axis of categories stay"
 
 
 NO_BROWSER = """
