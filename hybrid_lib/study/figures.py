@@ -226,7 +226,10 @@ def heat_map(runs: pd.DataFrame, x: str, y: str, subject: str):
         groups.mean().unstack().rename(index=str, columns=str), aspect="auto", origin="lower",
         color_continuous_scale="Cividis", labels={"color": "test<br>accuracy"},
     )  # fmt: skip
-    figure.update_traces(text=groups.agg(text).unstack(fill_value=""), texttemplate="%{text}")
+    figure.update_traces(
+        text=groups.agg(text).unstack(fill_value=""), texttemplate="%{text}",
+        hovertemplate=f"{x} %{{x}}, {y} %{{y}}: %{{z:.4f}}<extra></extra>",
+    )  # fmt: skip
     figure.update_xaxes(title_text=SETTINGS.get(x, x), type="category", showgrid=False)
     figure.update_yaxes(title_text=SETTINGS.get(y, y), type="category", showgrid=False)
     return apply_style(figure, f"Test accuracy after the last epoch, {subject}")
@@ -300,8 +303,7 @@ def final_accuracies(histories: Sequence[History]):
 
 def show(figure) -> None:
     """Show a figure in a notebook; without a front end, also as an image for static readers."""
-    import kaleido  # all of these where they are used: figures exist outside notebooks
-    from IPython.display import display
+    from IPython.display import display  # imported where used: figures exist outside notebooks
     from PIL import Image
 
     if is_interactive():
@@ -310,6 +312,8 @@ def show(figure) -> None:
     still = without_hidden(figure).update_layout(width=900)
     bundle = {"application/vnd.plotly.v1+json": json.loads(_light(still).to_json())}
     try:
+        import kaleido
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
             image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
