@@ -21,8 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from hybrid_lib import EXPERIMENTS, History
-from hybrid_lib.study import claims, figures
-from hybrid_lib.study.statistics import group_by_method
+from hybrid_lib.study import claims, figures, statistics, tables
 from hybrid_lib.training.history import load_all
 
 PROTOCOLS = ("released", "clean")
@@ -52,7 +51,7 @@ def publish(source: Path, target: Path) -> None:
 def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataFrame:
     """Each audit beside the row that it changes: the setting, and both last accuracies.
 
-    Means over the seeds that both have, and the standard deviation of their differences.
+    Means over the seeds that both have; the difference is taken seed by seed, with its ±.
     """
     of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h for h in rows}
     table = []
@@ -68,7 +67,7 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
         table.append(
             {
                 "method": row.label, "protocol": e.protocol, "changed": "; ".join(changed),
-                "report": figures.paper("table3")["test_accuracy"][name],
+                "report": tables.paper("table3")["test_accuracy"][name],
                 "row": row.final["test_accuracy"], "audit": h.final["test_accuracy"],
                 "row's best": row.best["test_accuracy"], "audit's best": h.best["test_accuracy"],
             }
@@ -77,7 +76,7 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
     each.insert(6, "difference", each["audit"] - each["row"])
     of_setting = each.groupby(["method", "protocol", "changed"], sort=False)
     means = of_setting.mean()
-    means.insert(4, "± difference", of_setting["difference"].std())
+    means.insert(4, "±", of_setting["difference"].agg(statistics.margin))
     return means.assign(seeds=of_setting.size()).reset_index()
 
 
@@ -106,13 +105,6 @@ def _sizes(histories: Sequence[History]) -> str:
     return "; ".join(sorted(sizes))
 
 
-def _seeds(histories: Sequence[History], figure: go.Figure) -> str:
-    counts = sorted({len(group) for group in group_by_method(histories).values()})
-    seeds = "one seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
-    has_bands = any(getattr(trace, "fill", None) for trace in figure.data)
-    return f"mean of {seeds}, bands from the lowest to the highest" if has_bands else seeds
-
-
 def _figures(found: Sequence[History]) -> Iterator[go.Figure]:
     """The report's Figures 1 to 5."""
     yield figures.panels(found)
@@ -138,7 +130,7 @@ def render(folder: Path) -> list[Path]:
         found.sort(key=lambda h: (list(EXPERIMENTS).index(h.experiment.name), h.experiment.seed))
         if not found:
             continue
-        accuracies = figures.accuracy_table(found)
+        accuracies = tables.accuracies(found)
         accuracies["final − report"] = accuracies["final"] - accuracies["report (CIFAR-10)"]
         for rank, column in {"rank": "final", "report's rank": "report (CIFAR-10)"}.items():
             accuracies[rank] = (
@@ -146,15 +138,16 @@ def render(folder: Path) -> list[Path]:
             )
         sections += [
             f"## Table III, protocol {protocol}", markdown(accuracies.reset_index()),
-            "### Seconds per epoch", markdown(figures.seconds_table(found).reset_index(), 2),
+            "### Seconds per epoch", markdown(tables.seconds(found).reset_index(), 2),
             "### The report's claims", markdown(claims.table(found).reset_index(drop=True)),
         ]  # fmt: skip
         for number, figure in enumerate(_figures(found), start=1):
             picture = folder / f"{protocol}-figure{number}.png"
             still = figures.without_hidden(figure)
-            still.update_layout(paper_bgcolor="white", plot_bgcolor="white",
-                                title_text=f"{still.layout.title.text}, {protocol} protocol<br>"
-                                f"<sup>{_sizes(found)}; {_seeds(found, still)}</sup>")  # fmt: skip
+            title = still.layout.title
+            title.text += f", {protocol} protocol"
+            title.subtitle.text = f"{_sizes(found)}; {title.subtitle.text}"
+            still.update_layout(paper_bgcolor="white", plot_bgcolor="white")
             still.write_image(picture, width=1000, height=still.layout.height)
             sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
             written.append(picture)
@@ -165,12 +158,12 @@ def render(folder: Path) -> list[Path]:
     machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}"
                 for h in everything}  # fmt: skip
     head = (
-        f"# {figures.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
+        f"# {tables.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
-        'Made by `publish.py` from the histories beside this page. "95 % from, to" is a bootstrap '
-        "interval, too narrow for few seeds; a claim's ± is half of Student's 95 % interval, its "
-        '"tenth of the epochs" at least three epochs. Seconds of the two protocols do not compare '
-        "where the machine did other work beside."
+        "Made by `publish.py` from the histories beside this page. Everywhere ± is half of a 95 % "
+        "interval (Student), in the first tables of *final*, in the last of the difference seed by "
+        'seed. A claim\'s "tenth of the epochs" is at least three. Seconds of the two protocols do '
+        "not compare where the machine did other work beside."
     )
     if not all(_is_the_report_s(h) for h in everything):
         head += " These runs are smaller than the report's: final − report is mostly that."

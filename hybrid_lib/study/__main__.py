@@ -45,14 +45,14 @@ def _study(args: argparse.Namespace, how: dict) -> tuple:
     found, failures = run_many(experiments, out, **how)
     if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks
         raise RuntimeError("; ".join(failures))
-    from hybrid_lib.study import figures, notebooks
+    from hybrid_lib.study import notebooks, tables
 
     given = {"dataset": args.dataset, "seeds": args.seeds, "out": str(out)}
     given |= {"epochs": args.epochs} if args.epochs else {}
     jobs = notebooks.for_study(found, args.scale, **given)
-    title = f"Hybrid optimizers on {figures.subject(found)}"
+    title = f"Hybrid optimizers on {tables.subject(found)}"
     failures += notebooks.report(out, title, jobs, notebooks.RESULTS, found, failures)
-    return figures.accuracy_table(found).sort_values("final", ascending=False), failures, out
+    return tables.accuracies(found).sort_values("final", ascending=False), failures, out
 
 
 def sweep(arguments: list[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def sweep(arguments: list[str] | None = None) -> int:
 
 
 def _sweep(args: argparse.Namespace, how: dict) -> tuple:
-    from hybrid_lib.study import figures, notebooks, sweeps
+    from hybrid_lib.study import notebooks, sweeps, tables
 
     experiments, failures = sweeps.read(args.space).plan()
     first = experiments[0]
@@ -84,7 +84,7 @@ def _sweep(args: argparse.Namespace, how: dict) -> tuple:
     print(f"table: {out / 'table.csv'}")
     source = notebooks.NOTEBOOKS / f"{notebooks.SWEEP}.ipynb"
     jobs = {source: {"space": args.space, "out": str(out), "train": False}}
-    title = f"Sweep on {figures.subject(found)}"
+    title = f"Sweep on {tables.subject(found)}"
     failures += notebooks.report(out, title, jobs, notebooks.SWEEP, found, failures)
     return sweeps.over_seeds(runs), failures, out
 

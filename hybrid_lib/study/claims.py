@@ -1,11 +1,11 @@
 """The claims of the report's discussion, each with a criterion, its numbers and a verdict.
 
 A criterion is one or more inequalities between measured quantities. Each quantity is a mean over
-the seeds with a margin, half of its 95 % interval (Student's t). With one seed there is no such
-interval; its place takes 1/√(number of test images) for accuracies, which is 0.01 for CIFAR-10,
-and a fixed share for ratios of losses. A claim **holds** if every inequality does, margin included;
-it **does not hold** if one fails by more than its margin; otherwise, and where runs are missing or
-too short, it **cannot be told**.
+the seeds with a margin, half of its 95 % interval (Student; ± in the numbers). With one seed there
+is no such interval; its place takes 1/√(number of test images) for accuracies, which is 0.01 for
+CIFAR-10, and a fixed share for ratios of losses. A claim **holds** if every inequality does, margin
+included; it **does not hold** if one fails by more than its margin; otherwise, and where runs are
+missing or too short, it **cannot be told**.
 
 Accuracies are those of the last epoch, as in the report's Table III, unless a criterion says
 otherwise. Epochs are the experiments' own: "the first milestone" is epoch 100 in the report.
@@ -17,14 +17,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, variance
+from statistics import fmean, median
 
 import pandas as pd
-from scipy.special import stdtrit
 
 from hybrid_lib.optim import methods
-from hybrid_lib.study import figures
-from hybrid_lib.study.statistics import group_by_method
+from hybrid_lib.study import statistics, tables
 from hybrid_lib.training.history import History
 
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told"
@@ -38,7 +36,7 @@ STEPPED = (*PADAM_SGD, *SECOND_ORDER)
 POINTS = 0.02  # two points of accuracy: less is "not a lot"
 LOSS_MARGIN = 0.05  # of a ratio of losses, where there is one seed
 TIME_MARGIN = 0.1  # of a ratio of times, whatever the seeds: they share a machine
-Runs = dict[str, Sequence[History]]  # complete runs by method, seeds in order
+Runs = dict[str, Sequence[History]]  # complete runs by method
 
 
 @dataclass(frozen=True)
@@ -89,22 +87,20 @@ class Claim:
         }
 
 
-def shown(histories: Sequence[History]):
+def as_markdown(histories: Sequence[History]):
     """:func:`table` for a notebook: as Markdown, for static readers drop the styles of tables."""
     from IPython.display import Markdown  # imported where used: claims are judged elsewhere too
 
+    def in_lines(numbers: str) -> str:  # which break neither at a sign nor in a name
+        whole = re.sub("(?<=[:−±.]) | (?=[−±])", "&nbsp;", numbers)
+        return whole.replace("-", "&#8209;").replace("; ", "<br>")
+
     judged = table(histories).astype(str)
-    judged["numbers"] = judged["numbers"].map(_in_lines)
+    judged["numbers"] = judged["numbers"].map(in_lines)
     judged["verdict"] = "**" + judged["verdict"].str.replace(" ", "&nbsp;") + "**"
     rows = [judged.columns, ["---"] * len(judged.columns), *judged.to_numpy()]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return Markdown("\n".join([f"**The report's claims on {judged.index.name}**", "", *lines]))
-
-
-def _in_lines(numbers: str) -> str:
-    """A line each, which breaks neither at a sign nor in a name."""
-    whole = re.sub("(?<=[:−±.]) | (?=[−±])", "&nbsp;", numbers)
-    return whole.replace("-", "&#8209;").replace("; ", "<br>")
 
 
 def table(histories: Sequence[History]) -> pd.DataFrame:
@@ -116,12 +112,12 @@ def table(histories: Sequence[History]) -> pd.DataFrame:
     Raises:
         ValueError: for no history, or for histories of several data sets or protocols.
     """
-    title = figures.subject(histories)
+    title = tables.subject(histories)
     protocols = sorted({h.experiment.protocol for h in histories})
     if len(protocols) > 1:
         raise ValueError(f"histories of protocols {', '.join(protocols)}: judge one at a time")
     finished = [h for h in histories if h.status == "complete"]
-    runs = group_by_method(sorted(finished, key=lambda h: h.experiment.seed))
+    runs = statistics.group_by_method(finished)
     rows = [claim.judge(runs) for claim in CLAIMS]
     return pd.DataFrame(rows).rename_axis(f"{title}, {protocols[0]} protocol")
 
@@ -207,58 +203,44 @@ def seconds(h: History) -> float:
 # --- Inequalities between them. ---
 
 
-def between(one: Sequence[float], two: Sequence[float], one_seed: float) -> tuple[float, float]:
-    """Difference of two means, and half of its 95 % interval (Welch).
-
-    >>> value, margin = between([0.90, 0.92, 0.91], [0.86, 0.88, 0.87], one_seed=0.01)
-    >>> f"{value:.3f} ± {margin:.3f}"
-    '0.040 ± 0.023'
-    """
-    value = fmean(one) - fmean(two)
-    if min(len(one), len(two)) < 2:
-        return value, one_seed
-    parts = [(variance(sample) / len(sample), len(sample) - 1) for sample in (one, two)]
-    squared = sum(v for v, _ in parts)
-    if not squared > 0:  # one sample is a constant twice, or NaN
-        return value, squared
-    freedom = squared**2 / sum(v**2 / f for v, f in parts)
-    return value, float(stdtrit(freedom, 0.975)) * math.sqrt(squared)
-
-
-def one_seed(runs: Iterable[History]) -> float:
-    """The margin of an accuracy that was measured once: two standard errors of one half."""
-    return max(h.environment.get("test_images", 1) ** -0.5 for h in runs)
-
-
-def own(runs: Runs, name: str, measure, bound=0.0, sign=1, margin=None) -> Inequality:
+def own(runs: Runs, name: str, measure, bound=0.0, sign=1, one_seed=None) -> Inequality:
     """``measure`` of a method's runs is above ``bound``; below it, with ``sign`` −1."""
     sample = [measure(h) for h in runs[name]]
-    value, margin = between(sample, [0.0] * len(sample), margin or one_seed(runs[name]))
-    return Inequality(
-        _numbers(methods.label(name), value, margin), sign * value, margin, sign * bound
-    )
+    numbers = fmean(sample), statistics.margin(sample)
+    return _inequality(methods.label(name), numbers, one_seed or runs[name], bound, sign)
 
 
 def above(runs: Runs, name: str, other: str, bound: float = 0.0) -> Inequality:
     """The last accuracy of one method is above another's by more than ``bound``."""
     one, two = runs[name], runs[other]
-    value, margin = between([*map(last, one)], [*map(last, two)], one_seed([*one, *two]))
-    at_best = _signed(fmean(map(best, one)) - fmean(map(best, two)))
-    text = _numbers(f"{methods.label(name)} − {methods.label(other)}", value, margin)
-    return Inequality(f"{text} (best: {at_best})", value, margin, bound)
+    numbers = statistics.difference([*map(last, one)], [*map(last, two)])
+    at_best = f" (best: {_signed(fmean(map(best, one)) - fmean(map(best, two)))})"
+    what = f"{methods.label(name)} − {methods.label(other)}"
+    return _inequality(what, numbers, [*one, *two], bound, note=at_best)
 
 
-def _numbers(what: str, value: float, margin: float) -> str:
-    too_short = math.isnan(value)
-    return f"{what}: " + ("too few epochs" if too_short else f"{_signed(value)} ± {margin:.3f}")
+def _inequality(what, numbers, one_seed, bound=0.0, sign=1, note="") -> Inequality:
+    """Of a value and its margin; where that is NaN, ``one_seed`` is the margin, or of these runs.
+
+    What a test set leaves open of an accuracy is two standard errors of one half.
+    """
+    value, margin = numbers
+    text = f"{_signed(value)} ± {margin:.3f}"
+    if math.isnan(margin):
+        margin = one_seed
+        if not isinstance(margin, float):
+            margin = max(h.environment.get("test_images", 1) ** -0.5 for h in one_seed)
+        text = f"{_signed(value)}, margin {margin:.3f}"
+    text = f"{what}: {'too few epochs' if math.isnan(value) else text}{note}"
+    return Inequality(text, sign * value, margin, sign * bound)
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def highest(runs: Runs, names: Iterable[str]) -> str:
-    return max(names, key=lambda name: fmean(map(last, runs[name])))
+def highest(runs: Runs, names: Iterable[str], measure=last) -> str:
+    return max(names, key=lambda name: fmean(map(measure, runs[name])))
 
 
 def best_two(runs: Runs):
@@ -270,26 +252,31 @@ def slow_start(runs: Runs):
     """Against the average of the other methods, seed by seed, over the same epochs."""
     for name in PADAM_SGD:
         first = milestone(runs[name][0], 1)
-        one = [mean(h, "test_accuracy", 0, first) for h in runs[name]]
-        rest = [
-            fmean(mean(h, "test_accuracy", 0, first) for h in seed)
-            for seed in zip(*(runs[other] for other in OTHERS))
-        ]
-        value, margin = between(one, rest, one_seed(runs[name]))
-        yield Inequality(_numbers(methods.label(name), value, margin), -value, margin)
+        starts = {
+            n: pd.Series({h.experiment.seed: mean(h, "test_accuracy", 0, first) for h in runs[n]})
+            for n in (name, *OTHERS)
+        }
+        one = starts.pop(name)
+        rest = pd.concat(starts, axis=1, join="inner").mean(axis=1, skipna=False)
+        if rest.empty:
+            yield Inequality("the six others share no seed", math.nan, math.nan)
+        else:
+            numbers = statistics.difference(one, rest)
+            yield _inequality(methods.label(name), numbers, runs[name], sign=-1)
 
 
 def overtaking(runs: Runs):
     """Against the best of the other methods in the epochs right after the jump."""
     for name in PADAM_SGD:
         drop, w = milestone(runs[name][0], 1), window(runs[name][0])
-        after = {
-            n: [mean(h, "test_accuracy", drop, drop + w) for h in runs[n]] for n in (name, *OTHERS)
-        }
-        rival = max(OTHERS, key=lambda n: fmean(after[n]))
-        value, margin = between(after[name], after[rival], one_seed(runs[name]))
-        text = _numbers(f"{methods.label(name)} − {methods.label(rival)}", value, margin)
-        yield Inequality(text, value, margin)
+
+        def after(h, drop=drop, w=w) -> float:
+            return mean(h, "test_accuracy", drop, drop + w)
+
+        rival = highest(runs, OTHERS, after)
+        numbers = statistics.difference([*map(after, runs[name])], [*map(after, runs[rival])])
+        what = f"{methods.label(name)} − {methods.label(rival)}"
+        yield _inequality(what, numbers, runs[name])
 
 
 def jumps(runs: Runs, names: Iterable[str]):
@@ -315,138 +302,69 @@ def slower(runs: Runs):
         yield Inequality(text, 1 - abs(ratio - 4), TIME_MARGIN * ratio)
 
 
+# fmt: off
 CLAIMS = (
-    Claim(
-        "PADAM-SGD, constant and dynamic, tests best",
-        "V §1",
-        "accuracy of each of the two − highest of the six others > 0",
-        (*PADAM_SGD, *OTHERS),
-        best_two,
-    ),
-    Claim(
-        "PADAM-SGD still learns at the end",
-        "V §1",
-        "both forms: 1 − mean test loss in the last tenth of the epochs ÷ the tenth before > 0",
-        PADAM_SGD,
-        lambda runs: [own(runs, name, fall_of_loss, margin=LOSS_MARGIN) for name in PADAM_SGD],
-    ),
-    Claim(
-        "PADAM-SGD starts slowly",
-        "V §1",
-        "mean test accuracy up to its first milestone − mean of the six others < 0, both forms",
-        (*PADAM_SGD, *OTHERS),
-        slow_start,
-    ),
-    Claim(
-        "PADAM-SGD jumps when its rate first drops",
-        "V §1",
-        "mean test accuracy, a tenth of the epochs after − before the first milestone > 0",
-        PADAM_SGD,
-        lambda runs: jumps(runs, PADAM_SGD),
-    ),
-    Claim(
-        "The jump takes PADAM-SGD above all others",
-        "V §1",
-        "mean test accuracy in the tenth after its first milestone − highest of the six others "
-        "in the same epochs > 0",
-        (*PADAM_SGD, *OTHERS),
-        overtaking,
-    ),
-    Claim(
-        "AdaSGD, too, gains when its rate first drops",
-        "V §1",
-        "as for PADAM-SGD",
-        ("adasgd",),
-        lambda runs: jumps(runs, ["adasgd"]),
-    ),
-    Claim(
-        "Lowering the rate is good for generalisation",
-        "V §1",
-        "as for PADAM-SGD, for each of the four methods with milestones",
-        STEPPED,
-        lambda runs: jumps(runs, STEPPED),
-    ),
-    Claim(
-        "After the second milestone not much moves",
-        "V §1",
-        f"PADAM-SGD, both forms, and AdaSGD: from the tenth after it to the last tenth, mean "
-        f"test accuracy moves by less than {POINTS}",
-        (*PADAM_SGD, "adasgd"),
-        settled,
-    ),
-    Claim(
-        "SGD and dynamic ATMO beat Adam and ATMO",
-        "V §2",
-        "accuracy: each of the four differences > 0",
-        ("sgd", "dyn_atmo", "adam", "atmo"),
-        lambda runs: [
-            above(runs, good, bad) for good in ("sgd", "dyn_atmo") for bad in ("adam", "atmo")
-        ],
-    ),
-    Claim(
-        "SGD is unsteady to the end",
-        "V §2",
-        f"highest − lowest test accuracy in the last tenth of the epochs > {POINTS}",
-        ("sgd",),
-        lambda runs: [own(runs, "sgd", swing, POINTS)],
-    ),
-    Claim(
-        "Dynamic ATMO would gain from more epochs",
-        "V §2",
-        "mean test accuracy, last tenth of the epochs − the tenth before > 0",
-        ("dyn_atmo",),
-        lambda runs: [own(runs, "dyn_atmo", trend)],
-    ),
-    Claim(
-        "AdaHessian overfits",
-        "V §3",
-        "mean test loss in the last tenth of the epochs ÷ its lowest epoch − 1 > 0.1",
-        ("adahessian",),
-        lambda runs: [own(runs, "adahessian", rise_of_loss, 0.1, margin=LOSS_MARGIN)],
-    ),
-    Claim(
-        "AdaHessian's accuracy is not bad even so",
-        "V §3",
-        f"accuracy − SGD's > −{POINTS}",
-        ("adahessian", "sgd"),
-        lambda runs: [above(runs, "adahessian", "sgd", -POINTS)],
-    ),
-    Claim(
-        "AdaHessian would lose from more epochs",
-        "V §3",
-        "mean test accuracy, last tenth of the epochs − the tenth before < 0",
-        ("adahessian",),
-        lambda runs: [own(runs, "adahessian", trend, sign=-1)],
-    ),
-    Claim(
-        "AdaSGD ends good and stable",
-        "V §3",
-        f"accuracy − AdaHessian's > 0; its own swing in the last tenth < {POINTS}",
-        SECOND_ORDER,
-        lambda runs: [
-            above(runs, "adasgd", "adahessian"),
-            own(runs, "adasgd", swing, POINTS, sign=-1),
-        ],
-    ),
-    Claim(
-        "Second order brings no more accuracy",
-        "V §3",
-        "accuracy of the best first-order method − the better of AdaHessian and AdaSGD > 0",
-        (*FIRST_ORDER, *SECOND_ORDER),
-        lambda runs: [above(runs, highest(runs, FIRST_ORDER), highest(runs, SECOND_ORDER))],
-    ),
-    Claim(
-        "A second-order epoch takes almost four times as long",
-        "V §3",
-        "median seconds of training and test pass ÷ mean of the first-order methods: from 3 to 5",
-        (*FIRST_ORDER, *SECOND_ORDER),
-        slower,
-    ),
-    Claim(
-        "ATMO is only good if it is dynamic",
-        "VI",
-        "accuracy: Dyn. ATMO above SGD and Adam, ATMO below both",
-        ("atmo", "dyn_atmo", "sgd", "adam"),
-        dynamic_only,
-    ),
+    Claim("PADAM-SGD, constant and dynamic, tests best", "V §1",
+          "accuracy of each of the two − highest of the six others > 0",
+          (*PADAM_SGD, *OTHERS), best_two),
+    Claim("PADAM-SGD still learns at the end", "V §1",
+          "both forms: 1 − mean test loss in the last tenth of the epochs ÷ the tenth before > 0",
+          PADAM_SGD,
+          lambda runs: [own(runs, n, fall_of_loss, one_seed=LOSS_MARGIN) for n in PADAM_SGD]),
+    Claim("PADAM-SGD starts slowly", "V §1",
+          "mean test accuracy up to its first milestone − mean of the six others < 0, both forms",
+          (*PADAM_SGD, *OTHERS), slow_start),
+    Claim("PADAM-SGD jumps when its rate first drops", "V §1",
+          "mean test accuracy, a tenth of the epochs after − before the first milestone > 0",
+          PADAM_SGD, lambda runs: jumps(runs, PADAM_SGD)),
+    Claim("The jump takes PADAM-SGD above all others", "V §1",
+          "mean test accuracy in the tenth after its first milestone − highest of the six others "
+          "in the same epochs > 0",
+          (*PADAM_SGD, *OTHERS), overtaking),
+    Claim("AdaSGD, too, gains when its rate first drops", "V §1",
+          "as for PADAM-SGD",
+          ("adasgd",), lambda runs: jumps(runs, ["adasgd"])),
+    Claim("Lowering the rate is good for generalisation", "V §1",
+          "as for PADAM-SGD, for each of the four methods with milestones",
+          STEPPED, lambda runs: jumps(runs, STEPPED)),
+    Claim("After the second milestone not much moves", "V §1",
+          f"PADAM-SGD, both forms, and AdaSGD: from the tenth after it to the last tenth, mean "
+          f"test accuracy moves by less than {POINTS}",
+          (*PADAM_SGD, "adasgd"), settled),
+    Claim("SGD and dynamic ATMO beat Adam and ATMO", "V §2",
+          "accuracy: each of the four differences > 0",
+          ("sgd", "dyn_atmo", "adam", "atmo"),
+          lambda runs: [above(runs, good, bad)
+                        for good in ("sgd", "dyn_atmo") for bad in ("adam", "atmo")]),
+    Claim("SGD is unsteady to the end", "V §2",
+          f"highest − lowest test accuracy in the last tenth of the epochs > {POINTS}",
+          ("sgd",), lambda runs: [own(runs, "sgd", swing, POINTS)]),
+    Claim("Dynamic ATMO would gain from more epochs", "V §2",
+          "mean test accuracy, last tenth of the epochs − the tenth before > 0",
+          ("dyn_atmo",), lambda runs: [own(runs, "dyn_atmo", trend)]),
+    Claim("AdaHessian overfits", "V §3",
+          "mean test loss in the last tenth of the epochs ÷ its lowest epoch − 1 > 0.1",
+          ("adahessian",),
+          lambda runs: [own(runs, "adahessian", rise_of_loss, 0.1, one_seed=LOSS_MARGIN)]),
+    Claim("AdaHessian's accuracy is not bad even so", "V §3",
+          f"accuracy − SGD's > −{POINTS}",
+          ("adahessian", "sgd"), lambda runs: [above(runs, "adahessian", "sgd", -POINTS)]),
+    Claim("AdaHessian would lose from more epochs", "V §3",
+          "mean test accuracy, last tenth of the epochs − the tenth before < 0",
+          ("adahessian",), lambda runs: [own(runs, "adahessian", trend, sign=-1)]),
+    Claim("AdaSGD ends good and stable", "V §3",
+          f"accuracy − AdaHessian's > 0; its own swing in the last tenth < {POINTS}",
+          SECOND_ORDER,
+          lambda runs: [above(runs, "adasgd", "adahessian"),
+                        own(runs, "adasgd", swing, POINTS, sign=-1)]),
+    Claim("Second order brings no more accuracy", "V §3",
+          "accuracy of the best first-order method − the better of AdaHessian and AdaSGD > 0",
+          (*FIRST_ORDER, *SECOND_ORDER),
+          lambda runs: [above(runs, highest(runs, FIRST_ORDER), highest(runs, SECOND_ORDER))]),
+    Claim("A second-order epoch takes almost four times as long", "V §3",
+          "median seconds of training and test pass ÷ mean of the first-order methods: from 3 to 5",
+          (*FIRST_ORDER, *SECOND_ORDER), slower),
+    Claim("ATMO is only good if it is dynamic", "VI",
+          "accuracy: Dyn. ATMO above SGD and Adam, ATMO below both",
+          ("atmo", "dyn_atmo", "sgd", "adam"), dynamic_only),
 )

@@ -211,8 +211,7 @@ def _identity(experiment: Experiment) -> tuple:
 
 
 def _marked(history: History, folder: Path) -> History:
-    """The history; if it is a published one, its data set is named so in every title."""
+    """The history; if it is a published one, its environment says so, and so does every title."""
     if RESULTS not in (folder.resolve(), *folder.resolve().parents):
         return history
-    environment = {**history.environment, "dataset": f"{history.dataset}, published runs"}
-    return dataclasses.replace(history, environment=environment)
+    return dataclasses.replace(history, environment={**history.environment, "published": True})

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
+from zlib import crc32
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from scipy import stats
 
 from hybrid_lib.study import planning, statistics
@@ -39,18 +39,13 @@ FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", 
 OF_LAST_EPOCH = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
 NUMBERS = (*OF_LAST_EPOCH, "best_test_accuracy", "train_seconds")
 MEASURED = ("seed", "status", "epochs done", *NUMBERS)
+Values = Annotated[list, Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+class Range(BaseModel, frozen=True, extra="forbid"):
+    """From ``low`` to ``high``, evenly, or with ``log`` evenly in the logarithm.
 
-
-class Range(_Strict):
-    """Where a setting is drawn from: evenly, or evenly in its logarithm; whole numbers stay whole.
-
-    Attributes:
-        low, high: both can be drawn.
-        log: the logarithm is even; the draws are not whole then.
+    Both ends can be drawn. Between whole numbers draws are whole, but for a logarithm.
     """
 
     low: int | float
@@ -63,16 +58,16 @@ class Range(_Strict):
             raise ValueError(f"low={self.low}, high={self.high}: low < high, and above 0 for log")
         return self
 
-    def distribution(self):
-        """The same as a distribution of scipy's."""
+    def rvs(self, random_state):
+        """A draw, by the name under which scikit-learn looks for one."""
         if self.log:
-            return stats.loguniform(self.low, self.high)
+            return stats.loguniform.rvs(self.low, self.high, random_state=random_state)
         if isinstance(self.low, int) and isinstance(self.high, int):
-            return stats.randint(self.low, self.high + 1)
-        return stats.uniform(self.low, self.high - self.low)
+            return stats.randint.rvs(self.low, self.high + 1, random_state=random_state)
+        return stats.uniform.rvs(self.low, self.high - self.low, random_state=random_state)
 
 
-class Sweep(_Strict):
+class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     """What to vary, and around what.
 
     ``fixed``, ``grid`` and ``random`` name fields of :class:`hybrid_lib.Experiment`, or
@@ -97,8 +92,8 @@ class Sweep(_Strict):
     dataset: str = "digits"
     seeds: str = "0"
     fixed: dict[str, Any] = {}
-    grid: dict[str, Annotated[list, Field(min_length=1)]] = {}
-    random: dict[str, Annotated[list, Field(min_length=1)] | Range] = {}
+    grid: dict[str, Values] = {}
+    random: dict[str, Values | Range] = {}
     draws: Annotated[int, Field(ge=1)] = 10
     draw_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
@@ -106,9 +101,8 @@ class Sweep(_Strict):
     def _is_possible(self):
         if not self.varied:
             raise ValueError("grid or random: name at least one setting to vary")
-        for name in (*self.varied, *self.fixed):
-            if name not in FIELDS | {"lambda_sgd"}:
-                raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
+        for name in sorted({*self.varied, *self.fixed} - FIELDS - {"lambda_sgd"}):
+            raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
         for name in self.grid.keys() & self.random.keys() | self.fixed.keys() & set(self.varied):
             raise ValueError(f"{name} is given twice: once in fixed, grid and random together")
         if {"lambda_sgd", "lambda_start"} <= {*self.varied, *self.fixed}:
@@ -131,10 +125,7 @@ class Sweep(_Strict):
 
         drawn = [{}]
         if self.random:
-            spaces = {
-                k: v.distribution() if isinstance(v, Range) else v for k, v in self.random.items()
-            }
-            drawn = ParameterSampler(spaces, self.draws, random_state=self.draw_seed)
+            drawn = ParameterSampler(self.random, self.draws, random_state=self.draw_seed)
         return [{**point, **draw} for draw in drawn for point in ParameterGrid(self.grid)]
 
     def plan(self) -> tuple[list[Experiment], list[str]]:
@@ -186,11 +177,7 @@ def read(space: str | Path, **given) -> Sweep:
 
 
 def sweep_from(params: SimpleNamespace) -> Sweep:
-    """The sweep of a notebook's parameters.
-
-    ``params`` has space, and scale, dataset and epochs, which go over what is written there unless
-    they are None.
-    """
+    """A notebook's sweep: ``params.space``, under scale, dataset and epochs that are not None."""
     given = {k: v for k in ("scale", "dataset") if (v := getattr(params, k)) is not None}
     if params.epochs is not None:
         given["fixed"] = {**read(params.space, **given).fixed, "epochs": params.epochs}
@@ -199,9 +186,8 @@ def sweep_from(params: SimpleNamespace) -> Sweep:
 
 def default_out(space: str | Path) -> Path:
     """Where a sweep is kept if nothing else is said: runs/sweep-FILE, or -CHECKSUM of its text."""
-    text = str(space)
-    is_file = text.endswith((".yaml", ".yml"))
-    name = Path(text).stem if is_file else f"{zlib.crc32(text.encode('utf-8')):08x}"
+    is_file = str(space).endswith((".yaml", ".yml"))
+    name = Path(space).stem if is_file else f"{crc32(str(space).encode()):08x}"
     return data.PROJECT / "runs" / f"sweep-{name}"
 
 
@@ -211,33 +197,22 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
     Weights that sum to 1 are shown as ``lambda_sgd``. Accuracies and losses are those of the last
     epoch, "best" the best epoch's; they are missing where a run did not finish.
     """
-    histories = list(histories)
-    settings = [_settings(h.experiment) for h in histories]
-    varied = [k for k in dict.fromkeys(k for s in settings for k in s)
-              if len({repr(s.get(k)) for s in settings}) > 1]  # fmt: skip
-    rows = []
-    for h, setting in zip(histories, settings):
-        done = h.status == "complete"
-        rows.append({k: setting.get(k) for k in varied} | {
-            "run": h.experiment.name,
-            "seed": h.experiment.seed,
-            "status": h.status,
-            "epochs done": len(h.rows),
-            **({k: h.final[k] for k in OF_LAST_EPOCH} if done else {}),
-            "best_test_accuracy": h.best["test_accuracy"] if done else None,
-            "train_seconds": sum(row["train_seconds"] for row in h.rows),
-        })  # fmt: skip
-    runs = pd.DataFrame(rows, columns=["run", *varied, *MEASURED]).set_index("run")
-    return runs.astype(dict.fromkeys(NUMBERS, float))
-
-
-def _settings(experiment: Experiment) -> dict:
-    settings = dataclasses.asdict(experiment)
-    for k in ("name", "seed"):
-        del settings[k]
-    if abs(sum(experiment.lambda_start) - 1) < 1e-9:
-        settings["lambda_sgd"] = settings.pop("lambda_start")[1]
-    return settings
+    settings, measured = [], []
+    for h in histories:
+        setting = dataclasses.asdict(h.experiment)
+        if abs(sum(h.experiment.lambda_start) - 1) < 1e-9:
+            setting["lambda_sgd"] = setting.pop("lambda_start")[1]
+        settings.append({"run": setting.pop("name"), "seed": setting.pop("seed")} | setting)
+        row = {"status": h.status, "epochs done": len(h.rows), **dict.fromkeys(NUMBERS)}
+        if h.status == "complete":
+            row |= {k: h.final[k] for k in OF_LAST_EPOCH}
+            row["best_test_accuracy"] = h.best["test_accuracy"]
+        measured.append(row | {"train_seconds": sum(row["train_seconds"] for row in h.rows)})
+    given = pd.DataFrame(settings, dtype=object).set_index("run")
+    given = given.where(given.notna(), None)
+    differing = [k for k in given if k != "seed" and given[k].map(repr).nunique() > 1]
+    runs = pd.DataFrame(measured, index=given.index).astype(dict.fromkeys(NUMBERS, float))
+    return pd.concat([given[[*differing, "seed"]].infer_objects(), runs], axis=1)
 
 
 def varied(runs: pd.DataFrame) -> list[str]:
@@ -246,21 +221,18 @@ def varied(runs: pd.DataFrame) -> list[str]:
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per point of :func:`table`: mean test accuracy, its interval at 95 %, and counts.
+    """One row per point of :func:`table`: mean test accuracy, ± (95 %, Student), and counts.
 
     Sorted by the mean. Points with a run that diverged stand last: their mean is that of the seeds
     that were lucky.
     """
-    groups = runs.groupby("run", sort=False)
+    groups = runs.assign(diverged=runs["status"] == "diverged").groupby("run", sort=False)
     points, accuracies = groups[varied(runs)].first(), groups["test_accuracy"]
-    points["test_accuracy"] = accuracies.mean()
-    bounds = [statistics.interval(group.dropna()) for _, group in accuracies]
-    points["from"], points["to"] = zip(*bounds)
-    points["seeds"] = accuracies.count()
-    points["diverged"] = (runs["status"] == "diverged").groupby("run", sort=False).sum()
-    order = points.assign(failed=points["diverged"] > 0)
-    order = order.sort_values(["failed", "test_accuracy"], ascending=[True, False], kind="stable")
-    return points.loc[order.index]
+    points["test_accuracy"], points["±"] = accuracies.mean(), accuracies.agg(statistics.margin)
+    points["seeds"], points["diverged"] = accuracies.count(), groups["diverged"].sum()
+    return points.sort_values(
+        ["diverged", "test_accuracy"], key=lambda c: c > 0 if c.name == "diverged" else -c
+    )
 
 
 def axes(names: Iterable[str], runs: pd.DataFrame) -> list[str]:
@@ -271,9 +243,7 @@ def axes(names: Iterable[str], runs: pd.DataFrame) -> list[str]:
 
 def _name(optimizer: str, point: dict) -> str:
     """A name that tells the settings, made of what folders may be called."""
-    words = [
-        optimizer,
-        *(f"{k}{v:.6g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items()),
-    ]
-    text = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in words)
-    return text if len(text) <= 80 else f"{text[:71]}-{zlib.crc32(text.encode('utf-8')):08x}"
+    words = [f"{k}{v:.6g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items()]
+    words = [re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in (optimizer, *words)]
+    text = "-".join(words)
+    return text if len(text) <= 80 else f"{text[:71]}-{crc32(text.encode()):08x}"

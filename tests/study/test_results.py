@@ -1,8 +1,9 @@
 """The matrix of the published results: complete, one change at a time, and resumable in slices."""
 
 import importlib.util
+import itertools
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from hybrid_lib import History
 from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data
+from hybrid_lib.training.experiments import EXPERIMENTS
 
 
 def script(name):
@@ -26,13 +28,12 @@ train, publish = script("train"), script("publish")
 
 @pytest.mark.parametrize("scale", train.SCALES)
 def test_the_matrix_has_every_row_under_both_protocols_and_every_seed(scale):
-    planned = dict(train.matrix(scale, "cifar10", "float32", seeds=2))
-    assert len(planned) == len(list(train.matrix(scale, "cifar10", "float32", seeds=2)))
-    for protocol in ("clean", "released"):
-        for seed in (0, 1):
-            for name in PAPER_METHODS:
-                e = planned[f"{protocol}/{name}-seed{seed}"]
-                assert (e.name, e.protocol, e.seed) == (name, protocol, seed)
+    listed = list(train.matrix(scale, "cifar10", "float32", seeds=2))
+    planned = dict(listed)
+    assert len(planned) == len(listed)
+    for where in itertools.product(("clean", "released"), PAPER_METHODS, (0, 1)):
+        e = planned["{}/{}-seed{}".format(*where)]
+        assert (e.protocol, e.name, e.seed) == where
 
 
 @pytest.mark.parametrize("scale", train.SCALES)
@@ -140,16 +141,30 @@ def published(tmp_path, monkeypatch):
     }
 
 
-def test_the_images_are_one_s_own_choice(capsys):
+def test_an_audit_is_compared_with_its_row_seed_by_seed_after_the_last_epoch():
+    def trained(seed, last, **changes):
+        rows = [{"epoch": i, "test_accuracy": a} for i, a in ((1, last + 0.1 * seed), (2, last))]
+        return History(replace(EXPERIMENTS["sgd"], seed=seed, **changes), rows)
+
+    rows = [trained(seed, 0.5 + 0.1 * seed) for seed in range(4)]
+    changes = {"name": "sgd-nesterov", "nesterov": True}
+    audited = [trained(i, last, **changes) for i, last in ((2, 0.73), (0, 0.52), (1, 0.62))]
+    (row,) = publish.audit_table(audited, rows[::-1]).to_dict("records")
+    assert (row["method"], row["changed"], row["seeds"]) == ("SGD", "nesterov: None → True", 3)
+    found = [row[k] for k in ("row", "audit", "difference", "±", "row's best", "report")]
+    margin = 4.303 * 0.0057735 / 3**0.5  # of .02, .02 and .03
+    assert found == pytest.approx([0.6, 0.62333, 0.02333, margin, 0.7, 0.8539], rel=1e-3)
+
+
+def test_the_images_are_one_s_own_choice_and_a_missing_archive_is_named(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
     out = ["--list", "--seeds", "1", "--out", "nowhere"]
     assert train.main(["--dataset", "cifar10", *out]) == 0
     assert capsys.readouterr().out.count("to do ") == 26
     with pytest.raises(SystemExit):
         train.main(out)
     assert "--dataset --archive is required" in capsys.readouterr().err
-
-
-def test_a_missing_archive_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PROJECT", tmp_path)
     with pytest.raises(FileNotFoundError, match="no such archive"):
         train.main(["--archive", str(tmp_path / "none.tar.xz")])

@@ -1,5 +1,6 @@
 """A sweep runs every point that is possible, names the others, and its table says what was run."""
 
+import itertools
 import json
 import math
 import re
@@ -29,38 +30,27 @@ def test_a_grid_is_every_combination_with_every_seed():
     experiments, refused = read(TOY, seeds="0-1").plan()
     assert refused == []
     points = {(e.lr, e.lambda_start, e.seed) for e in experiments}
-    assert points == {
-        (lr, (1 - w, w), s) for lr in (0.003, 0.03) for w in (0, 0.5, 1) for s in (0, 1)
-    }
+    wanted = itertools.product((0.003, 0.03), (0, 0.5, 1), (0, 1))
+    assert points == {(lr, (1 - w, w), s) for lr, w, s in wanted}
     assert len({planning.run_folder("x", e) for e in experiments}) == len(experiments) == 12
     assert all((e.epochs, e.width, e.dataset) == (2, 4, "digits") for e in experiments)
 
 
-def test_any_setting_can_be_varied_and_fixed():
-    text = """
-    optimizer: dyn_padam_sgd
-    scale: toy
-    fixed: {epochs: 4, momentum: 0.5}
-    grid: {lambda_epochs: [1, 3], partial: [0.125], lambda_start: ["1, 0", [0.75, 0.25]]}
-    """
-    experiments, _ = read(text).plan()
+def test_any_setting_and_the_method_itself_can_be_varied_and_fixed():
+    fixed = "optimizer: dyn_padam_sgd, scale: toy, fixed: {epochs: 4, momentum: 0.5}"
+    grid = '{lambda_epochs: [1, 3], partial: [0.125], lambda_start: ["1, 0", [0.75, 0.25]]}'
+    experiments, _ = read(f"{{{fixed}, grid: {grid}}}").plan()
     assert {(e.lambda_epochs, e.lambda_start) for e in experiments} == {
         (h, start) for h in (1, 3) for start in ((1.0, 0.0), (0.75, 0.25))
     }
     assert {(e.epochs, e.momentum, e.partial) for e in experiments} == {(4, 0.5, 0.125)}
-
-
-def test_the_method_itself_can_be_varied():
-    experiments, _ = read(
-        "{scale: toy, grid: {optimizer: [sgd, dyn_atmo, adam+adahessian]}}"
-    ).plan()
+    methods = "{scale: toy, grid: {optimizer: [sgd, dyn_atmo, adam+adahessian]}}"
+    experiments, _ = read(methods).plan()
     assert [e.optimizer for e in experiments] == ["sgd", "atmo", "adam+adahessian"]
     assert len({e.name for e in experiments}) == 3
 
 
-@given(
-    low=st.floats(1e-6, 1), factor=st.floats(1.5, 1e4), log=st.booleans(), seed=st.integers(0, 99)
-)
+@given(st.floats(1e-6, 1), st.floats(1.5, 1e4), st.booleans(), st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
 def test_draws_lie_in_their_range_and_repeat(low, factor, log, seed):
     rates = {"low": low, "high": low * factor, "log": log}
@@ -73,20 +63,15 @@ def test_draws_lie_in_their_range_and_repeat(low, factor, log, seed):
     assert points != Sweep(**{**spec, "draw_seed": seed + 1}).points()
 
 
-def test_draws_are_even_in_the_logarithm_where_asked():
+def test_draws_are_even_in_the_logarithm_where_asked_and_run_at_each_point_of_the_grid():
     spec = {"random": {"lr": {"low": "1e-4", "high": 1, "log": True}}, "draws": 400}
     logs = sorted(math.log10(p["lr"]) for p in Sweep(**spec).points())
     assert logs[200] == pytest.approx(-2, abs=0.3)
     widths = {p["width"] for p in Sweep(random={"width": {"low": 2, "high": 4}}, draws=60).points()}
     assert widths == {2, 3, 4}, "both ends can be drawn"
-
-
-def test_each_draw_runs_at_each_point_of_the_grid():
-    points = Sweep(
-        grid={"width": [4, 8]}, random={"momentum": {"low": 0.5, "high": 1}}, draws=3
-    ).points()
-    assert len(points) == 6
-    assert len({p["momentum"] for p in points}) == 3
+    momentum = {"momentum": {"low": 0.5, "high": 1}}
+    points = Sweep(grid={"width": [4, 8]}, random=momentum, draws=3).points()
+    assert (len(points), len({p["momentum"] for p in points})) == (6, 3)
 
 
 @given(st.lists(st.floats(1e-9, 1e3), min_size=2, max_size=6, unique=True))
@@ -100,20 +85,16 @@ def test_names_are_names_of_folders_and_tell_points_apart(rates):
 def test_long_names_are_cut_and_stay_apart():
     many = {f: [1.0 + i / 7 for i in range(2)] for f in ("lr", "eps", "weight_decay")}
     many |= {"betas": ["0.91234, 0.91234", "0.91234, 0.91235"], "train_limit": [1000]}
-    experiments, _ = Sweep(optimizer="adam", grid=many).plan()
-    assert len({e.name for e in experiments}) == 16
-    assert max(len(e.name) for e in experiments) <= 80
+    names = {e.name for e in Sweep(optimizer="adam", grid=many).plan()[0]}
+    assert (len(names), max(map(len, names)) <= 80) == (16, True)
 
 
 def test_impossible_points_are_named_and_the_others_run():
     experiments, refused = read("{scale: toy, grid: {batch_size: [32, 500], lr: [0.1, -1]}}").plan()
     assert [(e.batch_size, e.lr) for e in experiments] == [(32, 0.1)]
-    assert len(refused) == 3
-    assert (
-        "sgd-batch_size500-lr0.1: refused, batch_size=500 is larger than train_limit=160"
-        in refused[1]
-    )
-    assert all("refused, " in line for line in refused)
+    assert [line.count("refused, ") for line in refused] == [1, 1, 1]
+    why = "refused, batch_size=500 is larger than train_limit=160"
+    assert f"sgd-batch_size500-lr0.1: {why}" in refused[1]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +130,7 @@ def test_impossible_points_are_named_and_the_others_run():
 def test_what_is_no_sweep_is_one_line_and_nothing_is_written(text, message, tmp_path, capsys):
     assert sweep([text, "--out", str(tmp_path / "new")]) == 2
     shown, errors = capsys.readouterr()
-    assert shown == ""
-    assert len(errors.splitlines()) == 1
+    assert (shown, len(errors.splitlines())) == ("", 1)
     assert re.search(message, errors)
     assert not (tmp_path / "new").exists()
 
@@ -177,9 +157,11 @@ def test_where_it_is_kept():
 def run(seed=0, accuracy=0.5, status="complete", **changes):
     e = replace(EXPERIMENTS["atmo"], seed=seed, **changes)
     e = replace(e, name=f"atmo-{e.lr:g}-{e.lambda_start[1]:g}")
-    row = {"epoch": 1, "test_accuracy": accuracy, "test_loss": 1, "train_accuracy": 1,
-           "train_loss": 0, "train_seconds": 2}  # fmt: skip
-    return History(e, [row], {"dataset": "dots"}, status)
+    rows = [
+        {"epoch": i, "test_accuracy": a, "test_loss": i, "train_accuracy": i / 9,
+         "train_loss": i / 8, "train_seconds": i} for i, a in ((1, accuracy + 0.2), (2, accuracy))
+    ]  # fmt: skip
+    return History(e, rows, {"dataset": "dots"}, status)
 
 
 RUNS = [
@@ -189,60 +171,58 @@ RUNS = [
 ]  # fmt: skip
 
 
-def test_the_table_has_the_settings_that_differ_and_nothing_of_failed_runs():
+def test_the_table_has_the_settings_that_differ_and_the_last_epoch_of_finished_runs():
     table = sweeps.table(RUNS)
+    assert list(table) == ["lr", "lambda_sgd", *sweeps.MEASURED]
     assert sweeps.varied(table) == ["lr", "lambda_sgd"]
-    assert list(table["lambda_sgd"].unique()) == [0, 0.5]
-    assert table["test_accuracy"].isna().sum() == 2
-    assert list(table.loc[table["status"] == "diverged", "epochs done"]) == [1, 1]
+    failed = table[table["status"] == "diverged"]
+    assert table["test_accuracy"].isna().sum() == len(failed) == 2
+    assert list(failed["epochs done"]) == [2, 2]
+    row = sweeps.table([run(4, 0.5, lr=0.1), run(lr=0.2)]).loc["atmo-0.1-0.5"]
+    assert row[["seed", *sweeps.OF_LAST_EPOCH]].tolist() == [4, 0.5, 2, 2 / 9, 2 / 8]
+    assert row[["best_test_accuracy", "train_seconds"]].tolist() == [0.7, 3]
 
 
-def test_pairs_that_do_not_sum_to_one_stay_pairs():
-    table = sweeps.table([run(lambda_start=(1, 1), lr=0.1), run(lambda_start=(0.5, 1), lr=0.2)])
-    assert list(table["lambda_start"]) == [(1, 1), (0.5, 1)]
-
-
-def test_weights_are_an_axis_under_either_name():
-    runs = [run(lambda_start=λ, lr=lr) for lr in (0.1, 0.2) for λ in ((1, 0), (0.5, 0.5))]
-    table = sweeps.table(runs)
-    assert sweeps.axes(["lr", "lambda_start", "width"], table) == ["lr", "lambda_sgd"]
-    assert sweeps.axes(["lambda_sgd"], table) == ["lambda_sgd"]
-    pairs = sweeps.table([run(lambda_start=(1, 1), lr=0.1), run(lambda_start=(0.5, 1), lr=0.1)])
-    assert sweeps.axes(["lambda_start"], pairs) == ["lambda_start"]
+@pytest.mark.parametrize(
+    ("weights", "column", "values"),
+    [([(1, 0), (0.5, 0.5)], "lambda_sgd", [0, 0.5]),
+     ([(1, 1), (0.5, 1)], "lambda_start", [(1, 1), (0.5, 1)])],
+)  # fmt: skip
+def test_weights_are_an_axis_under_either_name_and_pairs_where_they_do_not_sum_to_one(
+    weights, column, values
+):
+    table = sweeps.table([run(lambda_start=w, lr=lr) for w in weights for lr in (0.1, 0.2)])
+    assert list(table[column]) == [v for v in values for _ in range(2)]
+    assert sweeps.axes(["lr", "lambda_start", "width"], table) == ["lr", column]
+    assert sweeps.axes([column], table) == [column]
 
 
 def test_points_are_means_over_seeds_with_failed_ones_last():
     points = sweeps.over_seeds(sweeps.table(RUNS))
     assert list(points.index) == ["atmo-0.001-0.5", "atmo-0.1-0", "atmo-0.001-0", "atmo-0.1-0.5"]
     assert points["test_accuracy"].tolist()[:3] == pytest.approx([0.551, 0.15, 0.051])
-    assert list(points["seeds"]) == [2, 2, 2, 0]
-    assert list(points["diverged"]) == [0, 0, 0, 2]
+    assert points["±"].tolist()[:3] == pytest.approx([12.706 * 0.05] * 3, rel=1e-3)
+    assert (list(points["seeds"]), list(points["diverged"])) == ([2, 2, 2, 0], [0, 0, 0, 2])
     lucky = [run(0, 0.99, lr=0.1), run(1, status="diverged", lr=0.1), run(0, 0.2, lr=0.2)]
-    assert sweeps.over_seeds(sweeps.table(lucky)).iloc[0]["lr"] == 0.2
+    points = sweeps.over_seeds(sweeps.table(lucky))
+    assert points["lr"].tolist() == [0.2, 0.1]
+    assert points["±"].isna().all(), "one seed has no interval"
 
 
 def test_the_heat_map_by_hand():
     figure = figures.heat_map(sweeps.table(RUNS), "lr", "lambda_sgd", "dots")
     (cells,) = figure.data
     assert (list(cells.x), list(cells.y)) == (["0.001", "0.1"], ["0.0", "0.5"])
-    assert cells.z[0].tolist() == pytest.approx([0.051, 0.15])
-    assert cells.z[1][0] == pytest.approx(0.551)
-    assert math.isnan(cells.z[1][1])
-    assert cells.text[0][0] == "0.051"
-    assert cells.text[1][1] == "none finished"
+    assert cells.z.ravel() == pytest.approx([0.051, 0.15, 0.551, math.nan], nan_ok=True)
+    assert cells.text.tolist() == [["0.051", "0.150"], ["0.551", "none finished"]]
     assert "dots" in figure.layout.title.text
-    assert figure.layout.xaxis.title.text == "learning rate η"
-    assert figure.layout.yaxis.title.text == "weight λ of SGD"
-
-
-def test_a_cell_says_how_many_of_its_runs_failed():
+    axes = [axis.title.text for axis in (figure.layout.xaxis, figure.layout.yaxis)]
+    assert axes == ["learning rate η", "weight λ of SGD"]
+    assert figure.layout.yaxis.autorange != "reversed"
     runs = [run(0, 0.5, lr=0.1), run(1, status="diverged", lr=0.1)]
-    table = sweeps.table(
-        [*runs, run(0, 0.5, lr=0.2, momentum=0.5), run(1, 0.7, lr=0.2, momentum=0.5)]
-    )
-    (cells,) = figures.heat_map(table, "lr", "momentum", "dots").data
-    texts = [text for row in cells.text for text in row]
-    assert sorted(texts) == ["", "", "0.500<br>1 failed", "0.600"]
+    runs += [run(i, 0.5 + i / 5, lr=0.2, momentum=0.5) for i in range(2)]
+    (cells,) = figures.heat_map(sweeps.table(runs), "lr", "momentum", "dots").data
+    assert sorted(cells.text.ravel()) == ["", "", "0.500<br>1 failed", "0.600"]
 
 
 def test_parallel_coordinates_show_finished_runs():
@@ -250,22 +230,19 @@ def test_parallel_coordinates_show_finished_runs():
     rate, weight, accuracy = figure.data[0].dimensions
     assert list(accuracy.values) == pytest.approx([0.001, 0.101, 0.501, 0.601, 0.1, 0.2])
     assert list(rate.values) == pytest.approx([-3, -3, -3, -3, -1, -1]), "two decades: a logarithm"
-    assert list(rate.ticktext) == ["0.001", "0.1"]
+    assert list(zip(rate.tickvals, rate.ticktext)) == [(-3, "0.001"), (-1, "0.1")]
     assert list(weight.values) == [0, 0, 0.5, 0.5, 0, 0]
     assert "dots" in figure.layout.title.text
 
 
 def test_settings_of_any_kind_have_an_axis():
-    kinds = [
-        {"momentum": None, "stem": "cifar", "amsgrad": True, "lambda_start": (1, 1)},
-        {"momentum": 0.5, "stem": "imagenet", "amsgrad": False, "lambda_start": (1, 0.5)},
-    ]
-    table = sweeps.table([run(lr=0.1, **kinds[0]), run(lr=0.2, **kinds[1])])
+    kinds = {"momentum": (None, 0.5), "stem": ("cifar", "imagenet"), "amsgrad": (True, False),
+             "lambda_start": ((1, 1), (1, 0.5)), "lr": (0.1, 0.2)}  # fmt: skip
+    table = sweeps.table([run(**{k: v[i] for k, v in kinds.items()}) for i in range(2)])
     figure = figures.parallel(table, sweeps.varied(table), "dots")
-    assert len(figure.data[0].dimensions) == 6
+    assert len(json.loads(figure.to_json())["data"][0]["dimensions"]) == 6
     for name in sweeps.varied(table):
         assert isinstance(figures.heat_map(table, "lr", name, "dots"), go.Figure)
-        assert len(json.loads(figure.to_json())["data"][0]["dimensions"]) == 6
 
 
 # --- Examples. ---
@@ -273,13 +250,9 @@ def test_settings_of_any_kind_have_an_axis():
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("sweep*.yaml"))
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_every_example_is_a_sweep_without_impossible_points(file):
-    experiments, refused = read(file).plan()
-    assert len(experiments) > 1
-    assert refused == []
-    assert yaml.safe_load(file.read_text("utf-8"))["grid" if "grid" in file.stem else "random"]
-
-
-def test_there_is_an_example_of_either_kind():
+def test_every_example_is_a_sweep_without_impossible_points_and_there_is_one_of_either_kind():
     assert {file.stem for file in EXAMPLES} >= {"sweep_grid", "sweep_random"}
+    for file in EXAMPLES:
+        experiments, refused = read(file).plan()
+        assert (len(experiments) > 1, refused) == (True, [])
+        assert yaml.safe_load(file.read_text("utf-8"))[file.stem.removeprefix("sweep_")]

@@ -1,0 +1,84 @@
+"""Tables of histories, and the report's own numbers. ± is half of a 95 % interval (Student)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hybrid_lib.optim import methods
+from hybrid_lib.study import statistics
+from hybrid_lib.training import data
+from hybrid_lib.training.history import History
+
+_INSTALLED = Path(__file__).parents[1] / "paper"  # where a wheel puts data/paper
+PAPER = _INSTALLED if _INSTALLED.is_dir() else data.PROJECT / "data" / "paper"
+
+
+def paper(name: str) -> pd.DataFrame:
+    """The report's own numbers: "table3", "runs" or "milestones" (``data/paper``).
+
+    >>> float(paper("table3")["test_accuracy"].max())
+    0.8997
+    """
+    table = pd.read_csv(PAPER / f"{name}.csv")
+    return table if name == "milestones" else table.set_index("optimizer")
+
+
+def subject(histories: Sequence[History]) -> str:
+    """The data set's name, for titles, which say so if the runs are published ones.
+
+    Raises:
+        ValueError: for no history, or for histories of several data sets.
+    """
+    titles = {h.dataset + ", published runs" * h.environment.get("published", False)
+              for h in histories}  # fmt: skip
+    if len(titles) > 1:
+        names = ", ".join(sorted(titles))
+        raise ValueError(f"histories of several data sets ({names}): show one at a time")
+    if not titles:
+        raise ValueError("no history to show")
+    return titles.pop()
+
+
+def accuracies(histories: Sequence[History]) -> pd.DataFrame:
+    """Table III, redone: the report's accuracy beside final and best ones.
+
+    Columns are mean test accuracies over the seeds, ± that of "final"; with one seed there is none.
+    "best" is chosen by the test set, epoch by epoch: it flatters, so it never stands alone. Means
+    are over complete runs, "seeds" counts them, and "status" says what became of the others; a
+    method that has no complete run is here with the last good epochs of those it has.
+    """
+    report, rows = paper("table3")["test_accuracy"], {}
+    for name, group in statistics.group_by_method(histories).items():
+        complete = [h for h in group if h.status == "complete"]
+        done = complete or [h for h in group if h.rows]
+        final = [h.final["test_accuracy"] for h in done]
+        last = [h.frame()["test_accuracy"].tail(10).mean() for h in done]
+        best = [h.best["test_accuracy"] for h in done]
+        n = pd.Series([h.status for h in group]).value_counts().sort_index()
+        status = ", ".join(f"{n[s]} {s}" for s in n.index) if len(n) > 1 else n.index[0]
+        rows[group[0].label] = {
+            "report (CIFAR-10)": report.get(name), "final": pd.Series(final).mean(),
+            "±": statistics.margin(final), "mean of last 10": pd.Series(last).mean(),
+            "best": pd.Series(best).mean(), "epochs": max((len(h.rows) for h in done), default=0),
+            "seeds": len(done), "status": status,
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(subject(histories))
+
+
+def seconds(histories: Sequence[History]) -> pd.DataFrame:
+    """Seconds per epoch of every method (medians), and their ratio to SGD beside the report's."""
+    named, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
+    for name, group in statistics.group_by_method(histories).items():
+        epochs = pd.DataFrame([row for h in group for row in (h.rows[1:] or h.rows)])
+        train, test = epochs.reindex(columns=["train_seconds", "test_seconds"]).median()
+        rows[methods.label(name)] = {
+            "train seconds": train, "test seconds": test, "ratio to SGD": train + test,
+            "report's ratio": report.get(name, np.nan) / report["sgd"],
+        }  # fmt: skip
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(named)
+    table["ratio to SGD"] /= table["ratio to SGD"].get(methods.label("sgd"), np.nan)
+    return table
