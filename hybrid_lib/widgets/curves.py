@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from hybrid_lib.optim import methods
-from hybrid_lib.study import figures
+from hybrid_lib.study import figures, tables
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 
@@ -116,7 +116,7 @@ def _curves(name: str, history: History, colour: str, symbol: str) -> list[tuple
 
 
 def _report_points(method: str) -> tuple[int, dict]:
-    points = figures.paper("milestones").query("optimizer == @method")
+    points = tables.paper("milestones").query("optimizer == @method")
     name = "report, test (CIFAR-10)" if len(points) else "the report has no such method"
     marker = {"symbol": "diamond-open", "size": 9, "color": GREY}
     return _line(2, name, points["epoch"], points["test_accuracy"], {"color": GREY},

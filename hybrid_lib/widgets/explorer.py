@@ -229,7 +229,7 @@ class Explorer:
             self._fill({field: getattr(scaled, field) for field in STEP + WEIGHTS})
             if self.controls["run_name"].value == self._proposed:
                 self._propose_name()
-        unused = SETTINGS - method.method.settings
+        unused = SETTINGS - method.method.settings.keys()
         if not method.is_hybrid:
             unused |= set(WEIGHTS)
         elif self.controls["lambda_schedule"].value == "constant":

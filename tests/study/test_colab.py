@@ -49,11 +49,11 @@ def test_every_notebook_has_the_same_few_lines_between_parameters_and_first_impo
 
 TRIAL = """
 import hybrid_lib as hl
-from hybrid_lib.study import figures, planning
+from hybrid_lib.study import planning, tables
 
 tiny = planning.plan("toy", only=["sgd"], epochs=1, width=2)[0]
 print("trained", hl.run(tiny, progress=False).status)
-print("table", figures.paper("table3").shape, "home", hl.__file__)
+print("table", tables.paper("table3").shape, "home", hl.__file__)
 """
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from test_parameters import namespace
 
 import hybrid_lib as hl
-from hybrid_lib.study import figures, planning
+from hybrid_lib.study import planning, tables
 from hybrid_lib.study.parameters import checked, seed_list
 from hybrid_lib.study.planning import default_out, plan, run_folder
 from hybrid_lib.training import data
@@ -147,7 +147,7 @@ def no_training(monkeypatch, tmp_path):
 def test_published_runs_of_the_same_experiments_are_read_and_named_so(no_training, capsys, dataset):
     found = collected(dataset=dataset)
     assert [h.experiment.name for h in found] == list(planning.PAPER_METHODS)
-    assert figures.subject(found) == "CIFAR-10 (JPEG copy), published runs"
+    assert tables.subject(found) == "CIFAR-10 (JPEG copy), published runs"
     assert "8 of 8 runs, published ones" in capsys.readouterr().out
     (sgd,) = collected(methods="sgd, padam")
     assert sgd.rows == History.load(DEMO / "sgd-seed0").rows
@@ -173,7 +173,7 @@ def test_a_folder_of_published_runs_is_read_whatever_the_scale(no_training, trai
     found = collected(scale="toy", dataset="digits", out=str(DEMO), train=train,
                       methods="sgd,padam,adasgd")  # fmt: skip
     assert [len(h.rows) for h in found] == [10, 10]
-    assert figures.subject(found) == "CIFAR-10 (JPEG copy), published runs"
+    assert tables.subject(found) == "CIFAR-10 (JPEG copy), published runs"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{DEMO}: shown as they were run, with settings of their own (batch_")
     assert ", epochs, " in line
