@@ -151,8 +151,8 @@ class Experiment:
             if f.name in idle and given != f.default:
                 raise ValueError(f"{f.name}={given!r}: {self.optimizer} {idle[f.name]}")
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
-            ways = "choose 'linear', or lambda_direction='report'"
-            raise ValueError(f"lambda_schedule={self.lambda_schedule!r} as released: {ways}")
+            ways = "the released one is linear; choose that, or lambda_direction='report'"
+            raise ValueError(f"lambda_schedule={self.lambda_schedule!r}: {ways}")
         shape = schedules.SHAPES.get(self.lambda_schedule, schedules.Constant)
         own = {f.name for f in dataclasses.fields(shape)}
         for name in self._shape_settings.keys() - own:

@@ -284,7 +284,7 @@ def test_what_does_not_go_together_is_explained_where_it_was_changed(open_explor
     explorer = open_explorer("dyn_padam_sgd", **TINY)
     set_to(explorer, protocol="released", lambda_schedule="sigmoid")
     assert problems(explorer) == {"lambda_schedule"}
-    assert "the released scheduler is linear" in explorer.messages["lambda_schedule"].value
+    assert "the released one is linear" in explorer.messages["lambda_schedule"].value
     set_to(explorer, lr=0.02)  # has nothing to do with it, so the message stays where it is
     assert problems(explorer) == {"lambda_schedule"}
     set_to(explorer, protocol="clean")
