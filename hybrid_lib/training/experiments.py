@@ -42,57 +42,26 @@ class Experiment:
     Settings of an optimizer that are None take its own default
     (:data:`hybrid_lib.optim.methods.METHODS`); settings that it does not have are refused.
 
-    Attributes:
-        name: what the run is called; letters, digits, ``.``, ``_`` and ``-``.
-        optimizer: a method of :data:`hybrid_lib.METHODS`, or a hybrid of any two rules, as in
-            "adam+adahessian"; the first one then takes the place of the adaptive rule.
-        dataset: see :func:`hybrid_lib.training.data.load`.
-        train_limit, test_limit: keep that many images, class-balanced; None: all.
-        augment: random shifts and mirror images; the report has none.
-        width, stem: of :func:`hybrid_lib.resnet18`.
-        epochs, batch_size: the last batch of an epoch may be smaller, none is dropped.
-        lr, lr_schedule, lr_milestones, lr_gamma: initial rate and its schedule: "constant",
-            "cosine" (equation 1, to 0 over all epochs) or "multistep" (times ``lr_gamma`` after
-            each of the ``lr_milestones``, in epochs).
-        restart_epoch: before this epoch the optimizer and its rate start anew and only the weights
-            stay, as happened to the report's AdaHessian at epoch 146. None: never.
-        lambda_schedule, lambda_start, lambda_end, lambda_epochs: the weights (adaptive, SGD):
-            "constant" (``lambda_start`` throughout), or a ramp from start to end over
-            ``lambda_epochs`` epochs; None: over all.
-        lambda_rate, lambda_steepness: of the shapes that have one; None: the shape's default.
-        lambda_direction: "report" (from start to end), "released" (the direction of
-            :class:`hybrid_lib.optim.schedules.Released`), or "protocol": released for ATMO and
-            PADAM-SGD under the released protocol, the report's everywhere else.
-        merge: of a hybrid, see :class:`hybrid_lib.Hybrid`: "product" is the report's.
-        hessian_samples, hessian_every, hessian_fraction: probes per estimate of the Hessian
-            diagonal, steps between two estimates, and the share of a batch's images that it is
-            made from. 1, 1 and 1 as in the report; anything else is another, cheaper algorithm.
-        protocol: "clean": inputs normalised, tests in evaluation mode. "released", as the
-            report's code ran: raw 0-255 inputs, tests in training mode, so that test batches are
-            normalised by their own statistics and move the running ones.
-        test_mode: "eval" or "train", the network's mode in the test pass; "protocol": as the
-            protocol says.
-        precision: "float32"; "tf32" (NVIDIA GPUs), "bfloat16" (convolutions): faster, coarser.
-        seed: of weights, data order, augmentation and probes; each has its own stream.
-
     Raises:
         pydantic.ValidationError: a ValueError that lists every setting outside its range.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-    optimizer: str
-    dataset: str = "cifar10"
-    train_limit: Count | None = None
+    optimizer: str  # a method, or two rules, as in adam+adahessian: the first as the adaptive one
+    dataset: str = "cifar10"  # see training.data.load
+    train_limit: Count | None = None  # keep that many images, class-balanced; None: all
     test_limit: Count | None = None
-    augment: bool = False
-    width: Count = 64
+    augment: bool = False  # random shifts and mirror images; the report has none
+    width: Count = 64  # of resnet18, as stem
     stem: Literal["cifar", "imagenet"] = "cifar"
     epochs: Count
-    batch_size: Count = 256
+    batch_size: Count = 256  # the last batch of an epoch may be smaller, none is dropped
     lr: Positive
-    lr_schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    lr_milestones: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = ()
-    lr_gamma: Positive = 0.1
+    lr_schedule: Literal["constant", "cosine", "multistep"] = "constant"  # cosine: equation 1, to 0
+    lr_milestones: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = ()  # in epochs
+    lr_gamma: Positive = 0.1  # times which the rate goes on after each milestone
+    # Before this epoch the optimizer and its rate start anew and only the weights stay, as happened
+    # to the report's AdaHessian at epoch 146.
     restart_epoch: Count | None = None
     momentum: NotNegative | None = None
     dampening: NotNegative | None = None
@@ -107,21 +76,28 @@ class Experiment:
     hessian_power: Positive | None = None
     spatial_average: Block = None
     signed_average: bool | None = None
-    merge: Literal["product", "sum", "graft"] = "product"
+    merge: Literal["product", "sum", "graft"] = "product"  # as the report; see Hybrid
+    # The weights (adaptive, SGD): lambda_start throughout, or a ramp from start to end.
     lambda_schedule: Literal[("constant", *schedules.SHAPES)] = "constant"
     lambda_start: Pair = (0.5, 0.5)
     lambda_end: Pair = (0.0, 1.0)
-    lambda_epochs: Count | None = None
-    lambda_rate: Positive | None = None
-    lambda_steepness: Positive | None = None
+    lambda_epochs: Count | None = None  # None: all
+    lambda_rate: Positive | None = None  # of the shape exponential
+    lambda_steepness: Positive | None = None  # of the shape sigmoid
+    # From start to end (report), as schedules.Released, or as the protocol says: released for ATMO
+    # and PADAM-SGD under the released protocol, the report's everywhere else.
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"
+    # Probes per estimate of the Hessian diagonal, steps from one to the next, and the share of a
+    # batch that it is made from. 1, 1 and 1 as in the report; else another, cheaper algorithm.
     hessian_samples: Count = 1
     hessian_every: Count = 1
     hessian_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # clean: inputs normalised, tests in evaluation mode. released, as the report's code ran: raw
+    # 0-255 inputs, tests in training mode, whose batches move the running statistics.
     protocol: Literal["clean", "released"] = "clean"
-    test_mode: Literal["protocol", "eval", "train"] = "protocol"
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    test_mode: Literal["protocol", "eval", "train"] = "protocol"  # of the network, in the test pass
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # tf32: NVIDIA; both are coarser
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of weights, order, augmentation and probes
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -139,17 +115,12 @@ class Experiment:
         if self.restart_epoch is not None and not 2 <= self.restart_epoch <= self.epochs:
             allowed = f"between 2 and epochs={self.epochs}"
             raise ValueError(f"restart_epoch={self.restart_epoch}: must lie {allowed}")
-        idle = {} if self.is_hybrid else dict.fromkeys(
-            [f.name for f in dataclasses.fields(self) if f.name.startswith("lambda_")] + ["merge"],
-            "has one rule, nothing to weigh; use atmo, padam_sgd or adasgd",
-        )  # fmt: skip
-        if not self.needs_hessian:
-            settings = "hessian_samples", "hessian_every", "hessian_fraction"
-            idle |= dict.fromkeys(settings, "needs no Hessian; use adahessian or adasgd")
         for f in dataclasses.fields(self):
+            of_hybrids = f.name.startswith(("lambda_", "merge"))
+            used = self.is_hybrid if of_hybrids else self.needs_hessian or "hessian_" not in f.name
             given = getattr(self, f.name)
-            if f.name in idle and given != f.default:
-                raise ValueError(f"{f.name}={given!r}: {self.optimizer} {idle[f.name]}")
+            if not used and given != f.default:
+                raise ValueError(f"{f.name}={given!r}: {self.optimizer} has no such setting")
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
             ways = "the released one is linear; choose that, or lambda_direction='report'"
             raise ValueError(f"lambda_schedule={self.lambda_schedule!r}: {ways}")
@@ -180,15 +151,15 @@ class Experiment:
         return self.method.is_hybrid
 
     @property
-    def tests_in_training_mode(self) -> bool:
-        """Whether test batches are normalised by their own statistics."""
-        released = self.protocol == "released"
-        return released if self.test_mode == "protocol" else self.test_mode == "train"
-
-    @property
     def needs_hessian(self) -> bool:
         """Whether one of its rules is AdaHessian."""
         return self.method.needs_hessian
+
+    @property
+    def tests_in_training_mode(self) -> bool:
+        """Whether test batches are normalised by their own statistics."""
+        by_protocol = {"clean": "eval", "released": "train"}[self.protocol]
+        return (by_protocol if self.test_mode == "protocol" else self.test_mode) == "train"
 
     def build_optimizer(self, params, compile: bool = False) -> Hybrid:
         """The optimizer for ``params``, with the weights of the first epoch."""
@@ -231,18 +202,15 @@ class Experiment:
     def learning_rates(self) -> list[float]:
         """The rate of every epoch, from torch's own schedulers.
 
-        Computed ahead, so that rates, like weights, are a function of the epoch and a resumed run
-        has no scheduler to restore.
+        Computed ahead: like weights, a function of the epoch, and nothing to restore on resuming.
         """
-        if self.lr_schedule == "constant":
-            return [self.lr] * self.epochs
         clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.lr)
-        if self.lr_schedule == "cosine":
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(clock, self.epochs)
-        else:
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(
-                clock, list(self.lr_milestones), self.lr_gamma
-            )
+        torchs = torch.optim.lr_scheduler
+        scheduler = {
+            "constant": lambda: torchs.ConstantLR(clock, factor=1.0),
+            "cosine": lambda: torchs.CosineAnnealingLR(clock, self.epochs),
+            "multistep": lambda: torchs.MultiStepLR(clock, [*self.lr_milestones], self.lr_gamma),
+        }[self.lr_schedule]()
         rates = []
         for _ in range(self.epochs):
             rates.append(scheduler.get_last_lr()[0])

@@ -119,7 +119,10 @@ def test_impossible_points_are_named_and_the_others_run():
         ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
         ("{gridd: {lr: [1]}}", "gridd"),
         ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
-        ("{optimizer: sgd, grid: {hessian_every: [10]}}", "hessian_every=10: sgd needs no Hessian"),
+        (
+            "{optimizer: sgd, grid: {hessian_every: [10]}}",
+            "hessian_every=10: sgd has no such setting",
+        ),
         ("{grid: {lr: [1]", "not YAML"),
         ("grid", r"give FILE\.yaml, or text"),
         ("", r"give FILE\.yaml, or text"),
