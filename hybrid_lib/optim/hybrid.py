@@ -212,25 +212,24 @@ class Hybrid(Optimizer):
         moving = [self._checked(group, given) for group in self.param_groups]
         self._keep(given)
         for group, params in zip(self.param_groups, moving):
-            self._make_buffers(group["rules"], params)
+            states = self._states(group["rules"], params)
             # Parameters that have waited are at an earlier step: their corrections are others.
             alike: dict[tuple, list] = {}
-            for p in params:
-                alike.setdefault((self.state[p]["step"] + 1, p.device, p.dtype), []).append(p)
+            for p, state in zip(params, states):
+                alike.setdefault((state["step"] + 1, p.device, p.dtype), []).append((p, state))
             for (t, device, dtype), part in alike.items():
-                self._move(group, part, t, device, dtype)
-                for p in part:
-                    self.state[p]["step"] = t
+                self._move(group, *zip(*part), t, device, dtype)
+                for _, state in part:
+                    state["step"] = t
         return loss
 
-    def _move(self, group: dict, params, t: int, device, dtype) -> None:
+    def _move(self, group: dict, params, states, t: int, device, dtype) -> None:
         """The step t of parameters of one device and dtype."""
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
         rules = group["rules"]
         corrections = [r.corrections(t) for r in rules]
         how = rules, group["maximize"], group["merge"]
-        states, grads = [self.state[p] for p in params], [p.grad for p in params]
-        diagonals = [None] * len(params)
+        grads, diagonals = [p.grad for p in params], [None] * len(params)
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
@@ -257,16 +256,17 @@ class Hybrid(Optimizer):
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
         fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
 
-    def _make_buffers(self, rules: Sequence, params: list[Tensor]) -> None:
-        """What the rules, which may have been changed since, want and have not got."""
+    def _states(self, rules: Sequence, params: list[Tensor]) -> list[dict]:
+        """With all buffers that the rules, which may have been changed since, want."""
         wanted = [r.init(torch.empty(0)).keys() for r in rules]
-        for p in params:
-            state = self.state[p]
-            state.setdefault("step", 0)
-            held = state.setdefault("rules", [{} for _ in rules])
-            for r, names, buffers in zip(rules, wanted, held):
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states):
+            if "rules" not in state:
+                state.update(step=0, rules=[{} for _ in rules])
+            for r, names, buffers in zip(rules, wanted, state["rules"]):
                 if not names <= buffers.keys():
                     buffers |= {k: b for k, b in r.init(p).items() if k not in buffers}
+        return states
 
     def _keep(self, given: dict[Tensor, Tensor]) -> None:
         """Copy diagonals: "the last again" must not change with the caller's tensor."""
