@@ -85,10 +85,8 @@ class Hybrid(Optimizer):
               - \Big(\sum_i \lambda_i \eta_i\Big) \Big(\sum_i \lambda_i d_i\Big)
 
     ``lr`` and ``lambdas`` live in ``param_groups``: change them there at any time, by hand or with
-    a scheduler of :mod:`torch.optim.lr_scheduler`. All rules move their buffers on every step,
-    whatever their weight, so a rule that is faded in later is warm.
-
-    Buffers have the dtype of their parameter, but never less than float32.
+    a scheduler of torch's. All rules move their buffers on every step, whatever their weight, so a
+    rule that is faded in later is warm. Buffers are never coarser than float32.
 
     Args:
         params: parameters or parameter groups; a group may override every argument below.
@@ -119,9 +117,8 @@ class Hybrid(Optimizer):
         Parameter containing:
         tensor([ 0.4225, -0.8725], requires_grad=True)
 
-        At the first step Adam answers :math:`d = 0.1\,\mathrm{sign}(g)` and
-        :math:`\eta = 0.1 / (1 - 0.9) = 1`; SGD answers g and 0.1. The merge moves the first weight
-        by (0.5 * 1 + 0.5 * 0.1) * (0.5 * 0.1 + 0.5 * 2) = 0.5775.
+        Adam answers 0.1 sign(g) and 0.1 / (1 - 0.9), SGD g and 0.1: the first weight moves by
+        (0.5 * 1 + 0.5 * 0.1) * (0.5 * 0.1 + 0.5 * 2) = 0.5775.
     """
 
     def __init__(

@@ -25,20 +25,12 @@ _FIRST = ("betas", "eps", "momentum", "dampening", "nesterov")  # settings, as i
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer with a name: one rule, or a hybrid of several.
+    """An optimizer with a name: one rule, or a hybrid of several."""
 
-    Attributes:
-        label: its name in figures and tables.
-        rules: classes of rules, adaptive ones first; of a hybrid the last one is SGD's.
-        summary: what it is, for the constructor's docstring.
-        defaults: of its constructor, where they are not the rules' own.
-        colour, dash: of its lines.
-    """
-
-    label: str
-    rules: tuple[type, ...]
-    summary: str
-    defaults: Mapping = field(default_factory=dict)
+    label: str  # in figures and tables
+    rules: tuple[type, ...]  # adaptive ones first; of a hybrid the last one is SGD's
+    summary: str  # what it is, for the constructor's docstring
+    defaults: Mapping = field(default_factory=dict)  # where they are not the rules' own
     colour: str = BLUE
     dash: str = "solid"
 
@@ -153,17 +145,8 @@ METHODS = {
         "AdaHessian", (rules.AdaHessian,),
         """AdaHessian (Algorithm 3; Yao et al. 2020).
 
-    ``weight_decay`` is decoupled, as in the algorithm. Every step wants a Hessian diagonal:
-
-    >>> import torch
-    >>> from hybrid_lib import adahessian, hessian_diagonal
-    >>> w = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
-    >>> optimizer = adahessian([w], lr=0.5, weight_decay=0.0)
-    >>> grads, diag = hessian_diagonal((torch.tensor([1.0, 10.0]) * w**2).sum(), [w])
-    >>> w.grad = grads[0]
-    >>> optimizer.step(hess_diag=diag)
-    >>> w.data.round(decimals=4)  # curvature 2 and 20, the same relative step: Newton's, halved
-    tensor([ 1.5000, -0.5000])""",
+    ``weight_decay`` is decoupled. Every step wants ``hess_diag``, of
+    :func:`~hybrid_lib.hessian_diagonal`.""",
         {"lr": 0.15, "weight_decay": 5e-4}, VERMILLION, "dot",
     ),
     "adasgd": Method(

@@ -85,7 +85,7 @@ class SGD:
               \quad \text{direction } b_t \;(\text{Nesterov: } g'_t + \mu b_t), \quad \eta_t = \eta
 
     As in :class:`torch.optim.SGD`, the first buffer is not dampened. With momentum .95 the
-    direction grows to about 20 gradients, so half of SGD and half of Adam is not half the movement.
+    direction grows to about 20 gradients: half of SGD is not half the movement.
 
     Args:
         momentum: :math:`\mu \ge 0`.
@@ -190,23 +190,19 @@ class Padam(Adam):
               \hat v_t = \max(\hat v_{t-1}, v_t)
 
     p = 1/2 divides by the root as Adam does, p towards 0 approaches SGD with momentum. Published
-    versions disagree on the bias correction; ``bias_correction`` chooses among them:
+    versions disagree on the bias correction:
 
-    ============== ============================================== ===============================
-    reading        step size                                      where
-    ============== ============================================== ===============================
-    "released"     :math:`\eta\sqrt{1-\beta_2^t}/(1-\beta_1^t)`   the authors of Padam and of the
-                   whatever p is                                  report; the default
-    "none"         :math:`\eta`                                   Algorithm 1, to the letter
-    "consistent"   :math:`\eta / (1-\beta_1^t)`, with             corrects v before the power:
-                   :math:`\hat v_t/(1-\beta_2^t)` in the root     equals Adam at p = 1/2
-    ============== ============================================== ===============================
+    - "released": the step size is :math:`\eta\sqrt{1-\beta_2^t}/(1-\beta_1^t)` whatever p is; the
+      authors of Padam and of the report.
+    - "none": it is :math:`\eta`; Algorithm 1, to the letter.
+    - "consistent": it is :math:`\eta / (1-\beta_1^t)`, with :math:`\hat v_t/(1-\beta_2^t)` in the
+      root: corrected before the power, equal to Adam at p = 1/2.
 
     Args:
         betas, eps, weight_decay: as for :class:`Adam`.
         amsgrad: divide by the running maximum of v (Algorithm 1). The released PADAM-SGD does not.
         partial: p in (0, 1/2]; the exponent on the root of v is 2p.
-        bias_correction: "released", "none" or "consistent".
+        bias_correction: which of these.
     """
 
     amsgrad: bool = True

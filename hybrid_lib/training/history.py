@@ -35,20 +35,15 @@ FORMAT = 1  # raised when a reader of today could misread the file of tomorrow
 class History:
     """What a run has computed so far.
 
-    Attributes:
-        experiment: what was run.
-        rows: one dict per finished epoch, with COLUMNS: ``epoch`` from 1; ``train_loss`` and
-            ``train_accuracy`` are means over the epoch's batches, while training.
-        environment: data set and its checksum, device, versions.
-        status: "running", "complete", "stopped" (run again to continue) or "diverged".
-        note: why it stopped or diverged.
+    A row per finished epoch has COLUMNS: ``epoch`` from 1; ``train_loss`` and ``train_accuracy`` are
+    means over the epoch's batches, while training.
     """
 
     experiment: Experiment
     rows: list[dict] = field(default_factory=list)
-    environment: dict = field(default_factory=dict)
-    status: str = "running"
-    note: str = ""
+    environment: dict = field(default_factory=dict)  # data and their checksum, device, versions
+    status: str = "running"  # complete, stopped (run again to continue) or diverged
+    note: str = ""  # why it stopped or diverged
 
     @property
     def label(self) -> str:

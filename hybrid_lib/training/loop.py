@@ -54,25 +54,21 @@ def run(
 
     Args:
         experiment: what to run.
-        out: the run's folder. After every epoch ``history.json`` (experiment, environment, rows)
-            and ``last.pt`` (everything needed to go on) are in it; a later call with the same
-            experiment continues from there, to the same numbers. None: nothing is written.
+        out: the run's folder. After every epoch ``history.json`` and ``last.pt`` (all that is needed
+            to go on) are in it; a later call continues, to the same numbers. None: nothing is kept.
         device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
         progress: print a line per epoch.
         should_stop: asked before every step; True ends the call with status "stopped".
         on_epoch: called with the history so far, once it is on disk: at the start of the call
             (with the rows of a checkpoint, if any) and after every epoch.
-        compile: whether ``torch.compile`` fuses the training step: the same numbers up to
-            rounding, sooner or (short runs) later. None: as the run began, or for a new run if
-            it is long enough and the machine has a compiler. ``environment["engine"]`` of the
-            history says what it was.
-        threads: of the CPU. Sums are rounded in another order with another number, and a seed then
-            ends elsewhere. None: as the run began, or one: the same numbers on every machine, and
-            as many runs at once as there are cores. ``environment["cpu_threads"]`` says how many.
+        compile: whether ``torch.compile`` fuses the training step: the same numbers up to rounding.
+            None: as the run began, or for a new run if that saves time (:func:`should_compile`).
+        threads: of the CPU; another number rounds sums in another order, and a seed ends elsewhere.
+            None: as the run began, or one: the same numbers on every machine.
 
     Returns:
-        The history. Its status is "complete", "stopped", or "diverged" if a loss was not finite:
-        that is a result, kept up to the last good epoch and not tried again.
+        The history, "complete", "stopped", or "diverged" if a loss was not finite: that is a result,
+        kept up to the last good epoch and not tried again. Its ``environment`` says how it ran.
 
     Raises:
         ValueError: for settings that do not fit the data or the device.
