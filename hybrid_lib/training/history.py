@@ -35,8 +35,8 @@ FORMAT = 1  # raised when a reader of today could misread the file of tomorrow
 class History:
     """What a run has computed so far.
 
-    A row per finished epoch has COLUMNS: ``epoch`` from 1; ``train_loss`` and ``train_accuracy`` are
-    means over the epoch's batches, while training.
+    A row per finished epoch has COLUMNS: ``epoch`` from 1; ``train_loss`` and ``train_accuracy``
+    are means over the epoch's batches, while training.
     """
 
     experiment: Experiment

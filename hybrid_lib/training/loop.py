@@ -54,8 +54,8 @@ def run(
 
     Args:
         experiment: what to run.
-        out: the run's folder. After every epoch ``history.json`` and ``last.pt`` (all that is needed
-            to go on) are in it; a later call continues, to the same numbers. None: nothing is kept.
+        out: the run's folder. After every epoch ``history.json`` and ``last.pt`` (the state) are in
+            it; a later call continues, to the same numbers. None: nothing is kept.
         device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
         progress: print a line per epoch.
         should_stop: asked before every step; True ends the call with status "stopped".
@@ -67,8 +67,8 @@ def run(
             None: as the run began, or one: the same numbers on every machine.
 
     Returns:
-        The history, "complete", "stopped", or "diverged" if a loss was not finite: that is a result,
-        kept up to the last good epoch and not tried again. Its ``environment`` says how it ran.
+        The history, "complete", "stopped", or "diverged" if a loss was not finite: a result, kept
+        up to the last good epoch and not tried again. Its ``environment`` says how it ran.
 
     Raises:
         ValueError: for settings that do not fit the data or the device.
