@@ -37,7 +37,6 @@ AXES = {
     "train_accuracy": "train accuracy",
     "test_accuracy": "test accuracy",
 }
-SETTINGS = {"lr": "learning rate η", "lambda_sgd": "weight λ of SGD"}
 CIFAR10 = {data.TITLES["cifar10"], data.FOLDER_TITLES["cifar10-jpeg"]}
 GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
 
@@ -133,40 +132,22 @@ def epoch_seconds(histories: Sequence[History]):
     """
     table = seconds(histories)
     names = {"train seconds": "training pass", "test seconds": "test pass"}
-    figure = _bars(table[[*names]].rename(columns=names), "seconds per epoch (median)")
+    figure = px.bar(
+        table[[*names]].rename(columns=names), orientation="h", pattern_shape="variable",
+        color_discrete_sequence=[BLUE, VERMILLION], pattern_shape_sequence=["", "/"],
+    )  # fmt: skip
+    figure.update_traces(hovertemplate="%{y}: %{x:.3g}<extra>%{fullData.name}</extra>")
     ours = table["ratio to SGD"].map("{:.1f} × SGD".format, na_action="ignore")
     theirs = table["report's ratio"].map("report: {:.1f} ×".format, na_action="ignore")
     notes = pd.concat([ours, theirs], axis=1).apply(lambda both: ", ".join(both.dropna()), axis=1)
     figure.update_traces(text=notes, textposition="outside", selector={"name": "test pass"})
     longest = (table["train seconds"] + table["test seconds"]).max()
-    figure.update_xaxes(range=[0, longest * 1.45])
+    figure.update_xaxes(range=[0, longest * 1.45], title_text="seconds per epoch (median)")
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True, title_text=None)
+    figure.update_layout(legend={"title_text": None, "traceorder": "normal"})
     device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
     title = f"Time per epoch on {device}, {subject(histories)}"
     return apply_style(figure, title, caption(histories, "median"))
-
-
-def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
-    """Stacked bars of what :func:`hybrid_lib.study.timing.step_seconds` measured, one per method.
-
-    Args:
-        seconds: by experiment name, then by part.
-        subject: data set and machine, for the title.
-    """
-    table = 1000 * pd.DataFrame(seconds).T.rename(index=methods.label)
-    figure = _bars(table, "milliseconds per step (median)")
-    return apply_style(figure, f"Where a step's time goes, {subject}")
-
-
-def _bars(table: pd.DataFrame, unit: str) -> go.Figure:
-    """A stacked bar per row, with a colour and a pattern per column."""
-    figure = px.bar(
-        table, orientation="h", color_discrete_sequence=[BLUE, VERMILLION, GREEN, PURPLE],
-        pattern_shape="variable", pattern_shape_sequence=["", "/", "x", "."],
-    )  # fmt: skip
-    figure.update_traces(hovertemplate="%{y}: %{x:.3g}<extra>%{fullData.name}</extra>")
-    figure.update_layout(legend={"title_text": None, "traceorder": "normal"})
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True, title_text=None)
-    return figure.update_xaxes(title_text=unit)
 
 
 def schedules(experiments: Iterable[Experiment], title: str = ""):
@@ -204,100 +185,32 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     return apply_style(figure, title, height=430).update_layout(margin_t=90)
 
 
-def heat_map(runs: pd.DataFrame, x: str, y: str, subject: str):
-    """Mean test accuracy over two settings of a grid, in colour and in numbers.
-
-    Args:
-        runs: of :func:`hybrid_lib.study.sweeps.table`.
-        x, y: two of its columns; the mean is over seeds and all other settings.
-        subject: the data set's name, for the title.
-    """
-    axes = {name: _axis(runs[name]) for name in (y, x)}
-    groups = runs.assign(**axes).groupby([y, x])["test_accuracy"]
-
-    def text(accuracies: pd.Series) -> str:
-        failed = accuracies.isna().sum()
-        if failed == len(accuracies):
-            return "none finished"
-        return f"{accuracies.mean():.3f}" + (f"<br>{failed} failed" if failed else "")
-
-    figure = px.imshow(
-        groups.mean().unstack().rename(index=str, columns=str), aspect="auto", origin="lower",
-        color_continuous_scale="Cividis", labels={"color": "test<br>accuracy"},
-    )  # fmt: skip
-    figure.update_traces(
-        text=groups.agg(text).unstack(fill_value=""), texttemplate="%{text}",
-        hovertemplate=f"{x} %{{x}}, {y} %{{y}}: %{{z:.4f}}<extra></extra>",
-    )  # fmt: skip
-    figure.update_xaxes(title_text=SETTINGS.get(x, x), type="category", showgrid=False)
-    figure.update_yaxes(title_text=SETTINGS.get(y, y), type="category", showgrid=False)
-    return apply_style(figure, f"Test accuracy after the last epoch, {subject}")
-
-
-def parallel(runs: pd.DataFrame, settings: Sequence[str], subject: str):
-    """Parallel coordinates: a line per finished run through its settings to its test accuracy."""
-    done = runs[runs["test_accuracy"].notna()]
-    accuracy = done["test_accuracy"]
-    figure = go.Figure(
-        go.Parcoords(
-            dimensions=[*(_dimension(done[name]) for name in settings),
-                        {"label": "test accuracy", "values": accuracy}],
-            line={"color": accuracy, "colorscale": "Cividis", "showscale": False},
-        )
-    )  # fmt: skip
-    title = f"Settings and test accuracy after the last epoch, {subject}"
-    return apply_style(figure, title).update_layout(margin={"l": 60, "r": 60, "t": 110})
-
-
-def _axis(column: pd.Series) -> pd.Series:
-    """Numbers as they are, anything else as text: None, names, pairs of weights."""
-    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    return column if numeric and column.notna().all() else column.astype(object).map(str)
-
-
-def _dimension(column: pd.Series) -> dict:
-    """An axis: numbers where they are, on a logarithmic scale if they span it; else a rank each."""
-    column = _axis(column)
-    places, values = pd.factorize(column, sort=True)
-    if len(values) > 1 and not isinstance(values[0], str):
-        places = np.log10(column) if 0 < 50 * values[0] <= values[-1] else column
-    place_of = dict(zip(column, places))
-    ticks = values if len(values) <= 12 else values[:: len(values) // 6]
-    text = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in ticks]
-    return {"label": SETTINGS.get(column.name, column.name), "values": list(places),
-            "tickvals": [place_of[v] for v in ticks], "ticktext": text}  # fmt: skip
-
-
 def final_accuracies(histories: Sequence[History]):
     """Every seed's test accuracy after the last epoch, and the means with their 95 % intervals.
 
     Beside each method stands the interval of its rank, if there are seeds enough to have one.
     """
     table = statistics.ranks(histories)
-    scores = statistics.finals(histories)[table.index].replace(-np.inf, np.nan)
-    figure = go.Figure()
+    how = {"y": "method", "color": "method", "category_orders": {"method": [*table.index]},
+           "color_discrete_map": {name: look(name)[0] for name in table.index}}  # fmt: skip
+    seeds = statistics.finals(histories).replace(-np.inf, np.nan).reset_index()
+    seeds = seeds.melt("seed", var_name="method", value_name="accuracy").dropna()
+    figure = px.scatter(seeds, x="accuracy", hover_data=["seed"], **how)
+    figure.update_traces(marker={"symbol": "circle-open", "size": 8})
+    means = px.scatter(table.reset_index(), x="mean", error_x="±", **how)
+    figure.add_traces(means.update_traces(marker={"symbol": "line-ns-open", "size": 18}).data)
     for name, row in table.iterrows():
-        colour, label, of_seeds = look(name)[0], methods.label(name), scores[name].dropna()
-        figure.add_scatter(
-            x=of_seeds, y=[label] * len(of_seeds), mode="markers", showlegend=False,
-            marker={"color": colour, "symbol": "circle-open", "size": 8}, text=of_seeds.index,
-            hovertemplate="seed %{text}: %{x:.4f}<extra>" + label + "</extra>",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[row["mean"]], y=[label], error_x={"array": [row["±"]], "thickness": 2},
-            mode="markers", marker={"color": colour, "symbol": "line-ns-open", "size": 18},
-            showlegend=False, hovertemplate="mean %{x:.4f}<extra>" + label + "</extra>",
-        )  # fmt: skip
         first, last = row[["rank from", "rank to"]].fillna(row["rank"])
         text = f"rank {first:.0f}" + (f" to {last:.0f}" if last > first else "")
         text += f"<br>{row['diverged']:.0f} diverged" if row["diverged"] else ""
         figure.add_annotation(
-            x=1.01, xref="paper", xanchor="left", y=label, showarrow=False, text=text
+            x=1.01, xref="paper", xanchor="left", y=name, showarrow=False, text=text
         )
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
+    labels = {"tickvals": [*table.index], "ticktext": [*map(methods.label, table.index)]}
+    figure.update_yaxes(title_text=None, showgrid=False, automargin=True, **labels)
     figure.update_xaxes(title_text="test accuracy after the last epoch")
     apply_style(figure, f"Final accuracy by seed, {subject(histories)}", caption(histories))
-    return figure.update_layout(margin={"l": 120, "r": 120})
+    return figure.update_layout(margin={"l": 120, "r": 120}, showlegend=False)
 
 
 def show(figure) -> None:
@@ -315,7 +228,7 @@ def show(figure) -> None:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
-            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
+            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(32)
         # One browser for all further images: starting one takes ten times as long as drawing. It
         # starts after one has drawn: where there is none, this would wait for ever.
         kaleido.start_sync_server(silence_warnings=True)
@@ -334,21 +247,21 @@ def without_hidden(figure) -> go.Figure:
 
 
 def _light(figure: go.Figure) -> go.Figure:
-    """The figure in few bytes: plain lines of at most 60 points, coordinates in single precision.
+    """The figure in few bytes: plain lines of at most 40 points, numbers of four bytes or two.
 
     An executed notebook holds it beside the image, which shows every point.
     """
     light = go.Figure(figure)
     for trace in light.select_traces({"type": "scatter"}):
-        plain = trace.mode == "lines" and trace.customdata is None
         for axis in ("x", "y"):
             values = np.asarray(() if trace[axis] is None else trace[axis])
             if values.dtype.kind not in "iuf" or not len(values):
                 continue  # nothing, or names on an axis of categories
-            if plain and len(values) > 60:
-                values = values[np.linspace(0, len(values) - 1, 60).round().astype(int)]
+            if trace.mode == "lines" and trace.customdata is None and len(values) > 40:
+                values = values[np.linspace(0, len(values) - 1, 40).round().astype(int)]
             trace[axis] = None  # an equal tuple would stay, and be written number by number
-            trace[axis] = values.astype(np.float32)
+            small = values.dtype.kind != "f" and abs(values).max() < 2**15
+            trace[axis] = values.astype(np.int16 if small else np.float32)
     return light
 
 

@@ -9,6 +9,7 @@ import ast
 import asyncio
 import contextlib
 import html
+import json
 import os
 import shutil
 import signal
@@ -113,9 +114,8 @@ def _execute(source: Path, folder: Path, given: dict) -> None:
     finally:
         with contextlib.suppress(RuntimeError):  # there may be none yet
             asyncio.get_event_loop().close()  # which papermill has made for this thread
-    notebook = nbformat.read(executed, 4)
-    text = nbformat.v4.nbjson.JSONWriter().writes(notebook, indent=None, separators=(",", ":"))
-    executed.write_text(text, encoding="utf-8")  # indented, a quarter would be blanks
+    text = json.dumps(nbformat.read(executed, 4), ensure_ascii=False, separators=(",", ":"))
+    executed.write_text(text, encoding="utf-8")  # as nbformat indents it, a sixth would be blanks
     write_page(executed.with_suffix(".html"), source.stem, executed, js="../plotly.min.js")
 
 
