@@ -191,14 +191,14 @@ def final_accuracies(histories: Sequence[History]):
     Beside each method stands the interval of its rank, if there are seeds enough to have one.
     """
     table = statistics.ranks(histories)
-    how = {"y": "method", "color": "method", "category_orders": {"method": [*table.index]},
-           "color_discrete_map": {name: look(name)[0] for name in table.index}}  # fmt: skip
     seeds = statistics.finals(histories).replace(-np.inf, np.nan).reset_index()
     seeds = seeds.melt("seed", var_name="method", value_name="accuracy").dropna()
-    figure = px.scatter(seeds, x="accuracy", hover_data=["seed"], **how)
-    figure.update_traces(marker={"symbol": "circle-open", "size": 8})
-    means = px.scatter(table.reset_index(), x="mean", error_x="±", **how)
-    figure.add_traces(means.update_traces(marker={"symbol": "line-ns-open", "size": 18}).data)
+    figure = px.scatter(seeds, x="accuracy", y="method", hover_data=["seed"])
+    means = px.scatter(table.reset_index(), x="mean", y="method", error_x="±")
+    figure.add_traces(means.data)
+    for trace, symbol, size in zip(figure.data, ("circle-open", "line-ns-open"), (8, 18)):
+        colours = [look(name)[0] for name in trace.y]
+        trace.update(marker={"color": colours, "symbol": symbol, "size": size})
     for name, row in table.iterrows():
         first, last = row[["rank from", "rank to"]].fillna(row["rank"])
         text = f"rank {first:.0f}" + (f" to {last:.0f}" if last > first else "")
@@ -206,11 +206,14 @@ def final_accuracies(histories: Sequence[History]):
         figure.add_annotation(
             x=1.01, xref="paper", xanchor="left", y=name, showarrow=False, text=text
         )
-    labels = {"tickvals": [*table.index], "ticktext": [*map(methods.label, table.index)]}
-    figure.update_yaxes(title_text=None, showgrid=False, automargin=True, **labels)
+    names = [*table.index]
+    figure.update_yaxes(
+        title_text=None, showgrid=False, automargin=True, autorange="reversed", tickvals=names,
+        categoryarray=names, ticktext=[*map(methods.label, names)],
+    )  # fmt: skip
     figure.update_xaxes(title_text="test accuracy after the last epoch")
     apply_style(figure, f"Final accuracy by seed, {subject(histories)}", caption(histories))
-    return figure.update_layout(margin={"l": 120, "r": 120}, showlegend=False)
+    return figure.update_layout(margin={"l": 120, "r": 120})
 
 
 def show(figure) -> None:
@@ -247,7 +250,7 @@ def without_hidden(figure) -> go.Figure:
 
 
 def _light(figure: go.Figure) -> go.Figure:
-    """The figure in few bytes: plain lines of at most 40 points, numbers of four bytes or two.
+    """The figure in few bytes: plain lines of at most 32 points, numbers of four bytes or two.
 
     An executed notebook holds it beside the image, which shows every point.
     """
@@ -257,8 +260,8 @@ def _light(figure: go.Figure) -> go.Figure:
             values = np.asarray(() if trace[axis] is None else trace[axis])
             if values.dtype.kind not in "iuf" or not len(values):
                 continue  # nothing, or names on an axis of categories
-            if trace.mode == "lines" and trace.customdata is None and len(values) > 40:
-                values = values[np.linspace(0, len(values) - 1, 40).round().astype(int)]
+            if trace.mode == "lines" and trace.customdata is None and len(values) > 32:
+                values = values[np.linspace(0, len(values) - 1, 32).round().astype(int)]
             trace[axis] = None  # an equal tuple would stay, and be written number by number
             small = values.dtype.kind != "f" and abs(values).max() < 2**15
             trace[axis] = values.astype(np.int16 if small else np.float32)
