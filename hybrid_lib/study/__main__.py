@@ -96,17 +96,14 @@ def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry
     option("--workers", **number, help="runs at once; default: one per core, on a GPU one")
     option("--threads", **number, help="of each run on a CPU; default: 1")
     option("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
-    option("--gpu-share", type=float, default=1, help="part of a cluster's GPU that a run claims")
     compiling = "fuse the training step with torch.compile; default: where a run is long enough"
     option("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     args = parser.parse_args(arguments)
-    if not 0 < args.gpu_share <= 1:
-        parser.error(f"--gpu-share {args.gpu_share}: above 0, at most 1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "±" under an ASCII locale
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in an orderly way
-    names = ("device", "compile", "workers", "threads", "cluster", "gpu_share")
+    names = ("device", "compile", "workers", "threads", "cluster")
     try:
         table, failures, out = carry_out(args, {name: getattr(args, name) for name in names})
     except KeyboardInterrupt:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from hybrid_lib.study.parameters import did_you_mean, one_of, seed_list
+from hybrid_lib.study.parameters import did_you_mean, seed_list
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
@@ -56,7 +56,7 @@ def plan(
     [2, 2]
     """
     if scale not in SCALES:
-        raise ValueError(f"scale={scale!r}: must be {one_of(SCALES)}")
+        raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
     small_images = scale != "demo" or dataset == "digits"
     sizes = dict(SCALES[scale] if small_images else DEMO_IMAGES)
     if dataset.startswith("folder:"):  # a scale asks for that many images at most
@@ -64,8 +64,8 @@ def plan(
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
     usual = sizes.pop("epochs", None)
-    epochs, planned = usual if epochs is None else epochs, []
-    changes, seeds = {**sizes, **changes, "dataset": dataset}, list(dict.fromkeys(seeds))
+    epochs, changes = usual if epochs is None else epochs, {**sizes, **changes, "dataset": dataset}
+    planned, seeds = [], list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
         if epochs is not None:
@@ -121,9 +121,10 @@ def method(experiment: Experiment) -> str:
 
 def as_python(experiment: Experiment, folder: str | Path) -> str:
     """Python code that repeats a run exactly."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Experiment)}
-    given = {k: v for k, v in dataclasses.asdict(experiment).items() if v != defaults[k]}
-    settings = "".join(f"    {k}={v!r},\n" for k, v in given.items())
+    settings = "".join(
+        f"    {f.name}={value!r},\n" for f in dataclasses.fields(Experiment)
+        if (value := getattr(experiment, f.name)) != f.default
+    )  # fmt: skip
     return (
         f"import hybrid_lib as hl\n\nexperiment = hl.Experiment(\n{settings})\n"
         f"history = hl.run(experiment, {str(folder)!r})\n"
@@ -132,20 +133,14 @@ def as_python(experiment: Experiment, folder: str | Path) -> str:
 
 def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     """A shell command that repeats a run exactly, through the notebook ``10_train_one``."""
-    name = method(experiment)
+    name, ours = method(experiment), dataclasses.asdict(experiment)
     start = dataclasses.asdict(get_experiment(name).scaled(experiment.epochs))
-    given = {"scale": "paper", "optimizer": name, "dataset": experiment.dataset,
-             "epochs": experiment.epochs, "seed": experiment.seed}  # fmt: skip
-    others = {k: v for k, v in dataclasses.asdict(experiment).items()
-              if v != start[k] and k not in ("name", *given)}  # fmt: skip
-    if others:
-        given["settings"] = " ".join(
-            f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in others.items()
-        )
+    given = {"scale": "paper"} | {k: ours[k] for k in ("dataset", "epochs", "seed")}
+    others = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in ours.items()
+              if v != start[k] and k not in ("name", *given)]  # fmt: skip
+    given |= {"optimizer": name, "settings": " ".join(others), "out": folder}
     words = ["papermill", "notebooks/10_train_one.ipynb", f"{experiment.name}.ipynb"]
-    for k, v in {**given, "out": folder}.items():
-        words += ["-p", k, str(v)]
-    return shlex.join(words)
+    return shlex.join(words + [w for k, v in given.items() if v != "" for w in ("-p", k, str(v))])
 
 
 def collect(params: SimpleNamespace) -> list[History]:
@@ -154,13 +149,16 @@ def collect(params: SimpleNamespace) -> list[History]:
     They are in ``params.out`` (empty: :func:`default_out`, or if it has none, published histories
     of the same experiments); ``params.train`` says whether to train what is missing.
     """
-    wanted = params.plan
     out = params.out or default_out(params.scale, params.dataset)
-    here = params.out or any((run_folder(out, e) / FILE).exists() for e in wanted)
-    if not here and (found := published(wanted)):
-        print(f"{len(found)} of {len(wanted)} runs, published ones; set out to train your own")
-        return found
-    return histories(wanted, out, params.train)
+    if not params.out and not any((run_folder(out, e) / FILE).exists() for e in params.plan):
+        known = {_identity(h.experiment): _marked(h, RESULTS) for h in load_all(RESULTS)}
+        found = [known[key] for key in map(_identity, params.plan) if key in known]
+        if found:
+            print(
+                f"{len(found)} of {len(params.plan)} runs, published ones; set out to train yours"
+            )
+            return found
+    return histories(params.plan, out, params.train)
 
 
 def histories(
@@ -169,39 +167,33 @@ def histories(
     """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
 
     A folder with the runs directly inside, as in ``data/results``, is only read: by name and seed;
-    a line says which other settings differ. ``how`` are options of :func:`run_many`.
+    a line says if settings differ. ``how`` are options of :func:`run_many`.
 
     Raises:
         FileNotFoundError: if there is none, and nothing was to be trained.
         RuntimeError: if all that was trained failed.
     """
-    experiments, inside = list(experiments), Path(out)
-    if not any((inside / run_folder(out, e).name / FILE).exists() for e in experiments):
-        inside /= "runs"
-        if train:
-            found, failures = run_many(experiments, out, **how)
-            print(*failures, sep="\n", end="\n" if failures else "")
-            if found:
-                return found
+    experiments, folders = list(experiments), [run_folder(out, e) for e in experiments]
+    inside = [Path(out) / folder.name for folder in folders]
+    if any((folder / FILE).exists() for folder in inside):
+        folders = inside
+    elif train:
+        found, failures = run_many(experiments, out, **how)
+        print(*failures, sep="\n", end="\n" if failures else "")
+        if not found:
             raise RuntimeError(f"{out}: every run failed")
-    found, differing = [], set()
-    for e in experiments:
-        folder = inside / run_folder(out, e).name
-        if (folder / FILE).exists():
-            found.append(_marked(History.load(folder), folder))
-            differing |= {k for k, _ in set(_identity(found[-1].experiment)) - set(_identity(e))}
+        return found
+    found = {e: _marked(History.load(folder), folder)
+             for e, folder in zip(experiments, folders) if (folder / FILE).exists()}  # fmt: skip
     if not found:
         raise FileNotFoundError(f"{out}: none of these runs is there; set train = True")
+    differing = {key for e, h in found.items() for key, _ in
+                 set(_identity(h.experiment)) - set(_identity(e))}  # fmt: skip
     if differing:
-        settings = ", ".join(sorted(differing))
-        print(f"{out}: shown as they were run, with settings of their own ({settings})")
-    return found
-
-
-def published(experiments: Iterable[Experiment], folder: Path = RESULTS) -> list[History]:
-    """The published histories of just these experiments, in their order; titles say "published"."""
-    known = {_identity(h.experiment): _marked(h, folder) for h in load_all(folder)}
-    return [known[key] for key in map(_identity, experiments) if key in known]
+        print(
+            f"{out}: shown as they were run, with other settings ({', '.join(sorted(differing))})"
+        )
+    return list(found.values())
 
 
 def _identity(experiment: Experiment) -> tuple:
@@ -212,6 +204,6 @@ def _identity(experiment: Experiment) -> tuple:
 
 def _marked(history: History, folder: Path) -> History:
     """The history; if it is a published one, its environment says so, and so does every title."""
-    if RESULTS not in (folder.resolve(), *folder.resolve().parents):
-        return history
-    return dataclasses.replace(history, environment={**history.environment, "published": True})
+    if folder.resolve().is_relative_to(RESULTS):
+        history.environment["published"] = True
+    return history

@@ -41,7 +41,6 @@ def run_many(
     threads: int | None = None,
     compile: bool | None = None,
     cluster: str | None = None,
-    gpu_share: float = 1.0,
 ) -> tuple[list[History], list[str]]:
     """Train what is missing of a study, several runs at once and the longest first.
 
@@ -53,7 +52,7 @@ def run_many(
             in this process. On SLURM: how many jobs.
         threads: of each run on a CPU; None: one.
         compile: see :func:`hybrid_lib.run`.
-        cluster, gpu_share: see :func:`hybrid_lib.study.cluster.train_all`.
+        cluster: see :func:`hybrid_lib.study.cluster.train_all`.
 
     Returns:
         The histories in the order of ``experiments``, and a line for each run that failed or
@@ -71,7 +70,7 @@ def run_many(
         if cluster:
             from hybrid_lib.study.cluster import train_all
 
-            train_all(jobs, order, progress, cluster, workers or 1, gpu_share, settings)
+            train_all(jobs, order, progress, cluster, workers or 1, settings)
         elif at_once > 1:
             _in_processes(jobs, order, progress, settings, at_once)
         else:

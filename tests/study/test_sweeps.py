@@ -179,7 +179,7 @@ def test_the_table_has_the_settings_that_differ_and_the_last_epoch_of_finished_r
     assert table["test_accuracy"].isna().sum() == len(failed) == 2
     assert list(failed["epochs done"]) == [2, 2]
     row = sweeps.table([run(4, 0.5, lr=0.1), run(lr=0.2)]).loc["atmo-0.1-0.5"]
-    assert row[["seed", *sweeps.OF_LAST_EPOCH]].tolist() == [4, 0.5, 2, 2 / 9, 2 / 8]
+    assert row[["seed", *sweeps.LAST]].tolist() == [4, 0.5, 2, 2 / 9, 2 / 8]
     assert row[["best_test_accuracy", "train_seconds"]].tolist() == [0.7, 3]
 
 
