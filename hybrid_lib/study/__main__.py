@@ -1,7 +1,5 @@
 """The command lines: ``hybrid-study`` (or ``python -m hybrid_lib.study``) and ``hybrid-sweep``."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import signal
@@ -17,11 +15,7 @@ from hybrid_lib.training.tasks import load_task
 
 
 def study(arguments: list[str] | None = None) -> int:
-    """Train many experiments, execute the notebooks on them, write one report.
-
-    Returns:
-        0 if every run and every notebook succeeded, 1 if not, 2 if there was nothing to do.
-    """
+    """Train many experiments, execute the notebooks on them, write one report."""
     parser = argparse.ArgumentParser("hybrid-study", description=study.__doc__.splitlines()[0])
     option, methods = parser.add_argument, ",".join(planning.PAPER_METHODS)
     option("--scale", choices=planning.SCALES, default="demo", help="default: demo")
@@ -56,11 +50,7 @@ def _study(args: argparse.Namespace, how: dict) -> tuple:
 
 
 def sweep(arguments: list[str] | None = None) -> int:
-    """Train a grid or random draws over settings, write one table and one report.
-
-    Returns:
-        0 if every run succeeded, 1 if not, 2 if there was nothing to do.
-    """
+    """Train a grid or random draws over settings, write one table and one report."""
     parser = argparse.ArgumentParser("hybrid-sweep", description=sweep.__doc__.splitlines()[0])
     parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
     parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
@@ -90,8 +80,12 @@ def _sweep(args: argparse.Namespace, how: dict) -> tuple:
 
 
 def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry_out) -> int:
-    """Parse, carry out, print the table, the failures and where the report is."""
-    option, number = parser.add_argument, {"type": _count, "metavar": "N"}
+    """Parse, carry out, print the table, the failures and where the report is.
+
+    Returns:
+        0 if every run and every notebook succeeded, 1 if not, 2 if there was nothing to do.
+    """
+    option, number = parser.add_argument, {"type": int, "metavar": "N"}
     option("--device", help="cpu, cuda, …; default: a GPU if there is one")
     option("--workers", **number, help="runs at once; default: one per core, on a GPU one")
     option("--threads", **number, help="of each run on a CPU; default: 1")
@@ -117,12 +111,6 @@ def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry
         print(f"failed: {failure}")
     print(f"report: {out / 'report.html'}")
     return 1 if failures else 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1, or leave it out")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ Accuracies are those of the last epoch, as in the report's Table III, unless a c
 otherwise. Epochs are the experiments' own: "the first milestone" is epoch 100 in the report.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -61,19 +59,19 @@ class Claim:
 
     Attributes:
         methods: the runs that it is about; without one of them it cannot be told.
-        measure: the inequalities of the runs, called where all of ``methods`` are there.
+        measure: the inequalities of the runs of all these methods.
     """
 
     topic: str
     where: str
     criterion: str
     methods: Sequence[str]
-    measure: Callable[[Runs], Iterable[Inequality]]
+    measure: Callable[[Runs, Sequence[str]], Iterable[Inequality]]
 
     def judge(self, runs: Runs) -> dict:
         """The claim as a row of :func:`table`."""
         missing = [methods.label(name) for name in self.methods if name not in runs]
-        measured = [] if missing else list(self.measure(runs))
+        measured = [] if missing else list(self.measure(runs, self.methods))
         verdicts = {inequality.verdict for inequality in measured}
         numbers = [i.text for i in measured] or [f"no complete run of {', '.join(missing)}"]
         return {
@@ -175,11 +173,16 @@ def seconds(h: History) -> float:
 # --- Inequalities between them. ---
 
 
-def own(runs: Runs, name: str, measure, bound=0.0, sign=1, one_seed=None) -> Inequality:
-    """``measure`` of a method's runs is above ``bound``; below it, with ``sign`` −1."""
-    sample = [measure(h) for h in runs[name]]
-    numbers = fmean(sample), statistics.margin(sample)
-    return _inequality(methods.label(name), numbers, runs[name], bound, sign, one_seed)
+def own(measure, bound=0.0, sign=1, one_seed=None):
+    """``measure`` of each method of a claim is above ``bound``; below it, with ``sign`` −1."""
+
+    def inequalities(runs: Runs, names: Iterable[str]):
+        for name in names:
+            sample = [measure(h) for h in runs[name]]
+            numbers = fmean(sample), statistics.margin(sample)
+            yield _inequality(methods.label(name), numbers, runs[name], bound, sign, one_seed)
+
+    return inequalities
 
 
 def above(runs: Runs, name: str, other: str, bound: float = 0.0, measure=last) -> Inequality:
@@ -215,7 +218,7 @@ def highest(runs: Runs, names: Iterable[str], measure=last) -> str:
     return max(names, key=lambda name: fmean(map(measure, runs[name])))
 
 
-def slow_start(runs: Runs):
+def slow_start(runs: Runs, _):
     """Against the average of the other methods, seed by seed, over the same epochs."""
     for name in PADAM_SGD:
         first = milestone(runs[name][0], 1)
@@ -230,7 +233,7 @@ def slow_start(runs: Runs):
             yield _inequality(methods.label(name), numbers, runs[name], sign=-1)
 
 
-def overtaking(runs: Runs):
+def overtaking(runs: Runs, _):
     """Against the best of the other methods in the epochs right after the jump."""
     for name in PADAM_SGD:
         n = window(runs[name][0])
@@ -238,7 +241,7 @@ def overtaking(runs: Runs):
         yield above(runs, name, highest(runs, OTHERS, after), measure=after)
 
 
-def slower(runs: Runs):
+def slower(runs: Runs, _):
     first_order = fmean(median(map(seconds, runs[name])) for name in FIRST_ORDER)
     for name in SECOND_ORDER:
         ratio = median(map(seconds, runs[name])) / first_order
@@ -250,62 +253,58 @@ def slower(runs: Runs):
 CLAIMS = (
     Claim("PADAM-SGD, constant and dynamic, tests best", "V §1",
           "accuracy of each of the two − highest of the six others > 0", (*PADAM_SGD, *OTHERS),
-          lambda runs: [above(runs, name, highest(runs, OTHERS)) for name in PADAM_SGD]),
+          lambda runs, _: [above(runs, name, highest(runs, OTHERS)) for name in PADAM_SGD]),
     Claim("PADAM-SGD still learns at the end", "V §1",
           "both forms: 1 − mean test loss in the last tenth of the epochs ÷ the tenth before > 0",
-          PADAM_SGD,
-          lambda runs: [own(runs, n, fall_of_loss, one_seed=LOSS_MARGIN) for n in PADAM_SGD]),
+          PADAM_SGD, own(fall_of_loss, one_seed=LOSS_MARGIN)),
     Claim("PADAM-SGD starts slowly", "V §1",
           "mean test accuracy up to its first milestone − mean of the six others < 0, both forms",
           (*PADAM_SGD, *OTHERS), slow_start),
     Claim("PADAM-SGD jumps when its rate first drops", "V §1",
           "mean test accuracy, a tenth of the epochs after − before the first milestone > 0",
-          PADAM_SGD, lambda runs: [own(runs, name, jump) for name in PADAM_SGD]),
+          PADAM_SGD, own(jump)),
     Claim("The jump takes PADAM-SGD above all others", "V §1",
           "mean test accuracy in the tenth after its first milestone − highest of the six others "
           "in the same epochs > 0", (*PADAM_SGD, *OTHERS), overtaking),
     Claim("AdaSGD, too, gains when its rate first drops", "V §1", "as for PADAM-SGD",
-          ("adasgd",), lambda runs: [own(runs, "adasgd", jump)]),
+          ("adasgd",), own(jump)),
     Claim("Lowering the rate is good for generalisation", "V §1",
-          "as for PADAM-SGD, for each of the four methods with milestones", STEPPED,
-          lambda runs: [own(runs, name, jump) for name in STEPPED]),
+          "as for PADAM-SGD, for each of the four methods with milestones", STEPPED, own(jump)),
     Claim("After the second milestone not much moves", "V §1",
           f"PADAM-SGD, both forms, and AdaSGD: from the tenth after it to the last tenth, mean "
-          f"test accuracy moves by less than {POINTS}", (*PADAM_SGD, "adasgd"),
-          lambda runs: [own(runs, n, drift, POINTS, sign=-1) for n in (*PADAM_SGD, "adasgd")]),
+          f"test accuracy moves by less than {POINTS}",
+          (*PADAM_SGD, "adasgd"), own(drift, POINTS, sign=-1)),
     Claim("SGD and dynamic ATMO beat Adam and ATMO", "V §2",
           "accuracy: each of the four differences > 0", ("sgd", "dyn_atmo", "adam", "atmo"),
-          lambda runs: [above(runs, good, bad)
-                        for good in ("sgd", "dyn_atmo") for bad in ("adam", "atmo")]),
+          lambda runs, names: [above(runs, a, b) for a in names[:2] for b in names[2:]]),
     Claim("SGD is unsteady to the end", "V §2",
           f"highest − lowest test accuracy in the last tenth of the epochs > {POINTS}",
-          ("sgd",), lambda runs: [own(runs, "sgd", swing, POINTS)]),
+          ("sgd",), own(swing, POINTS)),
     Claim("Dynamic ATMO would gain from more epochs", "V §2",
           "mean test accuracy, last tenth of the epochs − the tenth before > 0",
-          ("dyn_atmo",), lambda runs: [own(runs, "dyn_atmo", trend)]),
+          ("dyn_atmo",), own(trend)),
     Claim("AdaHessian overfits", "V §3",
           "mean test loss in the last tenth of the epochs ÷ its lowest epoch − 1 > 0.1",
-          ("adahessian",),
-          lambda runs: [own(runs, "adahessian", rise_of_loss, 0.1, one_seed=LOSS_MARGIN)]),
+          ("adahessian",), own(rise_of_loss, 0.1, one_seed=LOSS_MARGIN)),
     Claim("AdaHessian's accuracy is not bad even so", "V §3", f"accuracy − SGD's > −{POINTS}",
-          ("adahessian", "sgd"), lambda runs: [above(runs, "adahessian", "sgd", -POINTS)]),
+          ("adahessian", "sgd"), lambda runs, names: [above(runs, *names, -POINTS)]),
     Claim("AdaHessian would lose from more epochs", "V §3",
           "mean test accuracy, last tenth of the epochs − the tenth before < 0",
-          ("adahessian",), lambda runs: [own(runs, "adahessian", trend, sign=-1)]),
+          ("adahessian",), own(trend, sign=-1)),
     Claim("AdaSGD ends good and stable", "V §3",
           f"accuracy − AdaHessian's > 0; its own swing in the last tenth < {POINTS}", SECOND_ORDER,
-          lambda runs: [above(runs, "adasgd", "adahessian"),
-                        own(runs, "adasgd", swing, POINTS, sign=-1)]),
+          lambda runs, _: [above(runs, "adasgd", "adahessian"),
+                           *own(swing, POINTS, sign=-1)(runs, ["adasgd"])]),
     Claim("Second order brings no more accuracy", "V §3",
           "accuracy of the best first-order method − the better of AdaHessian and AdaSGD > 0",
           (*FIRST_ORDER, *SECOND_ORDER),
-          lambda runs: [above(runs, highest(runs, FIRST_ORDER), highest(runs, SECOND_ORDER))]),
+          lambda runs, _: [above(runs, highest(runs, FIRST_ORDER), highest(runs, SECOND_ORDER))]),
     Claim("A second-order epoch takes almost four times as long", "V §3",
           "median seconds of training and test pass ÷ mean of the first-order methods: from 3 to 5",
           (*FIRST_ORDER, *SECOND_ORDER), slower),
     Claim("ATMO is only good if it is dynamic", "VI",
           "accuracy: Dyn. ATMO above SGD and Adam, ATMO below both",
           ("atmo", "dyn_atmo", "sgd", "adam"),
-          lambda runs: [i for part in ("sgd", "adam") for i in (above(runs, "dyn_atmo", part),
-                                                                above(runs, part, "atmo"))]),
+          lambda runs, _: [above(runs, *pair) for part in ("sgd", "adam")
+                           for pair in (("dyn_atmo", part), (part, "atmo"))]),
 )

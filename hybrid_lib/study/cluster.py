@@ -17,8 +17,6 @@ process in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CL
 DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY, and join ``tls://HOST:PORT``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import re
@@ -43,13 +41,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def train_all(
-    jobs: Sequence[Job],
-    order: Iterable[int],
-    report: Callable[[int, Event], None],
-    cluster: str,
-    workers: int,
-    settings: dict,
-) -> None:
+    jobs: Sequence[Job], order: Iterable[int], report: Callable[[int, Event], None],
+    cluster: str, workers: int, settings: dict,
+) -> None:  # fmt: skip
     """Train jobs, reporting epochs, histories and failures.
 
     A run that raises is not retried; one whose worker dies is, until it has cost four workers.
@@ -61,11 +55,10 @@ def train_all(
             Dask's configuration); or "slurm:PROFILE.yaml", the arguments of
             :class:`dask_jobqueue.SLURMCluster` and "timeout", seconds to wait for the first worker.
         workers: jobs of SLURM.
-        settings: arguments of :func:`hybrid_lib.run`: device and others.
+        settings: arguments of :func:`hybrid_lib.run`.
 
     Raises:
-        ModuleNotFoundError: without the extra ``cluster``.
-        ValueError: for what is no address, or a profile that is none.
+        ModuleNotFoundError, ValueError: without Dask; for what is no address, or no profile.
         RuntimeError: if there is no scheduler or no worker; or it went away.
     """
     with _client(cluster, workers) as client:
@@ -146,11 +139,7 @@ def _client(cluster: str, workers: int):
 
 
 def slurm(profile: str | Path):
-    """The cluster of a profile, and how long its first worker may take; no job is submitted yet.
-
-    Raises:
-        ValueError: if the file is not there or holds no profile.
-    """
+    """The cluster of a profile, and seconds to wait for a worker; ValueError if it holds none."""
     interrupt = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 

@@ -5,8 +5,6 @@ lines can be told apart without colour. With several seeds, lines are means and 
 intervals (Student).
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -44,8 +42,7 @@ GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
 def curves(histories: Sequence[History], column: str = "test_accuracy", title: str = ""):
     """One line per method over the epochs, and the report's own test accuracies as markers.
 
-    Markers are drawn for CIFAR-10 and copies of it: at the report's epochs where runs have its
-    length; else at theirs in proportion, and hidden until the legend's entry is clicked.
+    Markers are drawn for runs on CIFAR-10, and copies of it, that have the report's length.
 
     Args:
         histories: any methods and seeds, all on one data set; ValueError for several, or none.
@@ -107,20 +104,17 @@ def _add_lines(figure, name, group, column, legend: bool, where: dict) -> None:
 
 
 def _add_report(figure, histories: Sequence[History], where: dict) -> None:
-    """The report's test accuracies on CIFAR-10, where ``histories`` are of the same data set."""
-    if not {h.dataset for h in histories} <= CIFAR10:
-        return
+    """The report's test accuracies on CIFAR-10, beside runs of its data set and length."""
     points = dict(list(paper("milestones").groupby("optimizer")))
-    found = {name: group[0] for name, group in group_by_method(histories).items() if name in points}
-    same = all(h.experiment.epochs == EXPERIMENTS[name].epochs for name, h in found.items())
-    for i, (name, h) in enumerate(found.items()):
-        shrunk = h.experiment.epochs / EXPERIMENTS[name].epochs
+    found = {h.experiment.name: h for h in histories if h.dataset in CIFAR10}
+    for name, h in found.items():
+        if name not in points or h.experiment.epochs != EXPERIMENTS[name].epochs:
+            continue
         colour, dash = look(name)
         figure.add_scatter(
-            x=points[name]["epoch"] * shrunk, y=points[name]["test_accuracy"], mode="markers",
-            name="report (CIFAR-10)" if same else "report (CIFAR-10),<br>epochs in proportion",
-            marker={"color": colour, "symbol": MARKERS[dash], "size": 7}, legendgroup="report",
-            showlegend=i == 0, visible=True if same else "legendonly",
+            x=points[name]["epoch"], y=points[name]["test_accuracy"], mode="markers",
+            name="report (CIFAR-10)", legendgroup="report", showlegend=name == next(iter(found)),
+            marker={"color": colour, "symbol": MARKERS[dash], "size": 7},
             hovertemplate=f"epoch %{{x}}: %{{y}}<extra>report, {h.label}</extra>", **where,
         )  # fmt: skip
 
@@ -185,37 +179,6 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     return apply_style(figure, title, height=430).update_layout(margin_t=90)
 
 
-def final_accuracies(histories: Sequence[History]):
-    """Every seed's test accuracy after the last epoch, and the means with their 95 % intervals.
-
-    Beside each method stands the interval of its rank, if there are seeds enough to have one.
-    """
-    table = statistics.ranks(histories)
-    seeds = statistics.finals(histories).replace(-np.inf, np.nan).reset_index()
-    seeds = seeds.melt("seed", var_name="method", value_name="accuracy").dropna()
-    figure = px.scatter(seeds, x="accuracy", y="method", hover_data=["seed"])
-    means = px.scatter(table.reset_index(), x="mean", y="method", error_x="±")
-    figure.add_traces(means.data)
-    for trace, symbol, size in zip(figure.data, ("circle-open", "line-ns-open"), (8, 18)):
-        colours = [look(name)[0] for name in trace.y]
-        trace.update(marker={"color": colours, "symbol": symbol, "size": size})
-    for name, row in table.iterrows():
-        first, last = row[["rank from", "rank to"]].fillna(row["rank"])
-        text = f"rank {first:.0f}" + (f" to {last:.0f}" if last > first else "")
-        text += f"<br>{row['diverged']:.0f} diverged" if row["diverged"] else ""
-        figure.add_annotation(
-            x=1.01, xref="paper", xanchor="left", y=name, showarrow=False, text=text
-        )
-    names = [*table.index]
-    figure.update_yaxes(
-        title_text=None, showgrid=False, automargin=True, autorange="reversed", tickvals=names,
-        categoryarray=names, ticktext=[*map(methods.label, names)],
-    )  # fmt: skip
-    figure.update_xaxes(title_text="test accuracy after the last epoch")
-    apply_style(figure, f"Final accuracy by seed, {subject(histories)}", caption(histories))
-    return figure.update_layout(margin={"l": 120, "r": 120})
-
-
 def show(figure) -> None:
     """Show a figure in a notebook; without a front end, also as an image for static readers."""
     from IPython.display import display  # imported where used: figures exist outside notebooks
@@ -224,7 +187,7 @@ def show(figure) -> None:
     if is_interactive():
         figure.show()
         return
-    still = without_hidden(figure).update_layout(width=900)
+    still = go.Figure(figure).update_layout(width=900)
     bundle = {"application/vnd.plotly.v1+json": json.loads(_light(still).to_json())}
     try:
         import kaleido
@@ -242,11 +205,6 @@ def show(figure) -> None:
         image.save(small, "png", optimize=True)
         bundle["image/png"] = base64.b64encode(small.getvalue()).decode("ascii")
     display(bundle, raw=True)
-
-
-def without_hidden(figure) -> go.Figure:
-    """A copy for where nobody can click: what waits for a click in the legend is left out."""
-    return go.Figure([t for t in figure.data if t.visible != "legendonly"], figure.layout)
 
 
 def _light(figure: go.Figure) -> go.Figure:
@@ -303,10 +261,9 @@ def lines(
     series: Mapping[str, pd.Series], title: str, x: str, y: str, shape: str = "linear",
     level: float | None = None,
 ):  # fmt: skip
-    """One line per series, over its index.
+    """One line per series, over its index; a method's has its colour, dash and label.
 
     Args:
-        series: by name; a method has its own colour, dash and label.
         title, x, y: of the figure and its axes; the title names the data set, if there is one.
         shape: "linear", or "hv" for values that hold until the next.
         level: a height to compare with, a dotted line.

@@ -3,8 +3,6 @@
 A study's report is its results notebook with the code hidden.
 """
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import contextlib

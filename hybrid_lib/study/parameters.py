@@ -1,7 +1,5 @@
 """A notebook's parameters, checked before anything is computed."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 from collections.abc import Callable, Iterable

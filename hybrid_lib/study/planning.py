@@ -1,7 +1,5 @@
 """Which runs a study consists of, and where they are kept."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Iterable
@@ -12,7 +10,7 @@ from hybrid_lib.study.parameters import did_you_mean, seed_list
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
-from hybrid_lib.training.history import FILE, History, load_all
+from hybrid_lib.training.history import FILE, History
 
 # The eight rows of Table III.
 PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")
@@ -32,13 +30,9 @@ DEMO_IMAGES = {"epochs": 10, "width": 16, "batch_size": 64, "train_limit": 10_00
 
 
 def plan(
-    scale: str = "demo",
-    dataset: str = "digits",
-    only: Iterable[str] = PAPER_METHODS,
-    seeds: Iterable[int] = (0,),
-    epochs: int | None = None,
-    **changes,
-) -> list[Experiment]:
+    scale: str = "demo", dataset: str = "digits", only: Iterable[str] = PAPER_METHODS,
+    seeds: Iterable[int] = (0,), epochs: int | None = None, **changes,
+) -> list[Experiment]:  # fmt: skip
     """The experiments of a study: rows of ``EXPERIMENTS`` at a scale, one per name and seed.
 
     Args:
@@ -88,21 +82,16 @@ def default_out(scale: str, dataset: str, protocol: str = "clean") -> Path:
 
 
 def experiments_from(params: SimpleNamespace) -> list[Experiment]:
-    """The experiments of a notebook's parameters.
-
-    These are scale, dataset, methods ("sgd,atmo"; empty: the eight of Table III), seeds ("0,3" or
-    "0-4") and epochs (None: the scale's).
-    """
+    """The experiments of a notebook's parameters: scale, dataset, methods, seeds and epochs."""
     only = [name.strip() for name in params.methods.split(",")] if params.methods else PAPER_METHODS
     return plan(params.scale, params.dataset, only, seed_list(params.seeds), params.epochs)
 
 
 def experiment_from(params: SimpleNamespace) -> Experiment:
-    """The one experiment of a notebook's parameters.
+    """The one experiment of a notebook's parameters: optimizer, scale, dataset and seed.
 
-    These are optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; others that name a
-    field of Experiment change it, unless they are None; so do those in ``settings``, if it is
-    there: "nesterov=True hessian_every=10".
+    Others that name a field of Experiment change it, unless they are None; so do those in
+    ``settings``, if it is there: "nesterov=True hessian_every=10".
     """
     fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
     changes = {k: v for k, v in vars(params).items() if k in fields and v is not None}
@@ -146,18 +135,10 @@ def as_papermill(experiment: Experiment, folder: str | Path) -> str:
 def collect(params: SimpleNamespace) -> list[History]:
     """The histories of a notebook whose parameters :func:`experiments_from` has checked.
 
-    They are in ``params.out`` (empty: :func:`default_out`, or if it has none, published histories
-    of the same experiments); ``params.train`` says whether to train what is missing.
+    They are in ``params.out`` (empty: :func:`default_out`); ``params.train`` says whether to train
+    what is missing.
     """
     out = params.out or default_out(params.scale, params.dataset)
-    if not params.out and not any((run_folder(out, e) / FILE).exists() for e in params.plan):
-        known = {_identity(h.experiment): _marked(h, RESULTS) for h in load_all(RESULTS)}
-        found = [known[key] for key in map(_identity, params.plan) if key in known]
-        if found:
-            print(
-                f"{len(found)} of {len(params.plan)} runs, published ones; set out to train yours"
-            )
-            return found
     return histories(params.plan, out, params.train)
 
 
@@ -173,37 +154,22 @@ def histories(
         FileNotFoundError: if there is none, and nothing was to be trained.
         RuntimeError: if all that was trained failed.
     """
-    experiments, folders = list(experiments), [run_folder(out, e) for e in experiments]
-    inside = [Path(out) / folder.name for folder in folders]
-    if any((folder / FILE).exists() for folder in inside):
-        folders = inside
+    experiments, out = list(experiments), Path(out)
+    folders = [run_folder(out, e) for e in experiments]
+    if any((out / folder.name / FILE).exists() for folder in folders):
+        folders = [out / folder.name for folder in folders]
     elif train:
         found, failures = run_many(experiments, out, **how)
         print(*failures, sep="\n", end="\n" if failures else "")
         if not found:
             raise RuntimeError(f"{out}: every run failed")
         return found
-    found = {e: _marked(History.load(folder), folder)
-             for e, folder in zip(experiments, folders) if (folder / FILE).exists()}  # fmt: skip
+    found = {e: History.load(f) for e, f in zip(experiments, folders) if (f / FILE).exists()}
     if not found:
         raise FileNotFoundError(f"{out}: none of these runs is there; set train = True")
-    differing = {key for e, h in found.items() for key, _ in
-                 set(_identity(h.experiment)) - set(_identity(e))}  # fmt: skip
-    if differing:
-        print(
-            f"{out}: shown as they were run, with other settings ({', '.join(sorted(differing))})"
-        )
+    if any(h.experiment != e for e, h in found.items()):
+        print(f"{out}: shown as they were run, with settings of their own")
+    if out.resolve().is_relative_to(RESULTS):
+        for h in found.values():
+            h.environment["published"] = True  # every title says so
     return list(found.values())
-
-
-def _identity(experiment: Experiment) -> tuple:
-    """An experiment, wherever its images are kept."""
-    settings = dataclasses.asdict(experiment) | {"dataset": data.title(experiment.dataset)}
-    return tuple(settings.items())
-
-
-def _marked(history: History, folder: Path) -> History:
-    """The history; if it is a published one, its environment says so, and so does every title."""
-    if folder.resolve().is_relative_to(RESULTS):
-        history.environment["published"] = True
-    return history

@@ -1,7 +1,5 @@
 """How far the runs of a study are: a line that changes where somebody looks, else a log."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ On a CPU a run has one thread, so that its numbers do not depend on the number o
 has its own folder and goes on from its checkpoint: after an interruption, repeat the same call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -33,31 +31,27 @@ def run_folder(out: str | Path, experiment: Experiment) -> Path:
 
 
 def run_many(
-    experiments: Iterable[Experiment],
-    out: str | Path,
-    device: str | None = None,
-    *,
-    workers: int | None = None,
-    threads: int | None = None,
-    compile: bool | None = None,
+    experiments: Iterable[Experiment], out: str | Path, device: str | None = None, *,
+    workers: int | None = None, threads: int | None = None, compile: bool | None = None,
     cluster: str | None = None,
-) -> tuple[list[History], list[str]]:
+) -> tuple[list[History], list[str]]:  # fmt: skip
     """Train what is missing of a study, several runs at once and the longest first.
 
     A script that calls this needs ``if __name__ == "__main__":``, as with all of multiprocessing.
 
     Args:
-        device: see :func:`hybrid_lib.run`.
+        device, threads, compile: see :func:`hybrid_lib.run`.
         workers: how many at once; None: as many as there are cores, on a GPU one. With 1, they run
             in this process. On SLURM: how many jobs.
-        threads: of each run on a CPU; None: one.
-        compile: see :func:`hybrid_lib.run`.
         cluster: see :func:`hybrid_lib.study.cluster.train_all`.
 
     Returns:
         The histories in the order of ``experiments``, and a line for each run that failed or
         diverged: one that does leaves the others untouched.
     """
+    for name, n in {"workers": workers, "threads": threads}.items():
+        if n is not None and n < 1:
+            raise ValueError(f"{name}={n}: at least 1, or leave it out")
     jobs = [(e, run_folder(out, e)) for e in experiments]
     settings = {"device": device, "threads": threads, "compile": compile}
     over = [i for i, (_, folder) in enumerate(jobs) if _is_over(folder)]

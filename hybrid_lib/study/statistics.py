@@ -6,8 +6,6 @@ mean, and ranks below all that finished; a run that was stopped counts nowhere. 
 seeds share initial weights and the order of images, so methods are compared in pairs, by seed.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from statistics import fmean
@@ -20,7 +18,6 @@ from hybrid_lib.training.experiments import EXPERIMENTS
 from hybrid_lib.training.history import History
 
 LEVEL = 0.95
-ENDED = ("complete", "diverged")
 
 
 def group_by_method(histories: Sequence[History]) -> dict[str, list[History]]:
@@ -107,18 +104,15 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
 
 
 def ranks(histories: Sequence[History]) -> pd.DataFrame:
-    """Methods from the best to the worst, with how sure their place is.
+    """Methods from the best to the worst, with how sure their place is; ValueError without any.
 
     Returns:
         A row per method: "mean" of finished runs, and "±"; "rank" (ties share the better one), and
         its interval: "rank from" is behind those better in pairs, "rank to" before those worse, at
         p (Holm) ≤ .05; a method with a run that diverged is better than none that finished.
         "seeds" that finished, and that "diverged"; with fewer than two, no interval (NaN).
-
-    Raises:
-        ValueError: if no run has ended.
     """
-    ended = [h for h in histories if h.status in ENDED]
+    ended = [h for h in histories if h.status in ("complete", "diverged")]
     scores = finals(ended)
     finite = scores.replace(-np.inf, np.nan)
     seeds, diverged = finite.count(), np.isneginf(scores).sum()
@@ -135,34 +129,3 @@ def ranks(histories: Sequence[History]) -> pd.DataFrame:
         places = 1 + better.sum(), len(table) - worse.sum() * (diverged[name] == 0)
         table.loc[name, ["rank from", "rank to"]] = places
     return table.sort_values("rank", kind="stable").rename_axis("method")
-
-
-def best(histories: Sequence[History]) -> str | None:
-    """The name of the method with rank 1 throughout the interval of its rank, or None."""
-    table = ranks(histories) if any(h.status == "complete" for h in histories) else ()
-    return table.index[0] if len(table) and table["rank to"].iloc[0] == 1 else None
-
-
-def time_to(histories: Sequence[History], accuracy: float | None = None) -> pd.DataFrame:
-    """How long each method takes to a test accuracy that it may lose again afterwards.
-
-    Args:
-        accuracy: None: the highest multiple of .05 that half of the methods have at the end.
-
-    Returns:
-        A row per method: "final" accuracy (mean), "reached" (runs that did) of "seeds", and the
-        medians of "epochs" and of "seconds" (of training alone). A run that never got there counts
-        as later than all others: if half of them did not, there is no median (NaN).
-    """
-    rows, means = {}, finals(histories).replace(-np.inf, np.nan).mean()
-    if accuracy is None:
-        accuracy = np.floor(means.quantile(0.5, interpolation="higher") * 20 + 1e-9) / 20
-    for name, group in group_by_method([h for h in histories if h.status in ENDED]).items():
-        runs = [h.frame().reset_index() for h in group]
-        runs = [run.assign(seconds=run["train_seconds"].cumsum()) for run in runs]
-        runs = [run[run["test_accuracy"] >= accuracy][["epoch", "seconds"]].min() for run in runs]
-        first = pd.DataFrame(runs, dtype=float)
-        epochs, seconds = first.fillna(np.inf).median().replace(np.inf, np.nan)
-        rows[name] = {"final": means[name], "reached": first["epoch"].count(), "seeds": len(group),
-                      "epochs": epochs, "seconds": seconds}  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"to {accuracy:.2f}")

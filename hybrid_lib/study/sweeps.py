@@ -13,8 +13,6 @@ A sweep is a few lines of YAML, in a file, on the command line or in a notebook'
 Command line: ``hybrid-sweep FILE.yaml`` or ``hybrid-sweep '{grid: {momentum: [0, 0.9]}}'``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable
@@ -58,11 +56,11 @@ class Range(BaseModel, frozen=True, extra="forbid"):
 
     def rvs(self, random_state):
         """A draw, by the name under which scikit-learn looks for one."""
-        whole = isinstance(self.low, int) and isinstance(self.high, int)
-        among = stats.uniform(self.low, self.high - self.low)
-        among = stats.randint(self.low, self.high + 1) if whole else among
-        among = stats.loguniform(self.low, self.high) if self.log else among
-        return among.rvs(random_state=random_state)
+        if self.log:
+            return stats.loguniform.rvs(self.low, self.high, random_state=random_state)
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return stats.randint.rvs(self.low, self.high + 1, random_state=random_state)
+        return stats.uniform.rvs(self.low, self.high - self.low, random_state=random_state)
 
 
 class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
@@ -72,17 +70,13 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule (``lambda_start``).
 
     Attributes:
-        optimizer: a row of :data:`hybrid_lib.EXPERIMENTS`, whose settings everything starts from;
-            "optimizer" may also be varied.
+        optimizer: whose settings everything starts from; "optimizer" may also be varied.
         scale, dataset: as for :func:`hybrid_lib.study.planning.plan`.
         seeds: as in "0,3" or "0-4": each point runs with all of them.
         fixed: settings of every run.
         grid: lists of values; every combination is run.
         random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), and how
             many combinations to draw of them. With a grid, each draw runs at each of its points.
-
-    Raises:
-        pydantic.ValidationError: a ValueError that lists every fault.
     """
 
     optimizer: str = "sgd"
@@ -100,9 +94,9 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
         given = [*self.varied, *self.fixed]
         if not self.varied:
             raise ValueError("grid or random: name at least one setting to vary")
-        for name in sorted({*given} - FIELDS - {"lambda_sgd"}):
-            raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
         for name in given:
+            if name not in FIELDS | {"lambda_sgd"}:
+                raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
             if given.count(name) > 1:
                 raise ValueError(f"{name} is given twice in fixed, grid and random together")
         if {"lambda_sgd", "lambda_start"} <= {*given}:
@@ -131,8 +125,7 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     def plan(self) -> tuple[list[Experiment], list[str]]:
         """The experiments, named after their settings, and a line per point that is impossible.
 
-        Raises:
-            ValueError: if all of them are.
+        ValueError, if all of them are.
         """
         planned, refused = {}, []
         for point in self.points():
@@ -159,9 +152,7 @@ def read(space: str | Path, **given) -> Sweep:
     >>> read("{optimizer: atmo, grid: {lr: [0.01, 0.1]}}", scale="toy").scale
     'toy'
 
-    Raises:
-        ValueError: if it is no sweep, with every fault in one line.
-        FileNotFoundError: if the file is not there.
+    ValueError, with every fault in one line, if it is no sweep; FileNotFoundError without a file.
     """
     try:
         is_file = str(space).endswith((".yaml", ".yml"))
@@ -231,12 +222,6 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     points["seeds"], points["diverged"] = accuracies.count(), groups["diverged"].sum()
     points = points.sort_values("test_accuracy", ascending=False)
     return points.sort_values("diverged", key=lambda count: count > 0, kind="stable")
-
-
-def axes(names: Iterable[str], runs: pd.DataFrame) -> list[str]:
-    """The columns of :func:`table` for settings of these names, where the runs differ in them."""
-    columns = ["lambda_sgd" if n == "lambda_start" and n not in runs else n for n in names]
-    return [column for column in columns if column in runs]
 
 
 def _name(optimizer: str, point: dict) -> str:
