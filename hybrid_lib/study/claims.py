@@ -13,6 +13,7 @@ otherwise. Epochs are the experiments' own: "the first milestone" is epoch 100 i
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -150,14 +151,12 @@ def swing(h: History) -> float:
 
 def trend(h: History) -> float:
     """What the test accuracy gains from one tenth of the epochs to the next, at the end."""
-    end, before = ends(h)
-    return end - before
+    return operator.sub(*ends(h))
 
 
 def fall_of_loss(h: History) -> float:
     """The share that the test loss loses from one tenth of the epochs to the next, at the end."""
-    end, before = ends(h, "test_loss")
-    return 1 - end / before
+    return 1 - operator.truediv(*ends(h, "test_loss"))
 
 
 def rise_of_loss(h: History) -> float:

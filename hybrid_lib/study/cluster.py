@@ -34,8 +34,7 @@ from hybrid_lib.study.progress import Event
 from hybrid_lib.study.running import Job, one_line, run
 from hybrid_lib.training.history import History
 
-ANSWER = 10  # seconds within which a scheduler answers
-SILENCE = 60  # seconds without news, after which to see whether anybody is there
+ANSWER, SILENCE = 10, 60  # seconds for a scheduler's answer; without news, before looking again
 AGAIN = "what was finished is kept, the same command goes on from there"
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -29,25 +29,17 @@ from hybrid_lib.training.history import History
 
 MARKERS = {"solid": "circle-open", "dash": "diamond-open", "dot": "square-open",
            "dashdot": "triangle-up-open"}  # fmt: skip
-AXES = {
-    "train_loss": "train loss (nats)",
-    "test_loss": "test loss (nats)",
-    "train_accuracy": "train accuracy",
-    "test_accuracy": "test accuracy",
-}
+AXES = {"train_loss": "train loss (nats)", "test_loss": "test loss (nats)",
+        "train_accuracy": "train accuracy", "test_accuracy": "test accuracy"}  # fmt: skip
 CIFAR10 = {data.TITLES["cifar10"], data.FOLDER_TITLES["cifar10-jpeg"]}
 GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
 
 
 def curves(histories: Sequence[History], column: str = "test_accuracy", title: str = ""):
-    """One line per method over the epochs, and the report's own test accuracies as markers.
+    """A column of the rows over the epochs, a line per method, its title before the data set's.
 
-    Markers are drawn for runs on CIFAR-10, and copies of it, that have the report's length.
-
-    Args:
-        histories: any methods and seeds, all on one data set; ValueError for several, or none.
-        column: a key of the rows.
-        title: stands before the data set's name.
+    Runs on CIFAR-10, or a copy of it, at the report's length have the report's test accuracies as
+    markers beside them. ValueError for no histories, or of several data sets.
     """
     return _over_epochs(histories, [[column]], title or AXES.get(column, column))
 
@@ -107,15 +99,17 @@ def _add_report(figure, histories: Sequence[History], where: dict) -> None:
     """The report's test accuracies on CIFAR-10, beside runs of its data set and length."""
     points = dict(list(paper("milestones").groupby("optimizer")))
     found = {h.experiment.name: h for h in histories if h.dataset in CIFAR10}
-    for name, h in found.items():
-        if name not in points or h.experiment.epochs != EXPERIMENTS[name].epochs:
-            continue
+    names = [
+        n for n in found if n in points and found[n].experiment.epochs == EXPERIMENTS[n].epochs
+    ]
+    for name in names:
         colour, dash = look(name)
         figure.add_scatter(
             x=points[name]["epoch"], y=points[name]["test_accuracy"], mode="markers",
-            name="report (CIFAR-10)", legendgroup="report", showlegend=name == next(iter(found)),
+            name="report (CIFAR-10)", legendgroup="report", showlegend=name == names[0],
             marker={"color": colour, "symbol": MARKERS[dash], "size": 7},
-            hovertemplate=f"epoch %{{x}}: %{{y}}<extra>report, {h.label}</extra>", **where,
+            hovertemplate="epoch %{x}: %{y}<extra>report, " + methods.label(name) + "</extra>",
+            **where,
         )  # fmt: skip
 
 
@@ -167,9 +161,8 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
                 row=row, col=col,
             )  # fmt: skip
     # A cosine ends near 0, far below what matters on a logarithmic axis; powers are drawn larger.
-    figure.update_yaxes(
-        type="log", range=[-5.3, 0], dtick=1, exponentformat="power", tickfont_size=10, row=1
-    )
+    powers = {"exponentformat": "power", "tickfont_size": 10}
+    figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, **powers, row=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=2)
     figure.update_yaxes(title_text="learning rate η", row=1, col=1)
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
@@ -263,10 +256,7 @@ def lines(
 ):  # fmt: skip
     """One line per series, over its index; a method's has its colour, dash and label.
 
-    Args:
-        title, x, y: of the figure and its axes; the title names the data set, if there is one.
-        shape: "linear", or "hv" for values that hold until the next.
-        level: a height to compare with, a dotted line.
+    ``shape`` is "hv" for values that hold until the next; ``level`` a dotted line to compare with.
     """
     colours = (GREEN, BLUE, VERMILLION, PURPLE, "#808080", BLUE)
     looks = list(zip(colours, ("solid", "dash", "dot", "dashdot", "solid", "longdash")))
@@ -280,6 +270,5 @@ def lines(
         )  # fmt: skip
     if level is not None:
         figure.add_hline(level, line={"color": "#808080", "dash": "dot"})
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
+    figure.update_xaxes(title_text=x).update_yaxes(title_text=y)
     return apply_style(figure, title).update_layout(legend_itemwidth=60)

@@ -22,8 +22,7 @@ SCALES: dict[str, dict] = {
     "toy": {"epochs": 2, "width": 4, "batch_size": 32, "train_limit": 160, "test_limit": 80},
     # Minutes on two CPU cores with the digits, an hour with 32x32 images: does every method learn?
     "demo": {"epochs": 12, "width": 8, "batch_size": 32},
-    # As in the report: GPU hours.
-    "paper": {},
+    "paper": {},  # GPU hours: as in the report
 }
 DEMO_IMAGES = {"epochs": 10, "width": 16, "batch_size": 64, "train_limit": 10_000,
                "test_limit": 2_000}  # fmt: skip
@@ -35,16 +34,13 @@ def plan(
 ) -> list[Experiment]:  # fmt: skip
     """The experiments of a study: rows of ``EXPERIMENTS`` at a scale, one per name and seed.
 
+    ValueError for an unknown name or scale, or settings outside their range.
+
     Args:
-        scale: a key of :data:`SCALES`.
+        scale, only: keys of :data:`SCALES` and :data:`~hybrid_lib.EXPERIMENTS`.
         dataset: see :func:`hybrid_lib.training.data.load`.
-        only: names of :data:`~hybrid_lib.EXPERIMENTS`.
-        seeds: one run per seed.
         epochs: rescales the schedules; None: as the scale says.
         changes: any other field of Experiment, over what the scale says.
-
-    Raises:
-        ValueError: for an unknown name or scale, or settings outside their range.
 
     >>> [e.epochs for e in plan("toy", only=["sgd"], seeds=[0, 1])]
     [2, 2]
