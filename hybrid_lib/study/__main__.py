@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from hybrid_lib.study import notebooks, planning, sweeps, tables
+from hybrid_lib.study import planning  # the others, which take seconds to import, where used
 from hybrid_lib.study.parameters import reason, seed_list
 from hybrid_lib.study.running import run_many
 from hybrid_lib.training import data
@@ -34,6 +34,8 @@ def study(arguments: list[str] | None = None) -> int:
         return experiments, [], planning.default_out(args.scale, args.dataset, args.protocol)
 
     def results(args, found, out: Path) -> tuple:
+        from hybrid_lib.study import notebooks, tables
+
         given = {"dataset": args.dataset, "seeds": args.seeds, "out": str(out)}
         given |= {"epochs": args.epochs} if args.epochs else {}
         jobs = notebooks.for_study(found, args.scale, **given)
@@ -48,6 +50,8 @@ def sweep(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("hybrid-sweep", description=sweep.__doc__)
     parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
     parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
+
+    from hybrid_lib.study import notebooks, sweeps
 
     def plan(args) -> tuple:
         experiments, refused = sweeps.read(args.space).plan()
@@ -92,6 +96,8 @@ def _command(parser: argparse.ArgumentParser, arguments, plan, results) -> int:
         found, failed = run_many(experiments, out, **{name: getattr(args, name) for name in names})
         if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks
             raise RuntimeError("; ".join(failures + failed))
+        from hybrid_lib.study import notebooks, tables
+
         table, title, main, jobs = results(args, found, out)
         title = f"{title} on {tables.subject(found)}"
         failures += failed + notebooks.report(out, title, jobs, main, found, failures + failed)

@@ -56,12 +56,7 @@ class Inequality:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the report says in section ``where``, in words and as inequalities.
-
-    Attributes:
-        methods: the runs that it is about; without one of them it cannot be told.
-        measure: the inequalities of the runs of all these methods.
-    """
+    """What the report says in section ``where`` of runs of ``methods``, and their inequalities."""
 
     topic: str
     where: str
@@ -86,11 +81,7 @@ class Claim:
 def table(histories: Sequence[History]) -> pd.DataFrame:
     """One row per claim: claim, section, criterion, numbers, verdict, n (seeds of each method).
 
-    Args:
-        histories: the runs of one study, complete or not; only complete ones are judged.
-
-    Raises:
-        ValueError: for no history, or for histories of several data sets or protocols.
+    Only complete runs are judged. ValueError for none, or of several data sets or protocols.
     """
     title = tables.subject(histories)
     protocols = sorted({h.experiment.protocol for h in histories})

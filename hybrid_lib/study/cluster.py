@@ -64,12 +64,9 @@ def train_all(
         topic, arrived = f"hybrid-{uuid.uuid4()}", queue.SimpleQueue()
         client.subscribe_topic(topic, lambda event: arrived.put(event[1]))
         running = {
-            client.submit(
-                _train, jobs[i], settings, topic, i, pure=False, priority=-place,
-                key=f"{jobs[i][1].name}-{uuid.uuid4()}",
-            ): i
+            client.submit(_train, jobs[i], settings, topic, i, pure=False, priority=-place): i
             for place, i in enumerate(order)
-        }  # fmt: skip
+        }
         for future in running:
             future.add_done_callback(arrived.put)
         while running:

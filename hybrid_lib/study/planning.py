@@ -12,8 +12,7 @@ from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
 
-# The eight rows of Table III.
-PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")
+PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")  # rows of Table III
 RESULTS = data.PROJECT / "data" / "results"  # published histories
 
 # What a scale changes in Tables I and II; milestones and horizons keep their share of the epochs.
@@ -129,11 +128,7 @@ def as_papermill(experiment: Experiment, folder: str | Path) -> str:
 
 
 def collect(params: SimpleNamespace) -> list[History]:
-    """The histories of a notebook whose parameters :func:`experiments_from` has checked.
-
-    They are in ``params.out`` (empty: :func:`default_out`); ``params.train`` says whether to train
-    what is missing.
-    """
+    """:func:`histories` of a notebook's parameters: ``out`` (empty: :func:`default_out`), train."""
     out = params.out or default_out(params.scale, params.dataset)
     return histories(params.plan, out, params.train)
 
@@ -144,11 +139,8 @@ def histories(
     """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
 
     A folder with the runs directly inside, as in ``data/results``, is only read: by name and seed;
-    a line says if settings differ. ``how`` are options of :func:`run_many`.
-
-    Raises:
-        FileNotFoundError: if there is none, and nothing was to be trained.
-        RuntimeError: if all that was trained failed.
+    a line says if settings differ. ``how`` are options of :func:`run_many`. FileNotFoundError if
+    there is none and nothing was to be trained, RuntimeError if all that was trained failed.
     """
     experiments, out = list(experiments), Path(out)
     folders = [run_folder(out, e) for e in experiments]

@@ -28,12 +28,7 @@ def outcome(event: History | str) -> str:
 
 
 class Progress:
-    """Shows events of runs; what is left is estimated from the time so far and the epochs' costs.
-
-    Attributes:
-        names: of the runs, with their seeds.
-        ended: the runs that have, by number: with their history, or with why they failed.
-    """
+    """Shows events of runs, and keeps how they ended, by number: a history, or why it failed."""
 
     def __init__(self, experiments: Sequence[Experiment]):
         self.names = [f"{e.label}, seed {e.seed}" for e in experiments]

@@ -78,10 +78,9 @@ def run_many(
 
 
 def _is_over(folder: Path) -> bool:
-    try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return History.load(folder).status in ("complete", "diverged")
-    except (FileNotFoundError, ValueError):
-        return False
+    return False
 
 
 def cores(device: str | None = "cpu", threads: int | None = None) -> int:

@@ -48,10 +48,8 @@ def margin(values: Sequence[float] | pd.DataFrame) -> float | pd.Series:
     >>> f"0.632 ± {margin([0.61, 0.64, 0.62, 0.66, 0.63]):.3f}"
     '0.632 ± 0.024'
     """
-    alone = not isinstance(values, pd.DataFrame)
-    table = pd.Series(values, dtype=float).to_frame() if alone else values
-    half = table.sem() * stats.t.ppf((1 + LEVEL) / 2, table.count() - 1)
-    return float(half.iloc[0]) if alone else half
+    values = values if isinstance(values, pd.DataFrame) else pd.Series(values, dtype=float)
+    return values.sem() * stats.t.ppf((1 + LEVEL) / 2, values.count() - 1)
 
 
 def difference(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:

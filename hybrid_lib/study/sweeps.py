@@ -66,14 +66,12 @@ class Range(BaseModel, frozen=True, extra="forbid"):
 class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     """What to vary, and around what.
 
-    ``fixed``, ``grid`` and ``random`` name fields of :class:`hybrid_lib.Experiment`, or
-    ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule (``lambda_start``).
-
     Attributes:
         optimizer: whose settings everything starts from; "optimizer" may also be varied.
         scale, dataset: as for :func:`hybrid_lib.study.planning.plan`.
         seeds: as in "0,3" or "0-4": each point runs with all of them.
-        fixed: settings of every run.
+        fixed: settings of every run, by their names in :class:`hybrid_lib.Experiment`, or
+            ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule.
         grid: lists of values; every combination is run.
         random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), and how
             many combinations to draw of them. With a grid, each draw runs at each of its points.
@@ -213,15 +211,14 @@ def varied(runs: pd.DataFrame) -> list[str]:
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per point of :func:`table`: mean test accuracy, ± (95 %, Student), and counts.
 
-    Sorted by the mean. Points with a run that diverged stand last: their mean is that of the seeds
-    that were lucky.
+    The best first; last those with a run that diverged, whose mean is that of the lucky seeds.
     """
     groups = runs.assign(diverged=runs["status"] == "diverged").groupby("run", sort=False)
     points, accuracies = groups[varied(runs)].first(), groups["test_accuracy"]
     points["test_accuracy"], points["±"] = accuracies.mean(), accuracies.agg(statistics.margin)
     points["seeds"], points["diverged"] = accuracies.count(), groups["diverged"].sum()
-    points = points.sort_values("test_accuracy", ascending=False)
-    return points.sort_values("diverged", key=lambda count: count > 0, kind="stable")
+    order = points.assign(lucky=points["diverged"] > 0, worst=-points["test_accuracy"])
+    return points.loc[order.sort_values(["lucky", "worst"]).index]
 
 
 def _name(optimizer: str, point: dict) -> str:
