@@ -248,14 +248,3 @@ def test_histories_that_do_not_belong_together_are_refused():
         claims.table([*histories, elsewhere])
     with pytest.raises(ValueError, match="no history"):
         claims.table([])
-
-
-def test_a_notebook_shows_data_set_protocol_and_every_claim_as_a_table():
-    title, empty, *rows = claims.as_markdown(world()).data.splitlines()
-    assert title == "**The report's claims on Pictures, clean protocol**"
-    assert empty == ""
-    assert {row.count(" | ") for row in rows} == {5}
-    for claim, row in zip(claims.CLAIMS, rows[2:], strict=True):
-        assert claim.topic in row
-        assert claim.criterion in row
-        assert "**holds**" in row

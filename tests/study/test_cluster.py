@@ -31,12 +31,7 @@ def listening(*pids: int) -> set[str]:
     return {c.laddr.ip for p in family for c in p.net_connections() if c.status == "LISTEN"}
 
 
-def trained_on(address: str, jobs=(), **how) -> dict:
-    """What each of the jobs came to on a cluster."""
-    events: dict = {}
-    cluster.train_all(jobs, range(len(jobs)), lambda i, event: events.update({i: event}), address,
-                      **how)  # fmt: skip
-    return events
+CPU = {"device": "cpu"}
 
 
 # --- What cannot be. ---
@@ -56,7 +51,7 @@ def test_where_no_scheduler_answers_one_line_says_so(tmp_path, monkeypatch, caps
     monkeypatch.setattr(cluster, "ANSWER", 0.3)
     command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path), "--cluster"]
     assert study([*command, "tcp://127.0.0.1:1"]) == 2
-    assert "cluster='tcp://127.0.0.1:1': no scheduler answers" in capsys.readouterr().err
+    assert "cluster='tcp://127.0.0.1:1': nobody answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,7 +64,7 @@ def test_where_no_scheduler_answers_one_line_says_so(tmp_path, monkeypatch, caps
 )
 def test_what_cannot_be_an_address_is_refused(address, message):
     with pytest.raises(ValueError, match=message):
-        trained_on(address)
+        cluster.train_all([], [], print, address, 1, CPU)
 
 
 # --- A scheduler and workers that others have started. ---
@@ -83,7 +78,7 @@ class Joined:
         self.start("scheduler", "--port", "0", "--scheduler-file", self.file)
         self.address = waited_for(lambda: self.file.exists() and self.said())["address"]
         for _ in range(2):
-            limits = ("--nthreads", "1", "--memory-limit", "0", "--resources", "GPU=0.5")
+            limits = ("--nthreads", "1", "--memory-limit", "0")
             self.start("worker", self.address, *limits, "--local-directory", folder)
 
     def start(self, part: str, *arguments) -> None:
@@ -132,16 +127,6 @@ def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_
     assert addresses <= LOOPBACK
 
 
-def test_gpus_are_claimed_where_workers_declare_them(tmp_path, joined):
-    """These declare half a GPU that they do not have: the run is placed, and says so."""
-    settings = {"device": "cuda"}
-    jobs = [(toy_runs(1)[0], tmp_path)]
-    (error,) = trained_on(joined.address, jobs, settings=settings, gpu_share=0.5).values()
-    assert "use cpu" in error
-    with pytest.raises(RuntimeError, match="start its workers with --resources GPU=1"):
-        trained_on(joined.address, settings=settings)
-
-
 def long_and_short(tmp_path: Path) -> list:
     (long,), (short,) = toy_runs(1, epochs=5000), toy_runs(1, epochs=1)
     return [(long, tmp_path / "long"), (short, tmp_path / "short")]
@@ -155,7 +140,7 @@ def test_who_stops_waiting_stops_the_runs(tmp_path, joined):
 
     jobs = long_and_short(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        cluster.train_all(jobs, (1, 0), report, joined.address, settings={"device": "cpu"})
+        cluster.train_all(jobs, (1, 0), report, joined.address, 1, CPU)
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").status == "stopped"
     assert History.load(tmp_path / "short").status == "complete"
@@ -171,7 +156,7 @@ def test_a_scheduler_s_end_is_told_and_loses_nothing(tmp_path, joined):
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RuntimeError, match=r"is gone; .* the same command goes on from there"):
-        trained_on(joined.address, long_and_short(tmp_path)[:1], settings={"device": "cpu"})
+        cluster.train_all(long_and_short(tmp_path), [0], lambda *_: None, joined.address, 1, CPU)
     killer.join()
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").rows
@@ -213,7 +198,7 @@ def test_the_job_script_of_the_example(profile):
     assert "source .venv/bin/activate" in script.splitlines()
     (command,) = [line for line in script.splitlines() if "dask_worker" in line]
     for words in (
-        "--nthreads 1", "--nworkers 4", "--resources GPU=0.25", "--lifetime 470m", "--nanny",
+        "--nthreads 1", "--nworkers 4", "--lifetime 470m", "--nanny",
         "--protocol tls://", "--interface lo", "--dashboard-address 127.0.0.1:0", address,
     ):  # fmt: skip
         assert words in command

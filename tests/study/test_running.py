@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import filelock
-import IPython.display
 import pytest
 import torch
 
-from hybrid_lib.study import figures, progress, running
+from hybrid_lib.study import progress, running
 from hybrid_lib.study.planning import plan
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training.history import FILE, History
@@ -214,19 +213,3 @@ def test_progress_says_which_run_its_seed_its_epoch_and_what_is_left(monkeypatch
     assert lines[3] == "SGD, seed 0: complete, test accuracy 0.5000; 1 of 4 done, about 5 min left"
     assert lines[5].startswith("AdaSGD, seed 7 (run 4 of 4): epoch 5 of 10; 1 of 4 done")
     assert lines[6].startswith("AdaSGD, seed 0: RuntimeError: no luck; 2 of 4 done")
-
-
-def test_in_a_notebook_a_table_follows_the_runs(monkeypatch, capsys):
-    drawn = []
-
-    class Handle:
-        update = drawn.append
-
-    monkeypatch.setattr(figures, "is_interactive", lambda: True)
-    monkeypatch.setattr(IPython.display, "display", lambda o, **how: drawn.append(o) or Handle)
-    shown = progress.Progress(toy_runs(2))
-    shown(1, 3)
-    assert [list(table["epoch"]) for table in drawn] == [[0, 0], [0, 3]]
-    assert list(drawn[0].index) == ["SGD, seed 0", "Adam, seed 0"]
-    assert list(drawn[0]["of"]) == [4, 4]
-    assert capsys.readouterr().out == ""
