@@ -91,14 +91,6 @@ def test_all_faults_come_in_one_line():
         checked(namespace(epoch=3, scale="huge"), planning.experiments_from)
 
 
-def test_the_check_sees_converted_values_and_its_objection_is_shown():
-    def check(params):
-        raise ValueError(f"no luck with {params.lr!r}")
-
-    with pytest.raises(ValueError, match=r"no luck with 0\.001 \(parameters"):
-        checked(namespace(lr="1e-3"), check)
-
-
 @pytest.mark.parametrize(
     "cell",
     [
@@ -135,24 +127,12 @@ seed: int = 0  # a seed
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [
-        ({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
-        ({"dataset": "imagenet"}, r"dataset='imagenet'"),
-        ({"lambda_schedule": "ramp"}, r"lambda_schedule='ramp'"),
-        ({"lambda_start": "-1,2"}, r"lambda_start=.*-1.*greater"),
-        ({"lambda_start": "nan,1"}, r"lambda_start=.*nan.*finite"),
-        ({"lambda_start": "1"}, r"lambda_start=\['1'\]|lambda_start=\('1',\)"),
-        ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
-        ({"lr": 0}, r"lr=0"),
-        ({"lr": -0.1}, r"lr=-0\.1"),
-        ({"lr": "nan"}, r"lr=nan"),
-        ({"epochs": 0}, r"epochs=0"),
-        ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
-        ({"protocol": "dirty"}, r"protocol='dirty'"),
-        ({"seed": -1}, r"seed=-1"),
-        ({"learning_rate": 0.1}, r"learning_rate is not a parameter"),
-    ],
-)
+    [({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
+     ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
+     ({"lr": "nan"}, r"lr=nan"),
+     ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
+     ({"learning_rate": 0.1}, r"learning_rate is not a parameter")],
+)  # fmt: skip
 def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         checked(namespace(declared=ONE, **given), planning.experiment_from)

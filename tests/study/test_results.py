@@ -156,15 +156,10 @@ def test_an_audit_is_compared_with_its_row_seed_by_seed_after_the_last_epoch():
     assert found == pytest.approx([0.6, 0.62333, 0.02333, margin, 0.7, 0.8539], rel=1e-3)
 
 
-def test_the_images_are_one_s_own_choice_and_a_missing_archive_is_named(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_missing_archive_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "PROJECT", tmp_path)
-    out = ["--list", "--seeds", "1", "--out", "nowhere"]
-    assert train.main(["--dataset", "cifar10", *out]) == 0
-    assert capsys.readouterr().out.count("to do ") == 26
     with pytest.raises(SystemExit):
-        train.main(out)
+        train.main(["--list", "--seeds", "1", "--out", "nowhere"])
     assert "--dataset --archive is required" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no such archive"):
         train.main(["--archive", str(tmp_path / "none.tar.xz")])

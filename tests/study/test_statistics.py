@@ -51,10 +51,9 @@ def test_the_margin_is_half_of_student_s_interval_by_his_table(n, t):
     assert math.isnan(table["b"])
 
 
-def test_one_value_has_no_margin_and_equal_values_none_to_speak_of():
-    assert statistics.margin([0.5, 0.5, 0.5]) == 0
-    assert math.isnan(statistics.margin([0.5]))
-    assert math.isnan(statistics.margin([]))
+@pytest.mark.parametrize(("values", "half"), [([0.5] * 3, 0), ([0.5], math.nan), ([], math.nan)])
+def test_one_value_has_no_margin_and_equal_values_none_to_speak_of(values, half):
+    assert statistics.margin(values) == pytest.approx(half, nan_ok=True)
 
 
 @given(accuracies, accuracies)
