@@ -238,13 +238,13 @@ def test_a_jump_is_measured_a_tenth_of_the_epochs_around_the_first_milestone(epo
 # --- What it is shown as. ---
 
 
-def test_histories_that_do_not_belong_together_are_refused():
-    histories = world()
-    released = replace(histories[0].experiment, protocol="released")
-    with pytest.raises(ValueError, match="protocols clean, released"):
-        claims.table([*histories, replace(histories[0], experiment=released)])
-    elsewhere = replace(histories[0], environment={"dataset": "Others", "test_images": 1})
-    with pytest.raises(ValueError, match="several data sets"):
-        claims.table([*histories, elsewhere])
-    with pytest.raises(ValueError, match="no history"):
-        claims.table([])
+@pytest.mark.parametrize(
+    "message", ["no history", "protocols clean, released", "several data sets"]
+)
+def test_histories_that_do_not_belong_together_are_refused(message):
+    first, *others = world()
+    released = replace(first, experiment=replace(first.experiment, protocol="released"))
+    elsewhere = replace(first, environment={"dataset": "Others", "test_images": 1})
+    more = {"no history": [], "protocols clean, released": [released, *others]}
+    with pytest.raises(ValueError, match=message):
+        claims.table(more.get(message, [elsewhere, *others]))

@@ -33,18 +33,13 @@ def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
     return known
 
 
-def test_without_anything_injected_the_defaults_are_the_values():
-    params = checked(namespace(), planning.experiments_from)
-    assert vars(params) == {**DEFAULTS, "plan": plan("demo")}  # which the check made of them
-
-
 @pytest.mark.parametrize(
     ("name", "given", "value"),
     [
         ("train", "false", False), ("train", "False", False), ("train", 0, False),
         ("train", "true", True), ("lr", "1e-3", 0.001), ("lr", 1, 1.0), ("lr", "0.5", 0.5),
         ("epochs", "7", 7), ("epochs", 7, 7), ("epochs", 7.0, 7), ("epochs", None, None),
-        ("seeds", 3, "3"), ("seeds", "0-2", "0-2"), ("dataset", "cifar10", "cifar10"),
+        ("seeds", 3, "3"), ("seeds", "0-2", "0-2"), ("dataset", "digits", "digits"),
     ],
 )  # fmt: skip
 def test_injected_values_are_converted_to_the_declared_types(name, given, value):
@@ -57,18 +52,13 @@ def test_injected_values_are_converted_to_the_declared_types(name, given, value)
     ("given", "message"),
     [
         ({"epoch": 3}, r"epoch is not a parameter of this notebook \(did you mean epochs\?\)"),
-        ({"Seeds": "1"}, r"Seeds is not a parameter.*did you mean seeds\?"),
         ({"zzz": 1}, r"zzz is not a parameter of this notebook \("),
-        ({"study": 1}, r"study is not a parameter"),
         ({"epochs": 2.5}, r"epochs=2\.5: .*integer"),
-        ({"epochs": "many"}, r"epochs='many': .*integer"),
         ({"lr": "fast"}, r"lr='fast': .*number"),
         ({"lr": None}, r"lr=None: .*number"),
         ({"train": "maybe"}, r"train='maybe': .*boolean"),
         ({"seeds": [1, 2]}, r"seeds=\[1, 2\]: .*string"),
         ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
-        ({"dataset": "cifar"}, r"dataset='cifar'"),
-        ({"seeds": "x"}, r"seeds='x'"),
         ({"epochs": 0}, r"epochs=0: .*greater than or equal to 1"),
     ],
 )

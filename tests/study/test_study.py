@@ -14,12 +14,10 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
-from test_planning import folder_of_images
 from test_running import waited_for
 
 from hybrid_lib.study import notebooks, running, sweeps
 from hybrid_lib.study.__main__ import study, sweep
-from hybrid_lib.training import loop
 from hybrid_lib.training.history import History, load_all
 
 ROOT = Path(__file__).parents[2]
@@ -167,19 +165,6 @@ def test_a_sweep_from_a_file_to_its_table_and_report(tmp_path, call, monkeypatch
 # --- What fails leaves the rest. ---
 
 
-def test_run_again_it_trains_only_what_is_missing(tmp_path, no_notebooks, call, monkeypatch):
-    command = ("--scale", "toy", "--only", "sgd,adam", "--out", tmp_path)
-    assert call(*command)[0] == 0
-    trained, real = [], loop.epochs
-    monkeypatch.setattr(loop, "epochs", lambda e, *args: trained.append(e.name) or real(e, *args))
-    before = {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*.json")}
-    assert call(*command)[0] == 0
-    assert trained == []
-    assert {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*.json")} == before
-    assert call("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)[0] == 0
-    assert trained == ["atmo"]
-
-
 def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks, call, monkeypatch):
     real = running.run
 
@@ -188,16 +173,15 @@ def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks,
             raise RuntimeError("the <disk> is\nfull & slow")
         return real(e, *args, **how)
 
-    monkeypatch.setattr(running, "run", failing)
     command = ("--scale", "toy", "--only", "sgd,adam,atmo", "--out", tmp_path)
-    code, shown, _ = call(*command)
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "run", failing)
+        code, shown, _ = call(*command)
     assert code == 1
     assert "failed: Adam, seed 0: RuntimeError: full & slow" in shown
     page = (tmp_path / "report.html").read_text("utf-8")
     assert re.search("What failed.*Adam, seed 0: RuntimeError: full &amp; slow", page)
     assert {f.name for f in (tmp_path / "runs").iterdir()} == {"sgd-seed0", "atmo-seed0"}
-
-    monkeypatch.setattr(running, "run", real)
     assert call(*command)[0] == 0
     assert "What failed" not in (tmp_path / "report.html").read_text("utf-8")
 
@@ -281,15 +265,6 @@ def test_interrupted_in_a_notebook_its_kernel_ends(tmp_path, call, monkeypatch):
 
 
 # --- What is asked for. ---
-
-
-def test_a_relative_folder_is_found_where_the_study_is_started(tmp_path, call, no_notebooks,
-                                                               monkeypatch):  # fmt: skip
-    folder_of_images(tmp_path / "pictures", 200, 100)
-    monkeypatch.chdir(tmp_path)
-    command = ("--scale", "toy", "--only", "sgd", "--dataset", "folder:pictures", "--out", "out")
-    assert call(*command)[0] == 0
-    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_engine_and_threads_are_those_asked_for(monkeypatch, tmp_path, no_notebooks, call):

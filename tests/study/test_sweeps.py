@@ -50,26 +50,22 @@ def test_any_setting_and_the_method_itself_can_be_varied_and_fixed():
 
 @given(st.floats(1e-6, 1), st.floats(1.5, 1e4), st.booleans(), st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_draws_lie_in_their_range_and_repeat(low, factor, log, seed):
+def test_draws_lie_in_their_range_repeat_and_run_at_each_point_of_the_grid(low, factor, log, seed):
     rates = {"low": low, "high": low * factor, "log": log}
-    spec = {"random": {"lr": rates, "width": {"low": 2, "high": 4}}, "draws": 7, "draw_seed": seed}
+    spec = {"random": {"lr": rates}, "draws": 7, "draw_seed": seed, "grid": {"width": [2, 4]}}
     points = Sweep(**spec).points()
-    assert len(points) == 7
+    assert (len(points), len({p["lr"] for p in points})) == (14, 7)
     assert all(low * 0.999999 <= p["lr"] <= low * factor * 1.000001 for p in points)
-    assert {int(p["width"]) for p in points} <= {2, 3, 4}
     assert points == Sweep(**spec).points()
     assert points != Sweep(**{**spec, "draw_seed": seed + 1}).points()
 
 
-def test_draws_are_even_in_the_logarithm_where_asked_and_run_at_each_point_of_the_grid():
+def test_draws_are_even_in_the_logarithm_where_asked_and_whole_between_whole_numbers():
     spec = {"random": {"lr": {"low": "1e-4", "high": 1, "log": True}}, "draws": 400}
     logs = sorted(math.log10(p["lr"]) for p in Sweep(**spec).points())
     assert logs[200] == pytest.approx(-2, abs=0.3)
     widths = {p["width"] for p in Sweep(random={"width": {"low": 2, "high": 4}}, draws=60).points()}
     assert widths == {2, 3, 4}, "both ends can be drawn"
-    momentum = {"momentum": {"low": 0.5, "high": 1}}
-    points = Sweep(grid={"width": [4, 8]}, random=momentum, draws=3).points()
-    assert (len(points), len({p["momentum"] for p in points})) == (6, 3)
 
 
 def test_names_tell_points_apart_and_are_names_of_folders():
@@ -92,29 +88,21 @@ def test_impossible_points_are_named_and_the_others_run():
     ("text", "message"),
     [
         ("{grid: {lrr: [1]}}", r"lrr is no setting \(did you mean lr\?\)"),
-        ("{grid: {lr: [0.1]}, fixed: {momentumm: 0}}", r"momentumm is no setting .*momentum"),
         ("{grid: {seed: [1]}}", "seed is no setting"),
         ("{optimizer: adma, grid: {lr: [1]}}", r"'adma'.*did you mean adam\?"),
-        ("{scale: huge, grid: {lr: [1]}}", "scale='huge'"),
-        ("{dataset: cifar, grid: {lr: [1]}}", "dataset='cifar'"),
         ("{seeds: one, grid: {lr: [1]}}", "seeds='one'"),
         ("{optimizer: sgd}", "name at least one setting"),
         ("{grid: {lr: []}}", "grid.lr"),
-        ("{grid: {lr: 0.1}}", "grid.lr"),
         ("{random: {lr: {low: 1, high: 0.1}}}", "low < high"),
         ("{random: {lr: {low: 0, high: 0.1, log: true}}}", "above 0 for log"),
-        ("{random: {lr: {low: 0.1}}}", "high"),
         ("{random: {lr: [1]}, draws: 0}", "draws=0"),
         ("{grid: {lr: [1]}, random: {lr: [1]}}", "lr is given twice"),
-        ("{grid: {lr: [1]}, fixed: {lr: 1}}", "lr is given twice"),
         ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
         ("{gridd: {lr: [1]}}", "gridd"),
         ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
         ("{optimizer: sgd, grid: {hessian_every: [10]}}", "hessian_every=10: sgd needs no Hessian"),
         ("{grid: {lr: [1]", "not YAML"),
         ("grid", r"give FILE\.yaml, or text"),
-        ("", r"give FILE\.yaml, or text"),
-        ("[1, 2]", r"give FILE\.yaml, or text"),
         ("nowhere.yaml", "nowhere.yaml"),
     ],
 )
@@ -165,7 +153,6 @@ RUNS = [
 def test_the_table_has_the_settings_that_differ_and_the_last_epoch_of_finished_runs():
     table = sweeps.table(RUNS)
     assert list(table) == ["lr", "lambda_sgd", *sweeps.MEASURED]
-    assert sweeps.varied(table) == ["lr", "lambda_sgd"]
     failed = table[table["status"] == "diverged"]
     assert table["test_accuracy"].isna().sum() == len(failed) == 2
     assert list(failed["epochs done"]) == [2, 2]
