@@ -1,9 +1,8 @@
 """Many runs at once on a Dask cluster: one that is running, or jobs of SLURM.
 
-One run is one task, in a process of its own (torch's generator and TF32 are global). It writes to
-its own folder, on storage that all machines share, and goes on from its checkpoint wherever Dask
-restarts it. Runs that share a GPU are several workers that see it; with CUDA_VISIBLE_DEVICES each
-worker of a machine with several GPUs is given one.
+One run is one task, alone in its process. It writes to its own folder, on storage that all machines
+share, and goes on from its checkpoint wherever Dask restarts it. Workers that see the same GPU
+share it; CUDA_VISIBLE_DEVICES gives each its own.
 
 Security: whoever reaches a Dask port can run code. A scheduler for SLURM listens on TLS, with
 certificates made for the day. A cluster of your own, on one machine::

@@ -8,7 +8,6 @@ intervals (Student).
 import base64
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,6 +20,7 @@ from plotly.subplots import make_subplots
 from hybrid_lib.optim import methods
 from hybrid_lib.optim.methods import BLUE, GREEN, PURPLE, VERMILLION, look
 from hybrid_lib.study import statistics
+from hybrid_lib.study.progress import is_interactive
 from hybrid_lib.study.statistics import group_by_method
 from hybrid_lib.study.tables import paper, seconds, subject
 from hybrid_lib.training import data
@@ -139,10 +139,7 @@ def epoch_seconds(histories: Sequence[History]):
 
 
 def schedules(experiments: Iterable[Experiment], title: str = ""):
-    """Learning rate and weight of SGD in every epoch: a column of two panels per experiment.
-
-    Of experiments that differ in their seed alone, the first is shown.
-    """
+    """Learning rate and weight of SGD in every epoch: a column of two panels per name."""
     shown = list({e.name: e for e in reversed(list(experiments))}.values())[::-1]
     figure = make_subplots(
         2, len(shown), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
@@ -217,16 +214,6 @@ def _light(figure: go.Figure) -> go.Figure:
             small = values.dtype.kind != "f" and abs(values).max() < 2**15
             trace[axis] = values.astype(np.int16 if small else np.float32)
     return light
-
-
-def is_interactive() -> bool:
-    """Whether a person may be looking: false under papermill and nbconvert, and without IPython."""
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    asks = getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
-    # Voilà asks nothing either, but has somebody looking; it says so in the environment.
-    return shell is not None and (asks or "voila" in os.environ.get("SERVER_SOFTWARE", "").lower())
 
 
 def caption(histories: Sequence[History], what: str = "mean and 95 % interval (Student)") -> str:

@@ -28,9 +28,7 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleN
     Returns:
         The values as attributes, converted to their types, and as ``plan`` what ``check`` returned.
 
-    Raises:
-        ValueError: with one line that names every fault: undeclared names, values that do not fit
-            their type, and what ``check`` found.
+    One ValueError names every fault: undeclared names, values of other types, what ``check`` found.
     """
     cells = [(source, _statements(source)) for source in namespace["In"]]
     given = [ast.unparse(target) for source, body in cells if source.startswith(INJECTED)

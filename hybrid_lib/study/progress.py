@@ -1,5 +1,6 @@
 """How far the runs of a study are: a line that changes where somebody looks, else a log."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,16 @@ def outcome(event: History | str) -> str:
     return f"{event.status}, test accuracy {event.final['test_accuracy']:.4f}"
 
 
+def is_interactive() -> bool:
+    """Whether a person may be looking: false under papermill and nbconvert, and without IPython."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    asks = getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+    # Voilà asks nothing either, but has somebody looking; it says so in the environment.
+    return shell is not None and (asks or "voila" in os.environ.get("SERVER_SOFTWARE", "").lower())
+
+
 class Progress:
     """Shows events of runs, and keeps how they ended, by number: a history, or why it failed."""
 
@@ -36,11 +47,7 @@ class Progress:
         self.epochs, self.begun = [0] * len(experiments), {}
         self.ended: dict[int, History | str] = {}
         self.start = self.said = time.monotonic()
-        watched = sys.stderr.isatty()
-        if "IPython" in sys.modules and not watched:
-            from hybrid_lib.study.figures import is_interactive
-
-            watched = is_interactive()
+        watched = sys.stderr.isatty() or ("IPython" in sys.modules and is_interactive())
         self.line = tqdm(bar_format="{desc}", disable=not watched, leave=False)
 
     def __call__(self, number: int, event: Event) -> None:

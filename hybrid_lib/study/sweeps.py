@@ -39,10 +39,7 @@ Values = Annotated[list, Field(min_length=1)]
 
 
 class Range(BaseModel, frozen=True, extra="forbid"):
-    """From ``low`` to ``high``, evenly, or with ``log`` evenly in the logarithm; both can be drawn.
-
-    Between whole numbers draws are whole, but for a logarithm.
-    """
+    """From ``low`` to ``high``, both included: whole numbers between whole ones, but for ``log``."""
 
     low: int | float
     high: int | float
@@ -103,13 +100,114 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
         return self
 
     @property
-    def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    def varied(self) -> list[str]:
+        """The settings that the runs differ in."""
+        return [*self.grid, *self.random]
+
+    def points(self) -> list[dict]:
+        """The settings of each point, without ``fixed``.
+
+        >>> Sweep(grid={"lr": [0.1, 0.2], "width": [4]}).points()
+        [{'lr': 0.1, 'width': 4}, {'lr': 0.2, 'width': 4}]
+        """
+        from sklearn.model_selection import ParameterGrid, ParameterSampler
+
+        drawn = [{}]
+        if self.random:
+            drawn = ParameterSampler(self.random, self.draws, random_state=self.draw_seed)
+        return [{**point, **draw} for draw in drawn for point in ParameterGrid(self.grid)]
+
+    def plan(self) -> tuple[list[Experiment], list[str]]:
+        """The experiments, named after their settings, and a line per point that is impossible.
+
+        ValueError, if all of them are.
+        """
+        planned, refused = {}, []
+        for point in self.points():
+            settings = {"optimizer": self.optimizer, **self.fixed, **point}
+            optimizer = settings.pop("optimizer")
+            name = _name(optimizer, point)
+            try:
+                if "lambda_sgd" in settings:
+                    sgd = float(settings.pop("lambda_sgd"))
+                    settings["lambda_start"] = (1 - sgd, sgd)
+                for e in planning.plan(self.scale, self.dataset, [optimizer],
+                                       seed_list(self.seeds), **settings):  # fmt: skip
+                    planned[name, e.seed] = dataclasses.replace(e, name=name)
+            except (TypeError, ValueError) as error:
+                refused.append(f"{name}: refused, {reason(error)}")
+        if not planned:
+            raise ValueError(f"every point of the sweep is impossible: {'; '.join(refused)}")
+        return list(planned.values()), refused
+
+
+def read(space: str | Path, **given) -> Sweep:
+    """A sweep from a YAML file, or from its text; ``given`` goes over what is written there.
+
+    >>> read("{optimizer: atmo, grid: {lr: [0.01, 0.1]}}", scale="toy").scale
+    'toy'
+
+    ValueError, with every fault in one line, if it is no sweep; FileNotFoundError without a file.
+    """
+    try:
+        is_file = str(space).endswith((".yaml", ".yml"))
+        content = yaml.safe_load(Path(space).read_text("utf-8") if is_file else space)
+        if not isinstance(content, dict):
+            raise ValueError("give FILE.yaml, or text: {optimizer: atmo, grid: {lr: [0.01, 0.1]}}")
+        return Sweep(**{**content, **given})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        kind = "not YAML: " if isinstance(error, yaml.YAMLError) else ""
+        raise ValueError(f"{space}: {kind}{reason(error)}") from None
+
+
+def sweep_from(params: SimpleNamespace) -> Sweep:
+    """A notebook's sweep: ``params.space``, under scale, dataset and epochs that are not None."""
+    given = {k: v for k in ("scale", "dataset") if (v := getattr(params, k)) is not None}
+    if params.epochs is not None:
+        given["fixed"] = {**read(params.space, **given).fixed, "epochs": params.epochs}
+    return read(params.space, **given)
+
+
+def default_out(space: str | Path) -> Path:
+    """Where a sweep is kept if nothing else is said: runs/sweep-FILE, or -CHECKSUM of its text."""
+    is_file = str(space).endswith((".yaml", ".yml"))
+    name = Path(space).stem if is_file else f"{crc32(space.encode()):08x}"
+    return data.PROJECT / "runs" / f"sweep-{name}"
+
+
+def table(histories: Iterable[History]) -> pd.DataFrame:
+    """One row per run: the settings in which the runs differ, then what was measured.
+
+    Weights that sum to 1 are shown as ``lambda_sgd``. Accuracies and losses are those of the last
+    epoch, "best" the best epoch's; they are missing where a run did not finish.
+    """
+    settings, measured = [], []
+    for h in histories:
+        setting = dataclasses.asdict(h.experiment)
+        if abs(sum(h.experiment.lambda_start) - 1) < 1e-9:
+            setting["lambda_sgd"] = setting.pop("lambda_start")[1]
+        settings.append({"run": setting.pop("name"), "seed": setting.pop("seed")} | setting)
+        last, best = ({}, {}) if h.status != "complete" else (h.final, h.best)
+        measured.append({
+            "status": h.status, "epochs done": len(h.rows), **{k: last.get(k) for k in LAST},
+            "best_test_accuracy": best.get("test_accuracy"),
+            "train_seconds": sum(row["train_seconds"] for row in h.rows),
+        })  # fmt: skip
+    given = pd.DataFrame(settings, dtype=object).set_index("run")
+    given = given.where(given.notna(), None)
+    differing = [k for k in given if k != "seed" and given[k].map(repr).nunique() > 1]
+    runs = pd.DataFrame(measured, index=given.index).astype(dict.fromkeys(MEASURED[3:], float))
+    return pd.concat([given[[*differing, "seed"]].infer_objects(), runs], axis=1)
+
+
+def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per point of :func:`table`: mean test accuracy, ± (95 %, Student), and counts.
 
     The best first; last those with a run that diverged, whose mean is that of the lucky seeds.
     """
     groups = runs.assign(diverged=runs["status"] == "diverged").groupby("run", sort=False)
-    points, accuracies = groups[varied(runs)].first(), groups["test_accuracy"]
+    settings = [column for column in runs if column not in MEASURED]
+    points, accuracies = groups[settings].first(), groups["test_accuracy"]
     points["test_accuracy"], points["±"] = accuracies.mean(), accuracies.agg(statistics.margin)
     points["seeds"], points["diverged"] = accuracies.count(), groups["diverged"].sum()
     order = points.assign(lucky=points["diverged"] > 0, worst=-points["test_accuracy"])

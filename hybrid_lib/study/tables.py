@@ -26,10 +26,7 @@ def paper(name: str) -> pd.DataFrame:
 
 
 def subject(histories: Sequence[History]) -> str:
-    """The data set's name, for titles, which say so if the runs are published ones.
-
-    ValueError, for no history or histories of several data sets.
-    """
+    """The data set's name, for titles; ValueError for no history or those of several."""
     titles = {h.dataset + ", published runs" * h.environment.get("published", False)
               for h in histories}  # fmt: skip
     if len(titles) > 1:
