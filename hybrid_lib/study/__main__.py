@@ -72,7 +72,7 @@ def sweep(arguments: list[str] | None = None) -> int:
 
 
 def _command(parser: argparse.ArgumentParser, arguments, plan, results) -> int:
-    """Parse, plan, train, report. The exit code: 0; 1 where something failed, 2 if all did."""
+    """Parse, plan, train, report. The exit code is 1 if something failed, 2 if nothing ran."""
     option, number = parser.add_argument, {"type": int, "metavar": "N"}
     option("--device", help="cpu, cuda, …; default: a GPU if there is one")
     option("--workers", **number, help="runs at once; default: one per core, on a GPU one")

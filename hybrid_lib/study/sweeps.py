@@ -39,7 +39,7 @@ Values = Annotated[list, Field(min_length=1)]
 
 
 class Range(BaseModel, frozen=True, extra="forbid"):
-    """From ``low`` to ``high``, both included: whole numbers between whole ones, but for ``log``."""
+    """From ``low`` to ``high``, both included; whole between whole numbers, but for ``log``."""
 
     low: int | float
     high: int | float

@@ -128,12 +128,10 @@ def test_without_one_of_its_methods_a_claim_cannot_be_told(claim):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5])
-@pytest.mark.parametrize("topic", ["SGD is unsteady", "PADAM-SGD jumps", "AdaHessian would lose",
-                                   "PADAM-SGD still learns", "After the second"])  # fmt: skip
-def test_short_runs_decide_nothing_about_their_course(epochs, topic):
-    row = judge(world(epochs=epochs), topic)
-    assert row.verdict == UNTOLD
-    assert "too few epochs" in row.numbers
+def test_short_runs_decide_nothing_about_their_course(epochs):
+    for topic in ("SGD is unsteady", "PADAM-SGD jumps", "PADAM-SGD still learns", "After the sec"):
+        row = judge(world(epochs=epochs), topic)
+        assert (row.verdict, "too few epochs" in row.numbers) == (UNTOLD, True)
 
 
 # --- No more than the seeds carry. ---

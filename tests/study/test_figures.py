@@ -71,12 +71,11 @@ def test_every_figure_names_its_data_set_and_axes_with_units_on_light_and_dark_p
     assert bars or all(a.title.text or a.matches for a in figure.select_yaxes())
 
 
-@any_of(OF_EPOCHS)
-def test_captions_say_what_is_drawn_of_how_many_seeds(make):
+def test_captions_say_what_is_drawn_of_how_many_seeds():
     seeds = [history("adam", i) for i in range(3)]
     for runs, caption in ((seeds[:1], "one seed"), (seeds, CAPTION + "3 seeds"),
                           ([*seeds, history()], CAPTION + "1 or 3 seeds")):  # fmt: skip
-        assert make(runs).layout.title.subtitle.text == caption
+        assert figures.panels(runs).layout.title.subtitle.text == caption
 
 
 @any_of([figures.curves, figures.panels, schedules])

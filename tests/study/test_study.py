@@ -278,14 +278,8 @@ def test_engine_and_threads_are_those_asked_for(monkeypatch, tmp_path, no_notebo
     assert used == [(False, 3), (None, None)]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--workers", "0"], "workers=0: at least 1"),
-        (["--threads", "-1"], "threads=-1: at least 1"),
-    ],
-)
-def test_impossible_numbers_are_refused(words, message, tmp_path, capsys):
-    assert study(["--scale", "toy", "--out", str(tmp_path / "new"), *words]) == 2
-    assert message in capsys.readouterr().err
+@pytest.mark.parametrize("words", ["--workers 0", "--threads -1"])
+def test_impossible_numbers_are_refused(words, tmp_path, capsys):
+    assert study(["--scale", "toy", "--out", str(tmp_path / "new"), *words.split()]) == 2
+    assert ": at least 1" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

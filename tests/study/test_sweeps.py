@@ -124,13 +124,7 @@ def test_a_notebook_s_parameters_go_over_what_the_file_says_unless_they_are_none
     assert (e.width, e.epochs, e.dataset, e.batch_size) == (3, 5, "mnist", 64)
 
 
-def test_where_it_is_kept():
-    assert sweeps.default_out("some/where/rates.yaml").name == "sweep-rates"
-    assert sweeps.default_out(TOY) == sweeps.default_out(TOY) != sweeps.default_out(TOY + " ")
-    assert sweeps.default_out("../../x.yaml").parent == sweeps.default_out(TOY).parent
-
-
-# --- Tables and figures of runs that nobody had to train. ---
+# --- Tables of runs that nobody had to train. ---
 
 
 def run(seed=0, accuracy=0.5, status="complete", **changes):
