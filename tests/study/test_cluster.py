@@ -101,9 +101,8 @@ def joined(tmp_path_factory):
     there.stop()
 
 
-@pytest.mark.parametrize("n", [8, pytest.param(24, marks=pytest.mark.slow)])
-def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_path, joined):
-    experiments, out, killed = with_failures(n), tmp_path / "out", {}
+def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(tmp_path, joined):
+    experiments, out, killed = with_failures(8), tmp_path / "out", {}
     experiments[0] = experiments[0].scaled(40)
     expected, failed_there = run_many(experiments, tmp_path / "serial", "cpu", workers=1)
     killer = killing(out / "runs", killed)

@@ -152,7 +152,7 @@ def test_settings_of_any_kind_have_axes_and_a_cell_without_all_its_runs_is_empty
     parallel, cells = quick[0].data[0], quick[1].data[0]
     done = runs.dropna(subset="test_accuracy")
     names = [dimension.label for dimension in parallel.dimensions]
-    assert names == ["lr", "lambda_start", "momentum", "nesterov", "test accuracy"]
+    assert names == ["learning rate η", "lambda_start", "momentum", "nesterov", "test accuracy"]
     assert {len(dimension["values"]) for dimension in parallel.dimensions} == {len(done)}
     assert (list(cells.x), len(cells.y)) == (["0.001", "1e+30"], 2)
     for x, column in zip(cells.x, cells.z.T):

@@ -52,14 +52,12 @@ def test_injected_values_are_converted_to_the_declared_types(name, given, value)
     ("given", "message"),
     [
         ({"epoch": 3}, r"epoch is not a parameter of this notebook \(did you mean epochs\?\)"),
-        ({"zzz": 1}, r"zzz is not a parameter of this notebook \("),
         ({"epochs": 2.5}, r"epochs=2\.5: .*integer"),
         ({"lr": "fast"}, r"lr='fast': .*number"),
         ({"lr": None}, r"lr=None: .*number"),
         ({"train": "maybe"}, r"train='maybe': .*boolean"),
         ({"seeds": [1, 2]}, r"seeds=\[1, 2\]: .*string"),
         ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
-        ({"epochs": 0}, r"epochs=0: .*greater than or equal to 1"),
     ],
 )
 def test_a_faulty_parameter_is_named_with_its_value(given, message):
@@ -77,8 +75,6 @@ def test_all_faults_come_in_one_line():
     message = str(caught.value)
     for part in ("did you mean epochs", "did you mean train", "lr='fast'", "train='maybe'"):
         assert part in message
-    with pytest.raises(ValueError, match=r"epoch is not.*scale='huge'"):
-        checked(namespace(epoch=3, scale="huge"), planning.experiments_from)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs side by side compute what each computes alone, whoever is killed; nothing is lost."""
 
+import contextlib
 import os
 import re
 import signal
@@ -59,11 +60,9 @@ def in_the_middle(runs: Path) -> Path | None:
 
 def is_free(folder: Path) -> bool:
     """Whether nobody trains there any more."""
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            return True
-    except filelock.Timeout:
-        return False
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lock", timeout=0):
+        return True
+    return False
 
 
 def with_failures(n: int) -> list:
