@@ -1,4 +1,4 @@
-"""Seed statistics: means with intervals, ranks, paired tests, epochs to an accuracy.
+"""Seed statistics: means with intervals, ranks, paired tests.
 
 There is one kind of interval, Student's at 95 %; ± is half of it, and takes two seeds. Accuracies
 are those of the last epoch of finished runs: a run that diverged has none, is counted beside every
