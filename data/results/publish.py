@@ -143,12 +143,11 @@ def render(folder: Path) -> list[Path]:
         ]  # fmt: skip
         for number, figure in enumerate(_figures(found), start=1):
             picture = folder / f"{protocol}-figure{number}.png"
-            still = figures.without_hidden(figure)
-            title = still.layout.title
+            title = figure.layout.title
             title.text += f", {protocol} protocol"
             title.subtitle.text = f"{_sizes(found)}; {title.subtitle.text}"
-            still.update_layout(paper_bgcolor="white", plot_bgcolor="white")
-            still.write_image(picture, width=1000, height=still.layout.height)
+            figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+            figure.write_image(picture, width=1000, height=figure.layout.height)
             sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
             written.append(picture)
     audits = load_all(folder / "audit") if (folder / "audit").is_dir() else []

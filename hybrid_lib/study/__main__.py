@@ -1,15 +1,12 @@
 """The command lines: ``hybrid-study`` (or ``python -m hybrid_lib.study``) and ``hybrid-sweep``."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import signal
 import sys
-import threading
 from pathlib import Path
 
-from hybrid_lib.study import planning
+from hybrid_lib.study import planning  # the others, which take seconds to import, where used
 from hybrid_lib.study.parameters import reason, seed_list
 from hybrid_lib.study.running import run_many
 from hybrid_lib.training import data
@@ -17,12 +14,8 @@ from hybrid_lib.training.tasks import load_task
 
 
 def study(arguments: list[str] | None = None) -> int:
-    """Train many experiments, execute the notebooks on them, write one report.
-
-    Returns:
-        0 if every run and every notebook succeeded, 1 if not, 2 if there was nothing to do.
-    """
-    parser = argparse.ArgumentParser("hybrid-study", description=study.__doc__.splitlines()[0])
+    """Train many experiments, execute the notebooks on them, write one report."""
+    parser = argparse.ArgumentParser("hybrid-study", description=study.__doc__)
     option, methods = parser.add_argument, ",".join(planning.PAPER_METHODS)
     option("--scale", choices=planning.SCALES, default="demo", help="default: demo")
     option("--dataset", default="digits", help=f"{', '.join(data.NAMES)} or folder:PATH")
@@ -31,84 +24,79 @@ def study(arguments: list[str] | None = None) -> int:
     option("--protocol", default="clean", help="clean or released")
     option("--epochs", type=int, help="other than the scale's; schedules keep their shape")
     option("--out", type=Path, help="default: runs/SCALE-DATASET-PROTOCOL, less digits and clean")
-    return _command(parser, arguments, _study)
 
+    def plan(args) -> tuple:
+        only, seeds = args.only.split(","), seed_list(args.seeds)
+        how = {"epochs": args.epochs, "protocol": args.protocol}
+        experiments = planning.plan(args.scale, args.dataset, only, seeds, **how)
+        for experiment in {e.batch_size: e for e in experiments}.values():
+            load_task(experiment, args.device)  # what is wrong with the data is said at once
+        return experiments, [], planning.default_out(args.scale, args.dataset, args.protocol)
 
-def _study(args: argparse.Namespace, how: dict) -> tuple:
-    experiments = planning.plan(
-        args.scale, args.dataset, args.only.split(","), seed_list(args.seeds), args.epochs,
-        protocol=args.protocol,
-    )  # fmt: skip
-    for experiment in {e.batch_size: e for e in experiments}.values():
-        load_task(experiment, args.device)  # what is wrong with the data is said at once
-    out = (args.out or planning.default_out(args.scale, args.dataset, args.protocol)).resolve()
-    found, failures = run_many(experiments, out, **how)
-    if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks
-        raise RuntimeError("; ".join(failures))
-    from hybrid_lib.study import notebooks, tables
+    def results(args, found, out: Path) -> tuple:
+        from hybrid_lib.study import notebooks, tables
 
-    given = {"dataset": args.dataset, "seeds": args.seeds, "out": str(out)}
-    given |= {"epochs": args.epochs} if args.epochs else {}
-    jobs = notebooks.for_study(found, args.scale, **given)
-    title = f"Hybrid optimizers on {tables.subject(found)}"
-    failures += notebooks.report(out, title, jobs, notebooks.RESULTS, found, failures)
-    return tables.accuracies(found).sort_values("final", ascending=False), failures, out
+        given = {"dataset": args.dataset, "seeds": args.seeds, "out": str(out)}
+        given |= {"epochs": args.epochs} if args.epochs else {}
+        jobs = notebooks.for_study(found, args.scale, **given)
+        table = tables.accuracies(found).sort_values("final", ascending=False)
+        return table, "Hybrid optimizers", notebooks.RESULTS, jobs
+
+    return _command(parser, arguments, plan, results)
 
 
 def sweep(arguments: list[str] | None = None) -> int:
-    """Train a grid or random draws over settings, write one table and one report.
-
-    Returns:
-        0 if every run succeeded, 1 if not, 2 if there was nothing to do.
-    """
-    parser = argparse.ArgumentParser("hybrid-sweep", description=sweep.__doc__.splitlines()[0])
+    """Train a grid or random draws over settings, write one table and one report."""
+    parser = argparse.ArgumentParser("hybrid-sweep", description=sweep.__doc__)
     parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
     parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
-    return _command(parser, arguments, _sweep)
+
+    from hybrid_lib.study import notebooks, sweeps
+
+    def plan(args) -> tuple:
+        experiments, refused = sweeps.read(args.space).plan()
+        first = experiments[0]
+        with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
+            data.load(first.dataset, first.train_limit, first.test_limit)
+        return experiments, refused, sweeps.default_out(args.space)
+
+    def results(args, found, out: Path) -> tuple:
+        runs = sweeps.table(found)
+        runs.to_csv(out / "table.csv")
+        print(f"table: {out / 'table.csv'}")
+        source = notebooks.NOTEBOOKS / f"{notebooks.SWEEP}.ipynb"
+        jobs = {source: {"space": args.space, "out": str(out), "train": False}}
+        return sweeps.over_seeds(runs), "Sweep", notebooks.SWEEP, jobs
+
+    return _command(parser, arguments, plan, results)
 
 
-def _sweep(args: argparse.Namespace, how: dict) -> tuple:
-    from hybrid_lib.study import notebooks, sweeps, tables
-
-    experiments, failures = sweeps.read(args.space).plan()
-    first = experiments[0]
-    with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
-        data.load(first.dataset, first.train_limit, first.test_limit)
-    out = (args.out or sweeps.default_out(args.space)).resolve()
-    found, failed = run_many(experiments, out, **how)
-    failures += failed
-    if not found:
-        raise RuntimeError("; ".join(failures))
-    runs = sweeps.table(found)
-    runs.to_csv(out / "table.csv")
-    print(f"table: {out / 'table.csv'}")
-    source = notebooks.NOTEBOOKS / f"{notebooks.SWEEP}.ipynb"
-    jobs = {source: {"space": args.space, "out": str(out), "train": False}}
-    title = f"Sweep on {tables.subject(found)}"
-    failures += notebooks.report(out, title, jobs, notebooks.SWEEP, found, failures)
-    return sweeps.over_seeds(runs), failures, out
-
-
-def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry_out) -> int:
-    """Parse, carry out, print the table, the failures and where the report is."""
-    option, number = parser.add_argument, {"type": _count, "metavar": "N"}
+def _command(parser: argparse.ArgumentParser, arguments, plan, results) -> int:
+    """Parse, plan, train, report. The exit code is 1 if something failed, 2 if nothing ran."""
+    option, number = parser.add_argument, {"type": int, "metavar": "N"}
     option("--device", help="cpu, cuda, …; default: a GPU if there is one")
     option("--workers", **number, help="runs at once; default: one per core, on a GPU one")
     option("--threads", **number, help="of each run on a CPU; default: 1")
     option("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
-    option("--gpu-share", type=float, default=1, help="part of a cluster's GPU that a run claims")
     compiling = "fuse the training step with torch.compile; default: where a run is long enough"
     option("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     args = parser.parse_args(arguments)
-    if not 0 < args.gpu_share <= 1:
-        parser.error(f"--gpu-share {args.gpu_share}: above 0, at most 1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # "±" under an ASCII locale
-    if threading.current_thread() is threading.main_thread():
+    with contextlib.suppress(ValueError):  # of a thread that is not the main one
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in an orderly way
-    names = ("device", "compile", "workers", "threads", "cluster", "gpu_share")
+    names = ("device", "compile", "workers", "threads", "cluster")
     try:
-        table, failures, out = carry_out(args, {name: getattr(args, name) for name in names})
+        experiments, failures, usual = plan(args)
+        out = (args.out or usual).resolve()
+        found, failed = run_many(experiments, out, **{name: getattr(args, name) for name in names})
+        if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks
+            raise RuntimeError("; ".join(failures + failed))
+        from hybrid_lib.study import notebooks, tables
+
+        table, title, main, jobs = results(args, found, out)
+        title = f"{title} on {tables.subject(found)}"
+        failures += failed + notebooks.report(out, title, jobs, main, found, failures + failed)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -120,12 +108,6 @@ def _command(parser: argparse.ArgumentParser, arguments: list[str] | None, carry
         print(f"failed: {failure}")
     print(f"report: {out / 'report.html'}")
     return 1 if failures else 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1, or leave it out")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Many runs at once on a Dask cluster: one that is running, or jobs of SLURM.
 
-One run is one task, in a process of its own (torch's generator and TF32 are global). It writes to
-its own folder, on storage that all machines share, and goes on from its checkpoint wherever Dask
-restarts it. Runs that share a GPU are several workers that each declare a part of it.
+One run is one task, alone in its process. It writes to its own folder, on storage that all machines
+share, and goes on from its checkpoint wherever Dask restarts it. Workers that see the same GPU
+share it; CUDA_VISIBLE_DEVICES gives each its own.
 
 Security: whoever reaches a Dask port can run code. A scheduler for SLURM listens on TLS, with
 certificates made for the day. A cluster of your own, on one machine::
@@ -16,8 +16,6 @@ process in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CL
 DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY, and join ``tls://HOST:PORT``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import re
@@ -29,29 +27,21 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
 import yaml
 
 from hybrid_lib.study.progress import Event
 from hybrid_lib.study.running import Job, one_line, run
 from hybrid_lib.training.history import History
 
-ANSWER = 10  # seconds within which a scheduler answers
-SILENCE = 60  # seconds without news, after which to see whether anybody is there
-MISSING = "a cluster needs Dask: in the project's folder, pip install '.[cluster]'"
+ANSWER, SILENCE = 10, 60  # seconds for a scheduler's answer; without news, before looking again
 AGAIN = "what was finished is kept, the same command goes on from there"
 _ONE_AT_A_TIME = threading.Lock()
 
 
 def train_all(
-    jobs: Sequence[Job],
-    order: Iterable[int],
-    report: Callable[[int, Event], None],
-    cluster: str,
-    workers: int = 1,
-    gpu_share: float = 1.0,
-    settings: dict | None = None,
-) -> None:
+    jobs: Sequence[Job], order: Iterable[int], report: Callable[[int, Event], None],
+    cluster: str, workers: int, settings: dict,
+) -> None:  # fmt: skip
     """Train jobs, reporting epochs, histories and failures.
 
     A run that raises is not retried; one whose worker dies is, until it has cost four workers.
@@ -63,27 +53,19 @@ def train_all(
             Dask's configuration); or "slurm:PROFILE.yaml", the arguments of
             :class:`dask_jobqueue.SLURMCluster` and "timeout", seconds to wait for the first worker.
         workers: jobs of SLURM.
-        gpu_share: with the device "cuda", the part of a GPU that a run claims of the resource
-            "GPU", which workers declare: ``dask worker ... --resources GPU=0.25``.
-        settings: arguments of :func:`hybrid_lib.run`: device and others.
+        settings: arguments of :func:`hybrid_lib.run`.
 
     Raises:
-        ModuleNotFoundError: without the extra ``cluster``.
-        ValueError: for what is no address, or a profile that is none.
-        RuntimeError: if there is no scheduler, no worker, or none with a GPU; or it went away.
+        ModuleNotFoundError, ValueError: without Dask; for what is no address, or no profile.
+        RuntimeError: if there is no scheduler or no worker; or it went away.
     """
-    settings = settings or {"device": None}
-    claim = gpu_share if (settings["device"] or "").startswith("cuda") else 0
-    with _client(cluster, workers, claim) as client:
+    with _client(cluster, workers) as client:
         topic, arrived = f"hybrid-{uuid.uuid4()}", queue.SimpleQueue()
         client.subscribe_topic(topic, lambda event: arrived.put(event[1]))
         running = {
-            client.submit(
-                _train, jobs[i], settings, topic, i, resources={"GPU": claim} if claim else None,
-                pure=False, priority=-place, key=f"{jobs[i][1].name}-{uuid.uuid4()}",
-            ): i
+            client.submit(_train, jobs[i], settings, topic, i, pure=False, priority=-place): i
             for place, i in enumerate(order)
-        }  # fmt: skip
+        }
         for future in running:
             future.add_done_callback(arrived.put)
         while running:
@@ -95,8 +77,14 @@ def train_all(
                 continue
             if isinstance(event, tuple | list):
                 report(*event)
+            elif event.status == "finished":
+                report(running.pop(event), event.result())
+            elif event.status == "error":
+                error = event.exception().with_traceback(event.traceback())
+                traceback.print_exception(error)
+                report(running.pop(event), one_line(error))
             else:
-                report(running.pop(event), _result(event, client))
+                raise RuntimeError(f"the scheduler {client.scheduler.address} is gone; {AGAIN}")
 
 
 def _train(job: Job, settings: dict, topic: str, number: int) -> History:
@@ -105,9 +93,6 @@ def _train(job: Job, settings: dict, topic: str, number: int) -> History:
 
     worker = get_worker()
     task = worker.state.tasks[worker.get_current_task()]
-    gpus = torch.cuda.device_count()
-    if isinstance(worker.name, int) and gpus > 1 and settings["device"] in (None, "cuda"):
-        settings = {**settings, "device": f"cuda:{worker.name % gpus}"}
     with _ONE_AT_A_TIME:
         history = run(
             *job, **settings, progress=False,
@@ -119,23 +104,13 @@ def _train(job: Job, settings: dict, topic: str, number: int) -> History:
     return history
 
 
-def _result(future, client) -> History | str:
-    if future.status == "finished":
-        return future.result()
-    if future.status == "error":
-        error = future.exception().with_traceback(future.traceback())
-        traceback.print_exception(error)
-        return one_line(error)
-    raise RuntimeError(f"the scheduler {client.scheduler.address} is gone; {AGAIN}")
-
-
 @contextlib.contextmanager
-def _client(cluster: str, workers: int, gpu_share: float):
+def _client(cluster: str, workers: int):
     try:
         import dask
         import distributed
     except ImportError:
-        raise ModuleNotFoundError(MISSING) from None
+        raise ModuleNotFoundError("a cluster needs Dask: pip install '.[cluster]'") from None
     timeout, address = 60, cluster
     with contextlib.ExitStack() as stack:
         if cluster.startswith("slurm:"):
@@ -149,28 +124,17 @@ def _client(cluster: str, workers: int, gpu_share: float):
         elif cluster.startswith("tls") and not dask.config.get("distributed.comm.tls.ca-file"):
             raise ValueError(f"cluster={cluster!r}: Dask's configuration names no certificates")
         try:
-            client = stack.enter_context(
-                distributed.Client(address, timeout=ANSWER, set_as_default=False)
-            )
-        except (OSError, ValueError) as error:
-            raise RuntimeError(f"cluster={cluster!r}: no scheduler answers ({error})") from None
-        print(f"dashboard: {client.dashboard_link}")
-        try:
+            client = distributed.Client(address, timeout=ANSWER, set_as_default=False)
+            stack.enter_context(client)
+            print(f"dashboard: {client.dashboard_link}")
             client.wait_for_workers(1, timeout)
-        except TimeoutError:
-            raise RuntimeError(f"cluster={cluster!r}: no worker came within {timeout} s") from None
-        resources = [w["resources"] for w in client.scheduler_info(-1)["workers"].values()]
-        if gpu_share and max(r.get("GPU", 0) for r in resources) < gpu_share:
-            raise RuntimeError(f"{cluster}: start its workers with --resources GPU={gpu_share:g}")
+        except (OSError, ValueError) as error:  # a TimeoutError is an OSError
+            raise RuntimeError(f"cluster={cluster!r}: nobody answers ({error})") from None
         yield client
 
 
 def slurm(profile: str | Path):
-    """The cluster of a profile, and how long its first worker may take; no job is submitted yet.
-
-    Raises:
-        ValueError: if the file is not there or holds no profile.
-    """
+    """The cluster of a profile, and seconds to wait for a worker; ValueError if it holds none."""
     interrupt = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 

@@ -5,12 +5,9 @@ lines can be told apart without colour. With several seeds, lines are means and 
 intervals (Student).
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -23,6 +20,7 @@ from plotly.subplots import make_subplots
 from hybrid_lib.optim import methods
 from hybrid_lib.optim.methods import BLUE, GREEN, PURPLE, VERMILLION, look
 from hybrid_lib.study import statistics
+from hybrid_lib.study.progress import is_interactive
 from hybrid_lib.study.statistics import group_by_method
 from hybrid_lib.study.tables import paper, seconds, subject
 from hybrid_lib.training import data
@@ -31,27 +29,17 @@ from hybrid_lib.training.history import History
 
 MARKERS = {"solid": "circle-open", "dash": "diamond-open", "dot": "square-open",
            "dashdot": "triangle-up-open"}  # fmt: skip
-AXES = {
-    "train_loss": "train loss (nats)",
-    "test_loss": "test loss (nats)",
-    "train_accuracy": "train accuracy",
-    "test_accuracy": "test accuracy",
-}
-SETTINGS = {"lr": "learning rate η", "lambda_sgd": "weight λ of SGD"}
+AXES = {"train_loss": "train loss (nats)", "test_loss": "test loss (nats)",
+        "train_accuracy": "train accuracy", "test_accuracy": "test accuracy"}  # fmt: skip
 CIFAR10 = {data.TITLES["cifar10"], data.FOLDER_TITLES["cifar10-jpeg"]}
 GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
 
 
 def curves(histories: Sequence[History], column: str = "test_accuracy", title: str = ""):
-    """One line per method over the epochs, and the report's own test accuracies as markers.
+    """A column of the rows over the epochs, a line per method, its title before the data set's.
 
-    Markers are drawn for CIFAR-10 and copies of it: at the report's epochs where runs have its
-    length; else at theirs in proportion, and hidden until the legend's entry is clicked.
-
-    Args:
-        histories: any methods and seeds, all on one data set; ValueError for several, or none.
-        column: a key of the rows.
-        title: stands before the data set's name.
+    Runs on CIFAR-10, or a copy of it, at the report's length have the report's test accuracies as
+    markers beside them. ValueError for no histories, or of several data sets.
     """
     return _over_epochs(histories, [[column]], title or AXES.get(column, column))
 
@@ -108,21 +96,20 @@ def _add_lines(figure, name, group, column, legend: bool, where: dict) -> None:
 
 
 def _add_report(figure, histories: Sequence[History], where: dict) -> None:
-    """The report's test accuracies on CIFAR-10, where ``histories`` are of the same data set."""
-    if not {h.dataset for h in histories} <= CIFAR10:
-        return
+    """The report's test accuracies on CIFAR-10, beside runs of its data set and length."""
     points = dict(list(paper("milestones").groupby("optimizer")))
-    found = {name: group[0] for name, group in group_by_method(histories).items() if name in points}
-    same = all(h.experiment.epochs == EXPERIMENTS[name].epochs for name, h in found.items())
-    for i, (name, h) in enumerate(found.items()):
-        shrunk = h.experiment.epochs / EXPERIMENTS[name].epochs
+    found = {h.experiment.name: h for h in histories if h.dataset in CIFAR10}
+    names = [
+        n for n in found if n in points and found[n].experiment.epochs == EXPERIMENTS[n].epochs
+    ]
+    for name in names:
         colour, dash = look(name)
         figure.add_scatter(
-            x=points[name]["epoch"] * shrunk, y=points[name]["test_accuracy"], mode="markers",
-            name="report (CIFAR-10)" if same else "report (CIFAR-10),<br>epochs in proportion",
-            marker={"color": colour, "symbol": MARKERS[dash], "size": 7}, legendgroup="report",
-            showlegend=i == 0, visible=True if same else "legendonly",
-            hovertemplate=f"epoch %{{x}}: %{{y}}<extra>report, {h.label}</extra>", **where,
+            x=points[name]["epoch"], y=points[name]["test_accuracy"], mode="markers",
+            name="report (CIFAR-10)", legendgroup="report", showlegend=name == names[0],
+            marker={"color": colour, "symbol": MARKERS[dash], "size": 7},
+            hovertemplate="epoch %{x}: %{y}<extra>report, " + methods.label(name) + "</extra>",
+            **where,
         )  # fmt: skip
 
 
@@ -133,47 +120,26 @@ def epoch_seconds(histories: Sequence[History]):
     """
     table = seconds(histories)
     names = {"train seconds": "training pass", "test seconds": "test pass"}
-    figure = _bars(table[[*names]].rename(columns=names), "seconds per epoch (median)")
+    figure = px.bar(
+        table[[*names]].rename(columns=names), orientation="h", pattern_shape="variable",
+        color_discrete_sequence=[BLUE, VERMILLION], pattern_shape_sequence=["", "/"],
+    )  # fmt: skip
+    figure.update_traces(hovertemplate="%{y}: %{x:.3g}<extra>%{fullData.name}</extra>")
     ours = table["ratio to SGD"].map("{:.1f} × SGD".format, na_action="ignore")
     theirs = table["report's ratio"].map("report: {:.1f} ×".format, na_action="ignore")
     notes = pd.concat([ours, theirs], axis=1).apply(lambda both: ", ".join(both.dropna()), axis=1)
     figure.update_traces(text=notes, textposition="outside", selector={"name": "test pass"})
     longest = (table["train seconds"] + table["test seconds"]).max()
-    figure.update_xaxes(range=[0, longest * 1.45])
+    figure.update_xaxes(range=[0, longest * 1.45], title_text="seconds per epoch (median)")
+    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True, title_text=None)
+    figure.update_layout(legend={"title_text": None, "traceorder": "normal"})
     device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
     title = f"Time per epoch on {device}, {subject(histories)}"
     return apply_style(figure, title, caption(histories, "median"))
 
 
-def step_parts(seconds: Mapping[str, Mapping[str, float]], subject: str):
-    """Stacked bars of what :func:`hybrid_lib.study.timing.step_seconds` measured, one per method.
-
-    Args:
-        seconds: by experiment name, then by part.
-        subject: data set and machine, for the title.
-    """
-    table = 1000 * pd.DataFrame(seconds).T.rename(index=methods.label)
-    figure = _bars(table, "milliseconds per step (median)")
-    return apply_style(figure, f"Where a step's time goes, {subject}")
-
-
-def _bars(table: pd.DataFrame, unit: str) -> go.Figure:
-    """A stacked bar per row, with a colour and a pattern per column."""
-    figure = px.bar(
-        table, orientation="h", color_discrete_sequence=[BLUE, VERMILLION, GREEN, PURPLE],
-        pattern_shape="variable", pattern_shape_sequence=["", "/", "x", "."],
-    )  # fmt: skip
-    figure.update_traces(hovertemplate="%{y}: %{x:.3g}<extra>%{fullData.name}</extra>")
-    figure.update_layout(legend={"title_text": None, "traceorder": "normal"})
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True, title_text=None)
-    return figure.update_xaxes(title_text=unit)
-
-
 def schedules(experiments: Iterable[Experiment], title: str = ""):
-    """Learning rate and weight of SGD in every epoch: a column of two panels per experiment.
-
-    Of experiments that differ in their seed alone, the first is shown.
-    """
+    """Learning rate and weight of SGD in every epoch: a column of two panels per name."""
     shown = list({e.name: e for e in reversed(list(experiments))}.values())[::-1]
     figure = make_subplots(
         2, len(shown), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
@@ -192,9 +158,8 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
                 row=row, col=col,
             )  # fmt: skip
     # A cosine ends near 0, far below what matters on a logarithmic axis; powers are drawn larger.
-    figure.update_yaxes(
-        type="log", range=[-5.3, 0], dtick=1, exponentformat="power", tickfont_size=10, row=1
-    )
+    powers = {"exponentformat": "power", "tickfont_size": 10}
+    figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, **powers, row=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=2)
     figure.update_yaxes(title_text="learning rate η", row=1, col=1)
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
@@ -202,102 +167,6 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
     title = title or f"Schedules, {data.title(shown[0].dataset)}"
     return apply_style(figure, title, height=430).update_layout(margin_t=90)
-
-
-def heat_map(runs: pd.DataFrame, x: str, y: str, subject: str):
-    """Mean test accuracy over two settings of a grid, in colour and in numbers.
-
-    Args:
-        runs: of :func:`hybrid_lib.study.sweeps.table`.
-        x, y: two of its columns; the mean is over seeds and all other settings.
-        subject: the data set's name, for the title.
-    """
-    axes = {name: _axis(runs[name]) for name in (y, x)}
-    groups = runs.assign(**axes).groupby([y, x])["test_accuracy"]
-
-    def text(accuracies: pd.Series) -> str:
-        failed = accuracies.isna().sum()
-        if failed == len(accuracies):
-            return "none finished"
-        return f"{accuracies.mean():.3f}" + (f"<br>{failed} failed" if failed else "")
-
-    figure = px.imshow(
-        groups.mean().unstack().rename(index=str, columns=str), aspect="auto", origin="lower",
-        color_continuous_scale="Cividis", labels={"color": "test<br>accuracy"},
-    )  # fmt: skip
-    figure.update_traces(
-        text=groups.agg(text).unstack(fill_value=""), texttemplate="%{text}",
-        hovertemplate=f"{x} %{{x}}, {y} %{{y}}: %{{z:.4f}}<extra></extra>",
-    )  # fmt: skip
-    figure.update_xaxes(title_text=SETTINGS.get(x, x), type="category", showgrid=False)
-    figure.update_yaxes(title_text=SETTINGS.get(y, y), type="category", showgrid=False)
-    return apply_style(figure, f"Test accuracy after the last epoch, {subject}")
-
-
-def parallel(runs: pd.DataFrame, settings: Sequence[str], subject: str):
-    """Parallel coordinates: a line per finished run through its settings to its test accuracy."""
-    done = runs[runs["test_accuracy"].notna()]
-    accuracy = done["test_accuracy"]
-    figure = go.Figure(
-        go.Parcoords(
-            dimensions=[*(_dimension(done[name]) for name in settings),
-                        {"label": "test accuracy", "values": accuracy}],
-            line={"color": accuracy, "colorscale": "Cividis", "showscale": False},
-        )
-    )  # fmt: skip
-    title = f"Settings and test accuracy after the last epoch, {subject}"
-    return apply_style(figure, title).update_layout(margin={"l": 60, "r": 60, "t": 110})
-
-
-def _axis(column: pd.Series) -> pd.Series:
-    """Numbers as they are, anything else as text: None, names, pairs of weights."""
-    numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-    return column if numeric and column.notna().all() else column.astype(object).map(str)
-
-
-def _dimension(column: pd.Series) -> dict:
-    """An axis: numbers where they are, on a logarithmic scale if they span it; else a rank each."""
-    column = _axis(column)
-    places, values = pd.factorize(column, sort=True)
-    if len(values) > 1 and not isinstance(values[0], str):
-        places = np.log10(column) if 0 < 50 * values[0] <= values[-1] else column
-    place_of = dict(zip(column, places))
-    ticks = values if len(values) <= 12 else values[:: len(values) // 6]
-    text = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in ticks]
-    return {"label": SETTINGS.get(column.name, column.name), "values": list(places),
-            "tickvals": [place_of[v] for v in ticks], "ticktext": text}  # fmt: skip
-
-
-def final_accuracies(histories: Sequence[History]):
-    """Every seed's test accuracy after the last epoch, and the means with their 95 % intervals.
-
-    Beside each method stands the interval of its rank, if there are seeds enough to have one.
-    """
-    table = statistics.ranks(histories)
-    scores = statistics.finals(histories)[table.index].replace(-np.inf, np.nan)
-    figure = go.Figure()
-    for name, row in table.iterrows():
-        colour, label, of_seeds = look(name)[0], methods.label(name), scores[name].dropna()
-        figure.add_scatter(
-            x=of_seeds, y=[label] * len(of_seeds), mode="markers", showlegend=False,
-            marker={"color": colour, "symbol": "circle-open", "size": 8}, text=of_seeds.index,
-            hovertemplate="seed %{text}: %{x:.4f}<extra>" + label + "</extra>",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[row["mean"]], y=[label], error_x={"array": [row["±"]], "thickness": 2},
-            mode="markers", marker={"color": colour, "symbol": "line-ns-open", "size": 18},
-            showlegend=False, hovertemplate="mean %{x:.4f}<extra>" + label + "</extra>",
-        )  # fmt: skip
-        first, last = row[["rank from", "rank to"]].fillna(row["rank"])
-        text = f"rank {first:.0f}" + (f" to {last:.0f}" if last > first else "")
-        text += f"<br>{row['diverged']:.0f} diverged" if row["diverged"] else ""
-        figure.add_annotation(
-            x=1.01, xref="paper", xanchor="left", y=label, showarrow=False, text=text
-        )
-    figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
-    figure.update_xaxes(title_text="test accuracy after the last epoch")
-    apply_style(figure, f"Final accuracy by seed, {subject(histories)}", caption(histories))
-    return figure.update_layout(margin={"l": 120, "r": 120})
 
 
 def show(figure) -> None:
@@ -308,14 +177,14 @@ def show(figure) -> None:
     if is_interactive():
         figure.show()
         return
-    still = without_hidden(figure).update_layout(width=900)
+    still = go.Figure(figure).update_layout(width=900)
     bundle = {"application/vnd.plotly.v1+json": json.loads(_light(still).to_json())}
     try:
         import kaleido
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
-            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
+            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(32)
         # One browser for all further images: starting one takes ten times as long as drawing. It
         # starts after one has drawn: where there is none, this would wait for ever.
         kaleido.start_sync_server(silence_warnings=True)
@@ -328,38 +197,23 @@ def show(figure) -> None:
     display(bundle, raw=True)
 
 
-def without_hidden(figure) -> go.Figure:
-    """A copy for where nobody can click: what waits for a click in the legend is left out."""
-    return go.Figure([t for t in figure.data if t.visible != "legendonly"], figure.layout)
-
-
 def _light(figure: go.Figure) -> go.Figure:
-    """The figure in few bytes: plain lines of at most 60 points, coordinates in single precision.
+    """The figure in few bytes: plain lines of at most 32 points, numbers of four bytes or two.
 
     An executed notebook holds it beside the image, which shows every point.
     """
     light = go.Figure(figure)
     for trace in light.select_traces({"type": "scatter"}):
-        plain = trace.mode == "lines" and trace.customdata is None
         for axis in ("x", "y"):
             values = np.asarray(() if trace[axis] is None else trace[axis])
             if values.dtype.kind not in "iuf" or not len(values):
                 continue  # nothing, or names on an axis of categories
-            if plain and len(values) > 60:
-                values = values[np.linspace(0, len(values) - 1, 60).round().astype(int)]
+            if trace.mode == "lines" and trace.customdata is None and len(values) > 32:
+                values = values[np.linspace(0, len(values) - 1, 32).round().astype(int)]
             trace[axis] = None  # an equal tuple would stay, and be written number by number
-            trace[axis] = values.astype(np.float32)
+            small = values.dtype.kind != "f" and abs(values).max() < 2**15
+            trace[axis] = values.astype(np.int16 if small else np.float32)
     return light
-
-
-def is_interactive() -> bool:
-    """Whether a person may be looking: false under papermill and nbconvert, and without IPython."""
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    asks = getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
-    # Voilà asks nothing either, but has somebody looking; it says so in the environment.
-    return shell is not None and (asks or "voila" in os.environ.get("SERVER_SOFTWARE", "").lower())
 
 
 def caption(histories: Sequence[History], what: str = "mean and 95 % interval (Student)") -> str:
@@ -387,13 +241,9 @@ def lines(
     series: Mapping[str, pd.Series], title: str, x: str, y: str, shape: str = "linear",
     level: float | None = None,
 ):  # fmt: skip
-    """One line per series, over its index.
+    """One line per series, over its index; a method's has its colour, dash and label.
 
-    Args:
-        series: by name; a method has its own colour, dash and label.
-        title, x, y: of the figure and its axes; the title names the data set, if there is one.
-        shape: "linear", or "hv" for values that hold until the next.
-        level: a height to compare with, a dotted line.
+    ``shape`` is "hv" for values that hold until the next; ``level`` a dotted line to compare with.
     """
     colours = (GREEN, BLUE, VERMILLION, PURPLE, "#808080", BLUE)
     looks = list(zip(colours, ("solid", "dash", "dot", "dashdot", "solid", "longdash")))
@@ -407,6 +257,5 @@ def lines(
         )  # fmt: skip
     if level is not None:
         figure.add_hline(level, line={"color": "#808080", "dash": "dot"})
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
+    figure.update_xaxes(title_text=x).update_yaxes(title_text=y)
     return apply_style(figure, title).update_layout(legend_itemwidth=60)

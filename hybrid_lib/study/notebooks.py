@@ -3,18 +3,17 @@
 A study's report is its results notebook with the code hidden.
 """
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import contextlib
 import html
+import json
 import os
 import shutil
 import signal
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import ClassVar
@@ -90,8 +89,8 @@ def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
             name = futures[future].stem
             if error := future.exception():
                 failures.append(f"notebook {name}: {one_line(error)}")
-                (folder / f"{name}.ipynb").unlink(missing_ok=True)  # half a result is none
-                (folder / f"{name}.html").unlink(missing_ok=True)
+                for half in folder.glob(f"{name}.*"):
+                    half.unlink()
             print(f"notebook {name}: {'failed' if error else 'executed'}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -99,30 +98,22 @@ def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
             if manager.has_kernel and manager.provisioner.pid:
                 os.kill(manager.provisioner.pid, signal.SIGKILL)
         pool.shutdown()
-    executed = (folder / f"{source.stem}.ipynb" for source in jobs)
-    return [file for file in executed if file.exists()], sorted(failures)
+    return [f for s in jobs if (f := folder / s.name).exists()], sorted(failures)
 
 
 def _execute(source: Path, folder: Path, given: dict) -> None:
-    executed = folder / source.name
+    executed, how = folder / source.name, {"kernel_manager_class": PrivateKernelManager}
     try:
-        papermill.execute_notebook(
-            source, executed, given, progress_bar=False, cwd=os.getcwd(),
-            kernel_manager_class=PrivateKernelManager,
-        )  # fmt: skip
+        papermill.execute_notebook(source, executed, given, progress_bar=False, cwd=".", **how)
     finally:
         with contextlib.suppress(RuntimeError):  # there may be none yet
             asyncio.get_event_loop().close()  # which papermill has made for this thread
-    notebook = nbformat.read(executed, 4)
-    text = nbformat.v4.nbjson.JSONWriter().writes(notebook, indent=None, separators=(",", ":"))
-    executed.write_text(text, encoding="utf-8")  # indented, a quarter would be blanks
-    write_page(executed.with_suffix(".html"), source.stem, executed, js="../plotly.min.js")
+    text = json.dumps(nbformat.read(executed, 4), ensure_ascii=False, separators=(",", ":"))
+    executed.write_text(text, encoding="utf-8")  # as nbformat indents it, a sixth would be blanks
+    write_page(executed.with_suffix(".html"), source.stem, executed, "../plotly.min.js")
 
 
-def report(
-    out: Path, title: str, jobs: dict[Path, dict], main: str, found: Sequence[History],
-    failures: Iterable[str],
-) -> list[str]:  # fmt: skip
+def report(out, title, jobs, main: str, found: Sequence[History], failures) -> list[str]:
     """Execute notebooks; ``out/report.html`` is the one named ``main``, with its code hidden.
 
     What failed stands at its top. Returns a line for each notebook that failed.
@@ -135,14 +126,11 @@ def report(
     head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks, "
              f"executed on them: {', '.join(links) or 'none'}.</p>")  # fmt: skip
     of_main = next((file for file in executed if file.stem == main), None)
-    write_page(out / "report.html", title, of_main, head, code=False)
+    write_page(out / "report.html", title, of_main, "plotly.min.js", head, code=False)
     return failed
 
 
-def write_page(
-    page: Path, title: str, executed: Path | None, head: str = "", code: bool = True,
-    js: str = "plotly.min.js",
-) -> None:  # fmt: skip
+def write_page(page: Path, title: str, executed: Path | None, js: str, head="", code=True) -> None:
     """Write an executed notebook as a page that loads nothing but ``js``."""
     exporter = nbconvert.HTMLExporter(
         template_name="basic", exclude_input=not code, exclude_input_prompt=True,

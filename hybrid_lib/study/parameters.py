@@ -1,7 +1,5 @@
 """A notebook's parameters, checked before anything is computed."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 from collections.abc import Callable, Iterable
@@ -13,7 +11,7 @@ import pydantic
 from hybrid_lib.training.experiments import error_messages
 
 INJECTED = "# Parameters\n"  # the first line of papermill's cell
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleNamespace:
@@ -30,21 +28,12 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleN
     Returns:
         The values as attributes, converted to their types, and as ``plan`` what ``check`` returned.
 
-    Raises:
-        ValueError: with one line that names every fault: undeclared names, values that do not fit
-            their type, and what ``check`` found.
+    One ValueError names every fault: undeclared names, values of other types, what ``check`` found.
     """
-    declared, given = {}, []
-    for source in namespace["In"]:
-        if declared and not source.startswith(INJECTED):
-            continue  # the reader's own cells
-        for node in _assignments(source):
-            if isinstance(node, ast.AnnAssign):
-                kind = _TYPES[ast.unparse(node.annotation)]
-                optional = isinstance(node.value, ast.Constant) and node.value.value is None
-                declared[node.target.id] = (kind | None if optional else kind, ...)
-            else:
-                given += [target.id for target in node.targets]
+    cells = [(source, _statements(source)) for source in namespace["In"]]
+    given = [ast.unparse(target) for source, body in cells if source.startswith(INJECTED)
+             for node in body for target in getattr(node, "targets", ())]  # fmt: skip
+    declared = next(filter(None, (_declared(body) for _, body in cells)), {})
     messages = [f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
                 for name in given if name not in declared]  # fmt: skip
     # Papermill turns the text 0 into a number, also where text was declared.
@@ -60,22 +49,25 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleN
     return values
 
 
-def _assignments(source: str) -> list[ast.stmt]:
-    """The statements of a parameters cell, given or injected; of any other cell, none."""
+def _statements(source: str) -> list[ast.stmt]:
     try:
-        body = ast.parse(source).body
+        return ast.parse(source).body
     except SyntaxError:  # a cell with shell commands, say
         return []
-    plain = all(
-        isinstance(name, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign)
-        for node in body
-        for name in getattr(node, "targets", [getattr(node, "target", None)])
-    )
-    injected = source.startswith(INJECTED)
-    if injected and not plain:  # papermill quotes values, but writes names as they come
-        raise ValueError("papermill's cell holds more than values: give declared names")
-    declares = injected or any(isinstance(node, ast.AnnAssign) for node in body)
-    return body if plain and declares else []
+
+
+def _declared(body: list[ast.stmt]) -> dict[str, tuple]:
+    """Names and types, as pydantic wants them, of a cell that declares parameters alone."""
+    found = {}
+    for node in body:
+        kind = TYPES.get(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else None
+        if kind is None or node.value is None:
+            return {}
+        found[ast.unparse(node.target)] = (
+            kind | None if ast.unparse(node.value) == "None" else kind,
+            ...,
+        )
+    return found
 
 
 def reason(error: Exception) -> str:
@@ -108,12 +100,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def one_of(known: Iterable[str], given: str = "") -> str:
-    """What a message says is allowed.
-
-    >>> "must be " + one_of(["sgd", "adam"], "adamm")
-    'must be one of sgd, adam (did you mean adam?)'
-    """
-    return f"one of {', '.join(known)}{did_you_mean(given, known)}"

@@ -1,21 +1,18 @@
 """Which runs a study consists of, and where they are kept."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from hybrid_lib.study.parameters import did_you_mean, one_of, seed_list
+from hybrid_lib.study.parameters import did_you_mean, seed_list
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
-from hybrid_lib.training.history import FILE, History, load_all
+from hybrid_lib.training.history import FILE, History
 
-# The eight rows of Table III.
-PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")
+PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")  # rows of Table III
 RESULTS = data.PROJECT / "data" / "results"  # published histories
 
 # What a scale changes in Tables I and II; milestones and horizons keep their share of the epochs.
@@ -24,39 +21,31 @@ SCALES: dict[str, dict] = {
     "toy": {"epochs": 2, "width": 4, "batch_size": 32, "train_limit": 160, "test_limit": 80},
     # Minutes on two CPU cores with the digits, an hour with 32x32 images: does every method learn?
     "demo": {"epochs": 12, "width": 8, "batch_size": 32},
-    # As in the report: GPU hours.
-    "paper": {},
+    "paper": {},  # GPU hours: as in the report
 }
 DEMO_IMAGES = {"epochs": 10, "width": 16, "batch_size": 64, "train_limit": 10_000,
                "test_limit": 2_000}  # fmt: skip
 
 
 def plan(
-    scale: str = "demo",
-    dataset: str = "digits",
-    only: Iterable[str] = PAPER_METHODS,
-    seeds: Iterable[int] = (0,),
-    epochs: int | None = None,
-    **changes,
-) -> list[Experiment]:
+    scale: str = "demo", dataset: str = "digits", only: Iterable[str] = PAPER_METHODS,
+    seeds: Iterable[int] = (0,), epochs: int | None = None, **changes,
+) -> list[Experiment]:  # fmt: skip
     """The experiments of a study: rows of ``EXPERIMENTS`` at a scale, one per name and seed.
 
+    ValueError for an unknown name or scale, or settings outside their range.
+
     Args:
-        scale: a key of :data:`SCALES`.
+        scale, only: keys of :data:`SCALES` and :data:`~hybrid_lib.EXPERIMENTS`.
         dataset: see :func:`hybrid_lib.training.data.load`.
-        only: names of :data:`~hybrid_lib.EXPERIMENTS`.
-        seeds: one run per seed.
         epochs: rescales the schedules; None: as the scale says.
         changes: any other field of Experiment, over what the scale says.
-
-    Raises:
-        ValueError: for an unknown name or scale, or settings outside their range.
 
     >>> [e.epochs for e in plan("toy", only=["sgd"], seeds=[0, 1])]
     [2, 2]
     """
     if scale not in SCALES:
-        raise ValueError(f"scale={scale!r}: must be {one_of(SCALES)}")
+        raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
     small_images = scale != "demo" or dataset == "digits"
     sizes = dict(SCALES[scale] if small_images else DEMO_IMAGES)
     if dataset.startswith("folder:"):  # a scale asks for that many images at most
@@ -64,8 +53,8 @@ def plan(
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
     usual = sizes.pop("epochs", None)
-    epochs, planned = usual if epochs is None else epochs, []
-    changes, seeds = {**sizes, **changes, "dataset": dataset}, list(dict.fromkeys(seeds))
+    epochs, changes = usual if epochs is None else epochs, {**sizes, **changes, "dataset": dataset}
+    planned, seeds = [], list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
         if epochs is not None:
@@ -88,21 +77,16 @@ def default_out(scale: str, dataset: str, protocol: str = "clean") -> Path:
 
 
 def experiments_from(params: SimpleNamespace) -> list[Experiment]:
-    """The experiments of a notebook's parameters.
-
-    These are scale, dataset, methods ("sgd,atmo"; empty: the eight of Table III), seeds ("0,3" or
-    "0-4") and epochs (None: the scale's).
-    """
+    """The experiments of a notebook's parameters: scale, dataset, methods, seeds and epochs."""
     only = [name.strip() for name in params.methods.split(",")] if params.methods else PAPER_METHODS
     return plan(params.scale, params.dataset, only, seed_list(params.seeds), params.epochs)
 
 
 def experiment_from(params: SimpleNamespace) -> Experiment:
-    """The one experiment of a notebook's parameters.
+    """The one experiment of a notebook's parameters: optimizer, scale, dataset and seed.
 
-    These are optimizer (a name of ``EXPERIMENTS``), scale, dataset and seed; others that name a
-    field of Experiment change it, unless they are None; so do those in ``settings``, if it is
-    there: "nesterov=True hessian_every=10".
+    Others that name a field of Experiment change it, unless they are None; so do those in
+    ``settings``, if it is there: "nesterov=True hessian_every=10".
     """
     fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
     changes = {k: v for k, v in vars(params).items() if k in fields and v is not None}
@@ -121,9 +105,10 @@ def method(experiment: Experiment) -> str:
 
 def as_python(experiment: Experiment, folder: str | Path) -> str:
     """Python code that repeats a run exactly."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Experiment)}
-    given = {k: v for k, v in dataclasses.asdict(experiment).items() if v != defaults[k]}
-    settings = "".join(f"    {k}={v!r},\n" for k, v in given.items())
+    settings = "".join(
+        f"    {f.name}={value!r},\n" for f in dataclasses.fields(Experiment)
+        if (value := getattr(experiment, f.name)) != f.default
+    )  # fmt: skip
     return (
         f"import hybrid_lib as hl\n\nexperiment = hl.Experiment(\n{settings})\n"
         f"history = hl.run(experiment, {str(folder)!r})\n"
@@ -132,35 +117,20 @@ def as_python(experiment: Experiment, folder: str | Path) -> str:
 
 def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     """A shell command that repeats a run exactly, through the notebook ``10_train_one``."""
-    name = method(experiment)
+    name, ours = method(experiment), dataclasses.asdict(experiment)
     start = dataclasses.asdict(get_experiment(name).scaled(experiment.epochs))
-    given = {"scale": "paper", "optimizer": name, "dataset": experiment.dataset,
-             "epochs": experiment.epochs, "seed": experiment.seed}  # fmt: skip
-    others = {k: v for k, v in dataclasses.asdict(experiment).items()
-              if v != start[k] and k not in ("name", *given)}  # fmt: skip
-    if others:
-        given["settings"] = " ".join(
-            f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in others.items()
-        )
+    given = {"scale": "paper"} | {k: ours[k] for k in ("dataset", "epochs", "seed")}
+    others = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in ours.items()
+              if v != start[k] and k not in ("name", *given)]  # fmt: skip
+    given |= {"optimizer": name, "settings": " ".join(others), "out": folder}
     words = ["papermill", "notebooks/10_train_one.ipynb", f"{experiment.name}.ipynb"]
-    for k, v in {**given, "out": folder}.items():
-        words += ["-p", k, str(v)]
-    return shlex.join(words)
+    return shlex.join(words + [w for k, v in given.items() if v != "" for w in ("-p", k, str(v))])
 
 
 def collect(params: SimpleNamespace) -> list[History]:
-    """The histories of a notebook whose parameters :func:`experiments_from` has checked.
-
-    They are in ``params.out`` (empty: :func:`default_out`, or if it has none, published histories
-    of the same experiments); ``params.train`` says whether to train what is missing.
-    """
-    wanted = params.plan
+    """:func:`histories` of a notebook's parameters: ``out`` (empty: :func:`default_out`), train."""
     out = params.out or default_out(params.scale, params.dataset)
-    here = params.out or any((run_folder(out, e) / FILE).exists() for e in wanted)
-    if not here and (found := published(wanted)):
-        print(f"{len(found)} of {len(wanted)} runs, published ones; set out to train your own")
-        return found
-    return histories(wanted, out, params.train)
+    return histories(params.plan, out, params.train)
 
 
 def histories(
@@ -169,49 +139,25 @@ def histories(
     """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
 
     A folder with the runs directly inside, as in ``data/results``, is only read: by name and seed;
-    a line says which other settings differ. ``how`` are options of :func:`run_many`.
-
-    Raises:
-        FileNotFoundError: if there is none, and nothing was to be trained.
-        RuntimeError: if all that was trained failed.
+    a line says if settings differ. ``how`` are options of :func:`run_many`. FileNotFoundError if
+    there is none and nothing was to be trained, RuntimeError if all that was trained failed.
     """
-    experiments, inside = list(experiments), Path(out)
-    if not any((inside / run_folder(out, e).name / FILE).exists() for e in experiments):
-        inside /= "runs"
-        if train:
-            found, failures = run_many(experiments, out, **how)
-            print(*failures, sep="\n", end="\n" if failures else "")
-            if found:
-                return found
+    experiments, out = list(experiments), Path(out)
+    folders = [run_folder(out, e) for e in experiments]
+    if any((out / folder.name / FILE).exists() for folder in folders):
+        folders = [out / folder.name for folder in folders]
+    elif train:
+        found, failures = run_many(experiments, out, **how)
+        print(*failures, sep="\n", end="\n" if failures else "")
+        if not found:
             raise RuntimeError(f"{out}: every run failed")
-    found, differing = [], set()
-    for e in experiments:
-        folder = inside / run_folder(out, e).name
-        if (folder / FILE).exists():
-            found.append(_marked(History.load(folder), folder))
-            differing |= {k for k, _ in set(_identity(found[-1].experiment)) - set(_identity(e))}
+        return found
+    found = {e: History.load(f) for e, f in zip(experiments, folders) if (f / FILE).exists()}
     if not found:
         raise FileNotFoundError(f"{out}: none of these runs is there; set train = True")
-    if differing:
-        settings = ", ".join(sorted(differing))
-        print(f"{out}: shown as they were run, with settings of their own ({settings})")
-    return found
-
-
-def published(experiments: Iterable[Experiment], folder: Path = RESULTS) -> list[History]:
-    """The published histories of just these experiments, in their order; titles say "published"."""
-    known = {_identity(h.experiment): _marked(h, folder) for h in load_all(folder)}
-    return [known[key] for key in map(_identity, experiments) if key in known]
-
-
-def _identity(experiment: Experiment) -> tuple:
-    """An experiment, wherever its images are kept."""
-    settings = dataclasses.asdict(experiment) | {"dataset": data.title(experiment.dataset)}
-    return tuple(settings.items())
-
-
-def _marked(history: History, folder: Path) -> History:
-    """The history; if it is a published one, its environment says so, and so does every title."""
-    if RESULTS not in (folder.resolve(), *folder.resolve().parents):
-        return history
-    return dataclasses.replace(history, environment={**history.environment, "published": True})
+    if any(h.experiment != e for e, h in found.items()):
+        print(f"{out}: shown as they were run, with settings of their own")
+    if out.resolve().is_relative_to(RESULTS):
+        for h in found.values():
+            h.environment["published"] = True  # every title says so
+    return list(found.values())

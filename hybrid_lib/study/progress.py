@@ -1,12 +1,11 @@
-"""How far the runs of a study are: a line in a terminal, a table in a notebook, lines in a log."""
+"""How far the runs of a study are: a line that changes where somebody looks, else a log."""
 
-from __future__ import annotations
-
+import os
 import sys
 import time
 from collections.abc import Sequence
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
@@ -29,13 +28,18 @@ def outcome(event: History | str) -> str:
     return f"{event.status}, test accuracy {event.final['test_accuracy']:.4f}"
 
 
-class Progress:
-    """Shows events of runs; what is left is estimated from the time so far and the epochs' costs.
+def is_interactive() -> bool:
+    """Whether a person may be looking: false under papermill and nbconvert, and without IPython."""
+    from IPython import get_ipython
 
-    Attributes:
-        names: of the runs, with their seeds.
-        ended: the runs that have, by number: with their history, or with why they failed.
-    """
+    shell = get_ipython()
+    asks = getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+    # Voilà asks nothing either, but has somebody looking; it says so in the environment.
+    return shell is not None and (asks or "voila" in os.environ.get("SERVER_SOFTWARE", "").lower())
+
+
+class Progress:
+    """Shows events of runs, and keeps how they ended, by number: a history, or why it failed."""
 
     def __init__(self, experiments: Sequence[Experiment]):
         self.names = [f"{e.label}, seed {e.seed}" for e in experiments]
@@ -43,15 +47,8 @@ class Progress:
         self.epochs, self.begun = [0] * len(experiments), {}
         self.ended: dict[int, History | str] = {}
         self.start = self.said = time.monotonic()
-        self.line = tqdm(bar_format="{desc}", disable=not sys.stderr.isatty(), leave=False)
-        self.display = None  # the table's place in a notebook, where it is drawn again
-        if "IPython" in sys.modules:
-            from hybrid_lib.study import figures
-
-            if figures.is_interactive():
-                from IPython.display import display
-
-                self.display = display(self._table(), display_id=True)
+        watched = sys.stderr.isatty() or ("IPython" in sys.modules and is_interactive())
+        self.line = tqdm(bar_format="{desc}", disable=not watched, leave=False)
 
     def __call__(self, number: int, event: Event) -> None:
         """Take note of what happened to a run, and show it."""
@@ -60,30 +57,19 @@ class Progress:
             self.begun.setdefault(number, event)
             self.epochs[number] = event
             text += f" (run {number + 1} of {n}): epoch {event} of {self.of[number]}"
-            quiet = self.display or not self.line.disable or now < self.said + QUIET
+            quiet = not self.line.disable or now < self.said + QUIET
         else:
             self.ended[number] = event
             text += f": {outcome(event)}"
             quiet = number not in self.begun and isinstance(event, History)  # there already
-        text += f"; {len(self.ended)} of {n} done{self._left(now)}"
+        text += f"; {len(self.ended)} of {n} done"
+        done = sum(self.cost[i] * (self.epochs[i] - before) for i, before in self.begun.items())
+        todo = sum(self.cost[i] * (self.of[i] - self.epochs[i]) for i in range(n)
+                   if i not in self.ended)  # fmt: skip
+        if done and todo:
+            left = (now - self.start) * todo / done
+            text += f", about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left"
         self.line.set_description_str(text)
         if not quiet:
             self.said = now
             tqdm.write(text)
-        if self.display:
-            self.display.update(self._table())
-
-    def _table(self):
-        import pandas as pd
-
-        return pd.DataFrame({"epoch": self.epochs, "of": self.of}, index=self.names)
-
-    def _left(self, now: float) -> str:
-        done = sum(self.cost[i] * (self.epochs[i] - before) for i, before in self.begun.items())
-        runs = enumerate(zip(self.cost, self.of, self.epochs))
-        todo = sum(cost * (of - n) for i, (cost, of, n) in runs if i not in self.ended)
-        if not done or not todo:
-            return ""
-        seconds = (now - self.start) * todo / done
-        time_left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-        return f", about {time_left} left"

@@ -4,9 +4,8 @@ On a CPU a run has one thread, so that its numbers do not depend on the number o
 has its own folder and goes on from its checkpoint: after an interruption, repeat the same call.
 """
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -33,32 +32,27 @@ def run_folder(out: str | Path, experiment: Experiment) -> Path:
 
 
 def run_many(
-    experiments: Iterable[Experiment],
-    out: str | Path,
-    device: str | None = None,
-    *,
-    workers: int | None = None,
-    threads: int | None = None,
-    compile: bool | None = None,
+    experiments: Iterable[Experiment], out: str | Path, device: str | None = None, *,
+    workers: int | None = None, threads: int | None = None, compile: bool | None = None,
     cluster: str | None = None,
-    gpu_share: float = 1.0,
-) -> tuple[list[History], list[str]]:
+) -> tuple[list[History], list[str]]:  # fmt: skip
     """Train what is missing of a study, several runs at once and the longest first.
 
     A script that calls this needs ``if __name__ == "__main__":``, as with all of multiprocessing.
 
     Args:
-        device: see :func:`hybrid_lib.run`.
+        device, threads, compile: see :func:`hybrid_lib.run`.
         workers: how many at once; None: as many as there are cores, on a GPU one. With 1, they run
             in this process. On SLURM: how many jobs.
-        threads: of each run on a CPU; None: one.
-        compile: see :func:`hybrid_lib.run`.
-        cluster, gpu_share: see :func:`hybrid_lib.study.cluster.train_all`.
+        cluster: see :func:`hybrid_lib.study.cluster.train_all`.
 
     Returns:
         The histories in the order of ``experiments``, and a line for each run that failed or
         diverged: one that does leaves the others untouched.
     """
+    for name, n in {"workers": workers, "threads": threads}.items():
+        if n is not None and n < 1:
+            raise ValueError(f"{name}={n}: at least 1, or leave it out")
     jobs = [(e, run_folder(out, e)) for e in experiments]
     settings = {"device": device, "threads": threads, "compile": compile}
     over = [i for i, (_, folder) in enumerate(jobs) if _is_over(folder)]
@@ -67,15 +61,14 @@ def run_many(
     at_once = min(workers or cores(device, threads), len(order))
     progress = Progress([e for e, _ in jobs])
     try:
-        _one_by_one(jobs, over, progress, settings)  # reads them
+        for i in over if cluster or at_once > 1 else (*over, *order):  # what is over is read
+            progress(i, train(jobs[i], functools.partial(progress, i), settings))
         if cluster:
             from hybrid_lib.study.cluster import train_all
 
-            train_all(jobs, order, progress, cluster, workers or 1, gpu_share, settings)
+            train_all(jobs, order, progress, cluster, workers or 1, settings)
         elif at_once > 1:
             _in_processes(jobs, order, progress, settings, at_once)
-        else:
-            _one_by_one(jobs, order, progress, settings)
     finally:
         progress.line.close()
     ended = sorted(progress.ended.items())
@@ -85,10 +78,9 @@ def run_many(
 
 
 def _is_over(folder: Path) -> bool:
-    try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return History.load(folder).status in ("complete", "diverged")
-    except (FileNotFoundError, ValueError):
-        return False
+    return False
 
 
 def cores(device: str | None = "cpu", threads: int | None = None) -> int:
@@ -115,37 +107,28 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1]}"
 
 
-def _one_by_one(jobs: Sequence[Job], order: Iterable[int], report, settings: dict) -> None:
-    for i in order:
-        report(i, train(jobs[i], lambda epochs, i=i: report(i, epochs), settings))
-
-
-# --- Processes of this machine. ---
-
-
 def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_once: int) -> None:
+    context, gpus = multiprocessing.get_context("spawn"), torch.cuda.device_count()
     waiting, killed, everyone = list(order), Counter(), []
     busy: dict[connection.Connection, tuple] = {}  # pipes to processes that have a run
 
-    def start(slot: int) -> tuple:
-        context, gpus, mine = multiprocessing.get_context("spawn"), torch.cuda.device_count(), {}
-        if settings["device"] in (None, "cuda") and gpus > 1:
-            mine = {"device": f"cuda:{slot % gpus}"}
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, {**settings, **mine}))
-        process.start()
-        theirs.close()
-        everyone.append((pipe, process))
-        return pipe, process, slot
-
-    def give(pipe, process, slot: int) -> None:
+    def give(slot: int, pipe=None, process=None) -> None:
+        """The next run to a process, without one to a new one."""
+        if pipe is None:
+            spread = gpus > 1 and settings["device"] in (None, "cuda")
+            own = {**settings, "device": f"cuda:{slot % gpus}"} if spread else settings
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, own))
+            process.start()
+            theirs.close()
+            everyone.append((pipe, process))
         busy[pipe] = process, slot, waiting.pop(0)
         with contextlib.suppress(OSError):  # killed already: to be seen below
             pipe.send(jobs[busy[pipe][-1]])
 
     try:
         for slot in range(at_once):
-            give(*start(slot))
+            give(slot)
         while busy:
             for pipe in connection.wait([*busy]):
                 process, slot, number = busy[pipe]
@@ -163,7 +146,7 @@ def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_on
                 if not isinstance(event, int):
                     del busy[pipe]
                     if waiting:
-                        give(*(start(slot) if process.exitcode else (pipe, process, slot)))
+                        give(slot, *(() if process.exitcode else (pipe, process)))
     finally:  # where its pipe is closed, a process stops after the step it is in
         for pipe, _ in everyone:
             pipe.close()

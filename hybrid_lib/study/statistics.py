@@ -1,12 +1,10 @@
-"""Seed statistics: means with intervals, ranks, paired tests, epochs to an accuracy.
+"""Seed statistics: means with intervals, ranks, paired tests.
 
 There is one kind of interval, Student's at 95 %; ± is half of it, and takes two seeds. Accuracies
 are those of the last epoch of finished runs: a run that diverged has none, is counted beside every
 mean, and ranks below all that finished; a run that was stopped counts nowhere. Runs with equal
 seeds share initial weights and the order of images, so methods are compared in pairs, by seed.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
@@ -20,16 +18,13 @@ from hybrid_lib.training.experiments import EXPERIMENTS
 from hybrid_lib.training.history import History
 
 LEVEL = 0.95
-ENDED = ("complete", "diverged")
 
 
 def group_by_method(histories: Sequence[History]) -> dict[str, list[History]]:
     """Histories by experiment name, in the report's order."""
-    place = {name: i for i, name in enumerate(EXPERIMENTS)}
-    groups: dict[str, list[History]] = {}
-    for h in sorted(histories, key=lambda h: place.get(h.experiment.name, len(place))):
-        groups.setdefault(h.experiment.name, []).append(h)
-    return groups
+    names = dict.fromkeys(h.experiment.name for h in histories)
+    order = [n for n in EXPERIMENTS if n in names] + [n for n in names if n not in EXPERIMENTS]
+    return {name: [h for h in histories if h.experiment.name == name] for name in order}
 
 
 def finals(histories: Sequence[History]) -> pd.DataFrame:
@@ -53,17 +48,14 @@ def margin(values: Sequence[float] | pd.DataFrame) -> float | pd.Series:
     >>> f"0.632 ± {margin([0.61, 0.64, 0.62, 0.66, 0.63]):.3f}"
     '0.632 ± 0.024'
     """
-    alone = not isinstance(values, pd.DataFrame)
-    table = pd.Series(values, dtype=float).to_frame() if alone else values
-    half = table.sem() * stats.t.ppf((1 + LEVEL) / 2, table.count() - 1)
-    return float(half.iloc[0]) if alone else half
+    values = values if isinstance(values, pd.DataFrame) else pd.Series(values, dtype=float)
+    return values.sem() * stats.t.ppf((1 + LEVEL) / 2, values.count() - 1)
 
 
 def difference(one: Sequence[float], two: Sequence[float]) -> tuple[float, float]:
     """Difference of two means of unpaired values, and half of its 95 % interval (Welch).
 
-    >>> value, half = difference([0.90, 0.92, 0.91], [0.86, 0.88, 0.87])
-    >>> f"{value:.3f} ± {half:.3f}"
+    >>> "{:.3f} ± {:.3f}".format(*difference([0.90, 0.92, 0.91], [0.86, 0.88, 0.87]))
     '0.040 ± 0.023'
     """
     value = fmean(one) - fmean(two)
@@ -107,18 +99,15 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
 
 
 def ranks(histories: Sequence[History]) -> pd.DataFrame:
-    """Methods from the best to the worst, with how sure their place is.
+    """Methods from the best to the worst, with how sure their place is; ValueError without any.
 
     Returns:
         A row per method: "mean" of finished runs, and "±"; "rank" (ties share the better one), and
         its interval: "rank from" is behind those better in pairs, "rank to" before those worse, at
         p (Holm) ≤ .05; a method with a run that diverged is better than none that finished.
         "seeds" that finished, and that "diverged"; with fewer than two, no interval (NaN).
-
-    Raises:
-        ValueError: if no run has ended.
     """
-    ended = [h for h in histories if h.status in ENDED]
+    ended = [h for h in histories if h.status in ("complete", "diverged")]
     scores = finals(ended)
     finite = scores.replace(-np.inf, np.nan)
     seeds, diverged = finite.count(), np.isneginf(scores).sum()
@@ -135,34 +124,3 @@ def ranks(histories: Sequence[History]) -> pd.DataFrame:
         places = 1 + better.sum(), len(table) - worse.sum() * (diverged[name] == 0)
         table.loc[name, ["rank from", "rank to"]] = places
     return table.sort_values("rank", kind="stable").rename_axis("method")
-
-
-def best(histories: Sequence[History]) -> str | None:
-    """The name of the method with rank 1 throughout the interval of its rank, or None."""
-    table = ranks(histories) if any(h.status == "complete" for h in histories) else ()
-    return table.index[0] if len(table) and table["rank to"].iloc[0] == 1 else None
-
-
-def time_to(histories: Sequence[History], accuracy: float | None = None) -> pd.DataFrame:
-    """How long each method takes to a test accuracy that it may lose again afterwards.
-
-    Args:
-        accuracy: None: the highest multiple of .05 that half of the methods have at the end.
-
-    Returns:
-        A row per method: "final" accuracy (mean), "reached" (runs that did) of "seeds", and the
-        medians of "epochs" and of "seconds" (of training alone). A run that never got there counts
-        as later than all others: if half of them did not, there is no median (NaN).
-    """
-    rows, means = {}, finals(histories).replace(-np.inf, np.nan).mean()
-    if accuracy is None:
-        accuracy = np.floor(means.quantile(0.5, interpolation="higher") * 20 + 1e-9) / 20
-    for name, group in group_by_method([h for h in histories if h.status in ENDED]).items():
-        runs = [h.frame().reset_index() for h in group]
-        runs = [run.assign(seconds=run["train_seconds"].cumsum()) for run in runs]
-        runs = [run[run["test_accuracy"] >= accuracy][["epoch", "seconds"]].min() for run in runs]
-        first = pd.DataFrame(runs, dtype=float)
-        epochs, seconds = first.fillna(np.inf).median().replace(np.inf, np.nan)
-        rows[name] = {"final": means[name], "reached": first["epoch"].count(), "seeds": len(group),
-                      "epochs": epochs, "seconds": seconds}  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"to {accuracy:.2f}")

@@ -10,11 +10,8 @@ A sweep is a few lines of YAML, in a file, on the command line or in a notebook'
       lr: [0.003, 0.03]
       lambda_sgd: [0, 0.5, 1]
 
-Command line: ``hybrid-sweep FILE.yaml``, or its text, as in
-``hybrid-sweep '{optimizer: sgd, grid: {momentum: [0, 0.9]}}'``.
+Command line: ``hybrid-sweep FILE.yaml`` or ``hybrid-sweep '{grid: {momentum: [0, 0.9]}}'``.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import re
@@ -36,17 +33,13 @@ from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
-OF_LAST_EPOCH = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
-NUMBERS = (*OF_LAST_EPOCH, "best_test_accuracy", "train_seconds")
-MEASURED = ("seed", "status", "epochs done", *NUMBERS)
+LAST = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")  # of the last epoch
+MEASURED = ("seed", "status", "epochs done", *LAST, "best_test_accuracy", "train_seconds")
 Values = Annotated[list, Field(min_length=1)]
 
 
 class Range(BaseModel, frozen=True, extra="forbid"):
-    """From ``low`` to ``high``, evenly, or with ``log`` evenly in the logarithm.
-
-    Both ends can be drawn. Between whole numbers draws are whole, but for a logarithm.
-    """
+    """From ``low`` to ``high``, both included; whole between whole numbers, but for ``log``."""
 
     low: int | float
     high: int | float
@@ -70,21 +63,15 @@ class Range(BaseModel, frozen=True, extra="forbid"):
 class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     """What to vary, and around what.
 
-    ``fixed``, ``grid`` and ``random`` name fields of :class:`hybrid_lib.Experiment`, or
-    ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule (``lambda_start``).
-
     Attributes:
-        optimizer: a row of :data:`hybrid_lib.EXPERIMENTS`, whose settings everything starts from;
-            "optimizer" may also be varied.
+        optimizer: whose settings everything starts from; "optimizer" may also be varied.
         scale, dataset: as for :func:`hybrid_lib.study.planning.plan`.
         seeds: as in "0,3" or "0-4": each point runs with all of them.
-        fixed: settings of every run.
+        fixed: settings of every run, by their names in :class:`hybrid_lib.Experiment`, or
+            ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule.
         grid: lists of values; every combination is run.
         random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), and how
             many combinations to draw of them. With a grid, each draw runs at each of its points.
-
-    Raises:
-        pydantic.ValidationError: a ValueError that lists every fault.
     """
 
     optimizer: str = "sgd"
@@ -99,13 +86,15 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
 
     @model_validator(mode="after")
     def _is_possible(self):
+        given = [*self.varied, *self.fixed]
         if not self.varied:
             raise ValueError("grid or random: name at least one setting to vary")
-        for name in sorted({*self.varied, *self.fixed} - FIELDS - {"lambda_sgd"}):
-            raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
-        for name in self.grid.keys() & self.random.keys() | self.fixed.keys() & set(self.varied):
-            raise ValueError(f"{name} is given twice: once in fixed, grid and random together")
-        if {"lambda_sgd", "lambda_start"} <= {*self.varied, *self.fixed}:
+        for name in given:
+            if name not in FIELDS | {"lambda_sgd"}:
+                raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
+            if given.count(name) > 1:
+                raise ValueError(f"{name} is given twice in fixed, grid and random together")
+        if {"lambda_sgd", "lambda_start"} <= {*given}:
             raise ValueError("lambda_sgd and lambda_start are the same weights: give one of them")
         planning.plan(self.scale, self.dataset, [self.optimizer], seed_list(self.seeds))
         return self
@@ -131,20 +120,19 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     def plan(self) -> tuple[list[Experiment], list[str]]:
         """The experiments, named after their settings, and a line per point that is impossible.
 
-        Raises:
-            ValueError: if all of them are.
+        ValueError, if all of them are.
         """
         planned, refused = {}, []
         for point in self.points():
             settings = {"optimizer": self.optimizer, **self.fixed, **point}
             optimizer = settings.pop("optimizer")
-            name = _name(optimizer, {k: v for k, v in point.items() if k != "optimizer"})
+            name = _name(optimizer, point)
             try:
                 if "lambda_sgd" in settings:
                     sgd = float(settings.pop("lambda_sgd"))
                     settings["lambda_start"] = (1 - sgd, sgd)
-                seeds = seed_list(self.seeds)
-                for e in planning.plan(self.scale, self.dataset, [optimizer], seeds, **settings):
+                for e in planning.plan(self.scale, self.dataset, [optimizer],
+                                       seed_list(self.seeds), **settings):  # fmt: skip
                     planned[name, e.seed] = dataclasses.replace(e, name=name)
             except (TypeError, ValueError) as error:
                 refused.append(f"{name}: refused, {reason(error)}")
@@ -159,15 +147,11 @@ def read(space: str | Path, **given) -> Sweep:
     >>> read("{optimizer: atmo, grid: {lr: [0.01, 0.1]}}", scale="toy").scale
     'toy'
 
-    Raises:
-        ValueError: if it is no sweep, with every fault in one line.
-        FileNotFoundError: if the file is not there.
+    ValueError, with every fault in one line, if it is no sweep; FileNotFoundError without a file.
     """
-    text = str(space)
-    if text.endswith((".yaml", ".yml")):
-        text = Path(space).read_text("utf-8")
     try:
-        content = yaml.safe_load(text)
+        is_file = str(space).endswith((".yaml", ".yml"))
+        content = yaml.safe_load(Path(space).read_text("utf-8") if is_file else space)
         if not isinstance(content, dict):
             raise ValueError("give FILE.yaml, or text: {optimizer: atmo, grid: {lr: [0.01, 0.1]}}")
         return Sweep(**{**content, **given})
@@ -187,7 +171,7 @@ def sweep_from(params: SimpleNamespace) -> Sweep:
 def default_out(space: str | Path) -> Path:
     """Where a sweep is kept if nothing else is said: runs/sweep-FILE, or -CHECKSUM of its text."""
     is_file = str(space).endswith((".yaml", ".yml"))
-    name = Path(space).stem if is_file else f"{crc32(str(space).encode()):08x}"
+    name = Path(space).stem if is_file else f"{crc32(space.encode()):08x}"
     return data.PROJECT / "runs" / f"sweep-{name}"
 
 
@@ -203,47 +187,37 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
         if abs(sum(h.experiment.lambda_start) - 1) < 1e-9:
             setting["lambda_sgd"] = setting.pop("lambda_start")[1]
         settings.append({"run": setting.pop("name"), "seed": setting.pop("seed")} | setting)
-        row = {"status": h.status, "epochs done": len(h.rows), **dict.fromkeys(NUMBERS)}
-        if h.status == "complete":
-            row |= {k: h.final[k] for k in OF_LAST_EPOCH}
-            row["best_test_accuracy"] = h.best["test_accuracy"]
-        measured.append(row | {"train_seconds": sum(row["train_seconds"] for row in h.rows)})
+        last, best = ({}, {}) if h.status != "complete" else (h.final, h.best)
+        measured.append({
+            "status": h.status, "epochs done": len(h.rows), **{k: last.get(k) for k in LAST},
+            "best_test_accuracy": best.get("test_accuracy"),
+            "train_seconds": sum(row["train_seconds"] for row in h.rows),
+        })  # fmt: skip
     given = pd.DataFrame(settings, dtype=object).set_index("run")
     given = given.where(given.notna(), None)
     differing = [k for k in given if k != "seed" and given[k].map(repr).nunique() > 1]
-    runs = pd.DataFrame(measured, index=given.index).astype(dict.fromkeys(NUMBERS, float))
+    runs = pd.DataFrame(measured, index=given.index).astype(dict.fromkeys(MEASURED[3:], float))
     return pd.concat([given[[*differing, "seed"]].infer_objects(), runs], axis=1)
-
-
-def varied(runs: pd.DataFrame) -> list[str]:
-    """The columns of :func:`table` that are settings."""
-    return [column for column in runs if column not in MEASURED]
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per point of :func:`table`: mean test accuracy, ± (95 %, Student), and counts.
 
-    Sorted by the mean. Points with a run that diverged stand last: their mean is that of the seeds
-    that were lucky.
+    The best first; last those with a run that diverged, whose mean is that of the lucky seeds.
     """
     groups = runs.assign(diverged=runs["status"] == "diverged").groupby("run", sort=False)
-    points, accuracies = groups[varied(runs)].first(), groups["test_accuracy"]
+    settings = [column for column in runs if column not in MEASURED]
+    points, accuracies = groups[settings].first(), groups["test_accuracy"]
     points["test_accuracy"], points["±"] = accuracies.mean(), accuracies.agg(statistics.margin)
     points["seeds"], points["diverged"] = accuracies.count(), groups["diverged"].sum()
-    return points.sort_values(
-        ["diverged", "test_accuracy"], key=lambda c: c > 0 if c.name == "diverged" else -c
-    )
-
-
-def axes(names: Iterable[str], runs: pd.DataFrame) -> list[str]:
-    """The columns of :func:`table` for settings of these names, where the runs differ in them."""
-    columns = ["lambda_sgd" if n == "lambda_start" and n not in runs else n for n in names]
-    return [column for column in columns if column in runs]
+    order = points.assign(lucky=points["diverged"] > 0, worst=-points["test_accuracy"])
+    return points.loc[order.sort_values(["lucky", "worst"]).index]
 
 
 def _name(optimizer: str, point: dict) -> str:
     """A name that tells the settings, made of what folders may be called."""
-    words = [f"{k}{v:.6g}" if isinstance(v, float) else f"{k}{v}" for k, v in point.items()]
+    words = [f"{k}{v:.6g}" if isinstance(v, float) else f"{k}{v}"
+             for k, v in point.items() if k != "optimizer"]  # fmt: skip
     words = [re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in (optimizer, *words)]
     text = "-".join(words)
     return text if len(text) <= 80 else f"{text[:71]}-{crc32(text.encode()):08x}"

@@ -1,7 +1,5 @@
 """Tables of histories, and the report's own numbers. ± is half of a 95 % interval (Student)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,16 +26,11 @@ def paper(name: str) -> pd.DataFrame:
 
 
 def subject(histories: Sequence[History]) -> str:
-    """The data set's name, for titles, which say so if the runs are published ones.
-
-    Raises:
-        ValueError: for no history, or for histories of several data sets.
-    """
+    """The data set's name, for titles; ValueError for no history or those of several."""
     titles = {h.dataset + ", published runs" * h.environment.get("published", False)
               for h in histories}  # fmt: skip
     if len(titles) > 1:
-        names = ", ".join(sorted(titles))
-        raise ValueError(f"histories of several data sets ({names}): show one at a time")
+        raise ValueError(f"several data sets ({', '.join(sorted(titles))}): show one at a time")
     if not titles:
         raise ValueError("no history to show")
     return titles.pop()

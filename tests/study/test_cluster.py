@@ -31,32 +31,10 @@ def listening(*pids: int) -> set[str]:
     return {c.laddr.ip for p in family for c in p.net_connections() if c.status == "LISTEN"}
 
 
-def trained_on(address: str, jobs=(), **how) -> dict:
-    """What each of the jobs came to on a cluster."""
-    events: dict = {}
-    cluster.train_all(jobs, range(len(jobs)), lambda i, event: events.update({i: event}), address,
-                      **how)  # fmt: skip
-    return events
+CPU = {"device": "cpu"}
 
 
 # --- What cannot be. ---
-
-
-def test_without_the_extra_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path / "x")]
-    assert study([*command, "--cluster", "tcp://127.0.0.1:1"]) == 2
-    shown, errors = capsys.readouterr()
-    assert shown == ""
-    assert len(errors.splitlines()) == 1
-    assert "pip install '.[cluster]'" in errors
-
-
-def test_where_no_scheduler_answers_one_line_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cluster, "ANSWER", 0.3)
-    command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path), "--cluster"]
-    assert study([*command, "tcp://127.0.0.1:1"]) == 2
-    assert "cluster='tcp://127.0.0.1:1': no scheduler answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -65,11 +43,21 @@ def test_where_no_scheduler_answers_one_line_says_so(tmp_path, monkeypatch, caps
         ("nonsense", r"give tcp://HOST:PORT, tls://…, slurm:FILE\.yaml"),
         ("http://127.0.0.1:1", r"give tcp://"),
         ("tls://127.0.0.1:1", r"Dask's configuration names no certificates"),
+        ("tcp://127.0.0.1:1", r"cluster='tcp://127.0.0.1:1': nobody answers"),
+        ("without Dask", r"pip install '.\[cluster\]'"),
     ],
 )
-def test_what_cannot_be_an_address_is_refused(address, message):
-    with pytest.raises(ValueError, match=message):
-        trained_on(address)
+def test_where_there_is_no_cluster_one_line_says_so(
+    address, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster, "ANSWER", 0.3)
+    if address == "without Dask":
+        monkeypatch.setitem(sys.modules, "distributed", None)
+    command = ["--scale", "toy", "--only", "sgd", "--out", str(tmp_path / "x")]
+    assert study([*command, "--cluster", address]) == 2
+    shown, errors = capsys.readouterr()
+    assert (shown, len(errors.splitlines())) == ("", 1)
+    assert re.search(message, errors)
 
 
 # --- A scheduler and workers that others have started. ---
@@ -83,7 +71,7 @@ class Joined:
         self.start("scheduler", "--port", "0", "--scheduler-file", self.file)
         self.address = waited_for(lambda: self.file.exists() and self.said())["address"]
         for _ in range(2):
-            limits = ("--nthreads", "1", "--memory-limit", "0", "--resources", "GPU=0.5")
+            limits = ("--nthreads", "1", "--memory-limit", "0")
             self.start("worker", self.address, *limits, "--local-directory", folder)
 
     def start(self, part: str, *arguments) -> None:
@@ -113,9 +101,8 @@ def joined(tmp_path_factory):
     there.stop()
 
 
-@pytest.mark.parametrize("n", [8, pytest.param(24, marks=pytest.mark.slow)])
-def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_path, joined):
-    experiments, out, killed = with_failures(n), tmp_path / "out", {}
+def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(tmp_path, joined):
+    experiments, out, killed = with_failures(8), tmp_path / "out", {}
     experiments[0] = experiments[0].scaled(40)
     expected, failed_there = run_many(experiments, tmp_path / "serial", "cpu", workers=1)
     killer = killing(out / "runs", killed)
@@ -132,16 +119,6 @@ def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(n, tmp_
     assert addresses <= LOOPBACK
 
 
-def test_gpus_are_claimed_where_workers_declare_them(tmp_path, joined):
-    """These declare half a GPU that they do not have: the run is placed, and says so."""
-    settings = {"device": "cuda"}
-    jobs = [(toy_runs(1)[0], tmp_path)]
-    (error,) = trained_on(joined.address, jobs, settings=settings, gpu_share=0.5).values()
-    assert "use cpu" in error
-    with pytest.raises(RuntimeError, match="start its workers with --resources GPU=1"):
-        trained_on(joined.address, settings=settings)
-
-
 def long_and_short(tmp_path: Path) -> list:
     (long,), (short,) = toy_runs(1, epochs=5000), toy_runs(1, epochs=1)
     return [(long, tmp_path / "long"), (short, tmp_path / "short")]
@@ -155,7 +132,7 @@ def test_who_stops_waiting_stops_the_runs(tmp_path, joined):
 
     jobs = long_and_short(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        cluster.train_all(jobs, (1, 0), report, joined.address, settings={"device": "cpu"})
+        cluster.train_all(jobs, (1, 0), report, joined.address, 1, CPU)
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").status == "stopped"
     assert History.load(tmp_path / "short").status == "complete"
@@ -171,7 +148,7 @@ def test_a_scheduler_s_end_is_told_and_loses_nothing(tmp_path, joined):
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RuntimeError, match=r"is gone; .* the same command goes on from there"):
-        trained_on(joined.address, long_and_short(tmp_path)[:1], settings={"device": "cpu"})
+        cluster.train_all(long_and_short(tmp_path), [0], lambda *_: None, joined.address, 1, CPU)
     killer.join()
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").rows
@@ -213,7 +190,7 @@ def test_the_job_script_of_the_example(profile):
     assert "source .venv/bin/activate" in script.splitlines()
     (command,) = [line for line in script.splitlines() if "dask_worker" in line]
     for words in (
-        "--nthreads 1", "--nworkers 4", "--resources GPU=0.25", "--lifetime 470m", "--nanny",
+        "--nthreads 1", "--nworkers 4", "--lifetime 470m", "--nanny",
         "--protocol tls://", "--interface lo", "--dashboard-address 127.0.0.1:0", address,
     ):  # fmt: skip
         assert words in command
@@ -268,19 +245,13 @@ def test_where_there_is_no_sbatch_nothing_waits_for_it(profile, tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (None, r"no profile for SLURM \(.*No such file"),
-        ("", r"no profile for SLURM"),
-        ("- a\n- b", r"no profile for SLURM"),
-        ("cores: 4\nmemory: 1GB\nqueu: gpu", r"no profile for SLURM \(.*queu"),
-        ("queue: gpu", r"no profile for SLURM \(.*cores"),
-        ("a: {", r"no profile for SLURM"),
-    ],
-)
+    [("", ""), ("- a\n- b", ""), ("a: {", ""), ("queue: gpu", "cores"),
+     ("cores: 4\nmemory: 1GB\nqueu: gpu", "queu")],
+)  # fmt: skip
 @pytest.mark.filterwarnings("ignore")  # dask_jobqueue's, of what it leaves half-built
 def test_what_is_no_profile_is_refused(text, message, tmp_path):
     file = tmp_path / "profile.yaml"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        cluster.slurm(file)
+    file.write_text(text)
+    for where, why in ((file, message), (tmp_path / "nowhere.yaml", "No such file")):
+        with pytest.raises(ValueError, match=rf"no profile for SLURM \(.*{why}"):
+            cluster.slurm(where)

@@ -33,18 +33,13 @@ def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
     return known
 
 
-def test_without_anything_injected_the_defaults_are_the_values():
-    params = checked(namespace(), planning.experiments_from)
-    assert vars(params) == {**DEFAULTS, "plan": plan("demo")}  # which the check made of them
-
-
 @pytest.mark.parametrize(
     ("name", "given", "value"),
     [
         ("train", "false", False), ("train", "False", False), ("train", 0, False),
         ("train", "true", True), ("lr", "1e-3", 0.001), ("lr", 1, 1.0), ("lr", "0.5", 0.5),
         ("epochs", "7", 7), ("epochs", 7, 7), ("epochs", 7.0, 7), ("epochs", None, None),
-        ("seeds", 3, "3"), ("seeds", "0-2", "0-2"), ("dataset", "cifar10", "cifar10"),
+        ("seeds", 3, "3"), ("seeds", "0-2", "0-2"), ("dataset", "digits", "digits"),
     ],
 )  # fmt: skip
 def test_injected_values_are_converted_to_the_declared_types(name, given, value):
@@ -57,19 +52,12 @@ def test_injected_values_are_converted_to_the_declared_types(name, given, value)
     ("given", "message"),
     [
         ({"epoch": 3}, r"epoch is not a parameter of this notebook \(did you mean epochs\?\)"),
-        ({"Seeds": "1"}, r"Seeds is not a parameter.*did you mean seeds\?"),
-        ({"zzz": 1}, r"zzz is not a parameter of this notebook \("),
-        ({"study": 1}, r"study is not a parameter"),
         ({"epochs": 2.5}, r"epochs=2\.5: .*integer"),
-        ({"epochs": "many"}, r"epochs='many': .*integer"),
         ({"lr": "fast"}, r"lr='fast': .*number"),
         ({"lr": None}, r"lr=None: .*number"),
         ({"train": "maybe"}, r"train='maybe': .*boolean"),
         ({"seeds": [1, 2]}, r"seeds=\[1, 2\]: .*string"),
         ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
-        ({"dataset": "cifar"}, r"dataset='cifar'"),
-        ({"seeds": "x"}, r"seeds='x'"),
-        ({"epochs": 0}, r"epochs=0: .*greater than or equal to 1"),
     ],
 )
 def test_a_faulty_parameter_is_named_with_its_value(given, message):
@@ -87,16 +75,6 @@ def test_all_faults_come_in_one_line():
     message = str(caught.value)
     for part in ("did you mean epochs", "did you mean train", "lr='fast'", "train='maybe'"):
         assert part in message
-    with pytest.raises(ValueError, match=r"epoch is not.*scale='huge'"):
-        checked(namespace(epoch=3, scale="huge"), planning.experiments_from)
-
-
-def test_the_check_sees_converted_values_and_its_objection_is_shown():
-    def check(params):
-        raise ValueError(f"no luck with {params.lr!r}")
-
-    with pytest.raises(ValueError, match=r"no luck with 0\.001 \(parameters"):
-        checked(namespace(lr="1e-3"), check)
 
 
 @pytest.mark.parametrize(
@@ -135,24 +113,12 @@ seed: int = 0  # a seed
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [
-        ({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
-        ({"dataset": "imagenet"}, r"dataset='imagenet'"),
-        ({"lambda_schedule": "ramp"}, r"lambda_schedule='ramp'"),
-        ({"lambda_start": "-1,2"}, r"lambda_start=.*-1.*greater"),
-        ({"lambda_start": "nan,1"}, r"lambda_start=.*nan.*finite"),
-        ({"lambda_start": "1"}, r"lambda_start=\['1'\]|lambda_start=\('1',\)"),
-        ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
-        ({"lr": 0}, r"lr=0"),
-        ({"lr": -0.1}, r"lr=-0\.1"),
-        ({"lr": "nan"}, r"lr=nan"),
-        ({"epochs": 0}, r"epochs=0"),
-        ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
-        ({"protocol": "dirty"}, r"protocol='dirty'"),
-        ({"seed": -1}, r"seed=-1"),
-        ({"learning_rate": 0.1}, r"learning_rate is not a parameter"),
-    ],
-)
+    [({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
+     ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
+     ({"lr": "nan"}, r"lr=nan"),
+     ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
+     ({"learning_rate": 0.1}, r"learning_rate is not a parameter")],
+)  # fmt: skip
 def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         checked(namespace(declared=ONE, **given), planning.experiment_from)

@@ -1,6 +1,5 @@
 """A plan is one run per method and seed; what is not trained is read; a run can be repeated."""
 
-import contextlib
 import shlex
 from dataclasses import replace
 from itertools import product
@@ -23,19 +22,15 @@ from hybrid_lib.training.tasks import load_task
 
 
 def test_a_plan_is_one_run_per_method_and_seed():
-    planned = plan("toy", only=["sgd", "adasgd"], seeds=[0, 7])
+    planned = plan("toy", only=["sgd", "adasgd", "sgd"], seeds=[0, 7, 0])
     folders = [run_folder("out", e).name for e in planned]
     assert folders == ["sgd-seed0", "sgd-seed7", "adasgd-seed0", "adasgd-seed7"]
     assert all((e.dataset, e.epochs, e.width) == ("digits", 2, 4) for e in planned)
 
 
-def test_the_eight_rows_of_table_three_are_the_default():
-    assert [e.name for e in plan()] == [name for name in EXPERIMENTS if name != "padam"]
-
-
 def test_at_paper_scale_nothing_but_data_and_seed_is_changed():
-    for e in plan("paper", "cifar10"):
-        assert e == EXPERIMENTS[e.name]
+    planned = plan("paper", "cifar10")
+    assert planned == [e for name, e in EXPERIMENTS.items() if name != "padam"]
 
 
 @pytest.mark.parametrize("scale", planning.SCALES)
@@ -61,10 +56,8 @@ def test_changes_go_over_the_scale_and_epochs_rescale():
     [
         ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
         ({"only": ["adma"]}, r"'adma'.*did you mean adam\?"),
-        ({"only": ["dyn_padam"]}, r"'dyn_padam'.*sgd, adam"),
         ({"dataset": "cifar"}, r"dataset='cifar'"),
         ({"epochs": 0}, r"epochs"),
-        ({"epochs": "many"}, r"epochs"),
         ({"seeds": [-1]}, r"seed"),
         ({"lr": -1}, r"lr"),
     ],
@@ -74,33 +67,17 @@ def test_an_impossible_plan_is_refused(arguments, message):
         plan(**{"scale": "toy", **arguments})
 
 
-def test_no_two_runs_of_a_plan_share_a_folder():
-    with contextlib.suppress(ValueError):  # to refuse repeated names is as good
-        planned = plan("toy", only=["sgd", "adam", "sgd"], seeds=[0, 1, 0])
-        assert len({run_folder("x", e) for e in planned}) == len(planned)
-
-
-@pytest.mark.parametrize(
-    ("text", "seeds"),
-    [("0", [0]), ("0,3", [0, 3]), ("0-4", [0, 1, 2, 3, 4]), ("7, 1-2", [7, 1, 2]), ("5-5", [5])],
-)
-def test_seeds_from_text(text, seeds):
-    assert seed_list(text) == seeds
-
-
 @pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "-1", "1.5", "0-"])
-def test_what_is_no_list_of_seeds_is_refused_with_an_example(text):
-    with pytest.raises(ValueError, match=r"0,3 or 0-4") as caught:
+def test_seeds_are_numbers_and_ranges(text):
+    assert seed_list("7, 1-2") == [7, 1, 2]
+    with pytest.raises(ValueError, match=rf"seeds='{text}': .*0,3 or 0-4"):
         seed_list(text)
-    assert repr(text) in str(caught.value)
 
 
 def test_where_a_study_is_kept():
     runs = data.PROJECT / "runs"
     assert default_out("demo", "digits") == runs / "demo"
-    assert default_out("toy", "cifar10") == runs / "toy-cifar10"
     assert default_out("toy", "cifar10", "released") == runs / "toy-cifar10-released"
-    assert default_out("demo", "folder:data/cifar10-jpeg") == runs / "demo-cifar10-jpeg"
     inside = [default_out("demo", f"folder:{p}") for p in ("..", "/", "a/..", "../../etc", "~")]
     assert all(p.resolve().is_relative_to(runs) for p in inside)
 
@@ -125,8 +102,7 @@ def test_a_folder_smaller_than_the_scale_s_limits_is_used_as_it_is(tmp_path, sca
 # --- What a notebook reads. ---
 
 DEMO = data.PROJECT / "data" / "results" / "cifar10-jpeg-demo"
-GIVEN = dict(scale="demo", dataset="folder:data/cifar10-jpeg", methods="", seeds="0", epochs=None,
-             out="", train=True)  # fmt: skip
+GIVEN = dict(scale="demo", dataset="digits", methods="", seeds="0", epochs=None, train=True)
 
 
 def collected(**given) -> list[History]:
@@ -137,35 +113,9 @@ def collected(**given) -> list[History]:
 
 
 @pytest.fixture
-def no_training(monkeypatch, tmp_path):
-    """Whatever would be trained is an error, and the default folder is empty."""
+def no_training(monkeypatch):
+    """Whatever would be trained is an error."""
     monkeypatch.setattr(planning, "run_many", lambda *args: pytest.fail("this would train"))
-    monkeypatch.setattr(planning, "default_out", lambda *args: tmp_path / "runs")
-
-
-@pytest.mark.parametrize("dataset", ["folder:data/cifar10-jpeg", "folder:/else/where/cifar10-jpeg"])
-def test_published_runs_of_the_same_experiments_are_read_and_named_so(no_training, capsys, dataset):
-    found = collected(dataset=dataset)
-    assert [h.experiment.name for h in found] == list(planning.PAPER_METHODS)
-    assert tables.subject(found) == "CIFAR-10 (JPEG copy), published runs"
-    assert "8 of 8 runs, published ones" in capsys.readouterr().out
-    (sgd,) = collected(methods="sgd, padam")
-    assert sgd.rows == History.load(DEMO / "sgd-seed0").rows
-
-
-@pytest.mark.parametrize("other", [{"dataset": "digits"}, {"epochs": 11}, {"seeds": "1"}])
-def test_published_runs_of_other_experiments_are_not(no_training, other):
-    with pytest.raises(FileNotFoundError, match="none of these runs is there"):
-        collected(train=False, **other)
-
-
-def test_one_s_own_runs_come_before_published_ones(no_training, tmp_path):
-    own = History.load(DEMO / "sgd-seed0")
-    folder = run_folder(tmp_path / "runs", own.experiment)
-    folder.mkdir(parents=True)
-    own.save(folder)
-    (found,) = collected(train=False)
-    assert found.dataset == "CIFAR-10 (JPEG copy)"
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -175,8 +125,7 @@ def test_a_folder_of_published_runs_is_read_whatever_the_scale(no_training, trai
     assert [len(h.rows) for h in found] == [10, 10]
     assert tables.subject(found) == "CIFAR-10 (JPEG copy), published runs"
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{DEMO}: shown as they were run, with settings of their own (batch_")
-    assert ", epochs, " in line
+    assert line == f"{DEMO}: shown as they were run, with settings of their own"
 
 
 def test_what_is_missing_is_trained_once(tmp_path, capsys):

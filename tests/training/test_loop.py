@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from children import outcome
 from PIL import Image
 
-from hybrid_lib.study.timing import step_seconds
 from hybrid_lib.training import data, engines, history, loop, tasks
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import History
@@ -229,14 +228,6 @@ def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
     trained(toy(epochs=1, test_mode="train"))
     assert [mode for mode, *_ in fed] == [True, True, True, False] + [True] * 5
     assert fed[3][2] == 255
-
-
-@pytest.mark.parametrize("protocol", ["clean", "released"])
-def test_the_parts_of_a_step_are_timed_in_the_mode_they_are_run_in(fed, protocol):
-    parts = step_seconds(toy(protocol=protocol), "cpu", repeats=1)
-    assert [mode for mode, *_ in fed] == [True, protocol == "released"] * 3
-    assert parts.pop("Hessian") == 0
-    assert all(seconds > 0 for seconds in parts.values())
 
 
 def test_batches_of_a_test_pass_in_training_mode_are_of_mixed_classes(fed, tmp_path):
