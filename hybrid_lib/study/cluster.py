@@ -29,9 +29,9 @@ from pathlib import Path
 
 import yaml
 
-from hybrid_lib.study.progress import Event
-from hybrid_lib.study.running import Job, one_line, run
+from hybrid_lib.study.progress import Event, Job, one_line
 from hybrid_lib.training.history import History
+from hybrid_lib.training.loop import run
 
 ANSWER, SILENCE = 10, 60  # seconds for a scheduler's answer; without news, before looking again
 AGAIN = "what was finished is kept, the same command goes on from there"

@@ -25,7 +25,8 @@ import plotly
 from jupyter_client.manager import AsyncKernelManager
 
 from hybrid_lib.study.planning import method
-from hybrid_lib.study.running import cores, one_line
+from hybrid_lib.study.progress import one_line
+from hybrid_lib.study.running import cores
 from hybrid_lib.training import data
 from hybrid_lib.training.history import History, write_atomically
 

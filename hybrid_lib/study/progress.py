@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
@@ -11,6 +12,7 @@ from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 
 Event = int | History | str  # of a run: its epochs so far; how it ended; why it failed
+Job = tuple[Experiment, Path]
 QUIET = 10  # seconds between two lines of epochs in a log
 
 
@@ -73,3 +75,9 @@ class Progress:
         if not quiet:
             self.said = now
             tqdm.write(text)
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an exception and the last line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from hybrid_lib.study.progress import Event, Progress, epoch_cost, outcome
+from hybrid_lib.study.progress import Event, Job, Progress, epoch_cost, one_line, outcome
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
 
-Job = tuple[Experiment, Path]
 ATTEMPTS = 3  # of a run whose process is killed
 
 
@@ -99,12 +98,6 @@ def train(job: Job, report, settings: dict, **how) -> History | str:
     except Exception as error:
         traceback.print_exc()
         return one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """The type of an exception and the last line of what it says."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"
 
 
 def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_once: int) -> None:
