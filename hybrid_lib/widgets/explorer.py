@@ -18,19 +18,23 @@ import ipywidgets as widgets
 from IPython.display import display
 from pydantic import ValidationError
 
-from hybrid_lib.optim import methods
+from hybrid_lib.optim import methods, schedules
 from hybrid_lib.study import figures, planning
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
-from hybrid_lib.widgets import curves
+from hybrid_lib.widgets.curves import Curves
 
 METHODS = [(experiment.label, name) for name, experiment in EXPERIMENTS.items()]
 METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
 PAIRS = ("+".join(pair) for pair in itertools.permutations(methods.RULES, 2))
 METHODS += [(methods.get_method(pair).label, pair) for pair in PAIRS]
 # Per section: (field of Experiment, label, kind, what an empty text means or a full one looks like)
+HEAD = [
+    ("method", "Method", widgets.Dropdown, ""),
+    ("run_name", "Name of the run", widgets.Text, ""),
+]
 SECTIONS = {
     "The step": [
         ("lr", "Learning rate η", widgets.FloatText, ""),
@@ -46,7 +50,10 @@ SECTIONS = {
         ("lambda_epochs", "over epochs", widgets.Text, "all"),
         ("lambda_start", "λ at the start", widgets.Text, "0.5, 0.5"),
         ("lambda_end", "λ at the end", widgets.Text, "0, 1"),
+        ("lambda_direction", "Direction of λ", widgets.Dropdown, ""),
         ("merge", "Merge", widgets.Dropdown, ""),
+        ("lambda_rate", "Rate of the shape", widgets.Text, "5"),
+        ("lambda_steepness", "Steepness", widgets.Text, "12"),
     ],
     "The run": [
         ("dataset", "Data set", widgets.Combobox, ""),
@@ -61,11 +68,9 @@ SECTIONS = {
 STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
 FIELDS = STEP + WEIGHTS + RUN
 SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
-LEFT, RIGHT = 430, 515  # widths in pixels
+OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness"}  # of λ's schedule
+LEFT, RIGHT = 430, 500  # widths in pixels; the curves' may grow
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
-# Plotly knows no themes: its text takes the colour of the labels beside it.
-STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
-  fill: var(--jp-widgets-label-color, #767676) !important }</style>"""
 
 
 class Explorer:
@@ -82,8 +87,8 @@ class Explorer:
 
     Attributes:
         controls: the input widgets, by field of Experiment; also ``method`` and ``run_name``.
-        messages: beside each control, what is wrong with it; empty if nothing is.
-        figure: loss and accuracy of the runs, and the schedules of the experiment to start.
+        messages: what is wrong with a control and said below it, by field; empty if nothing is.
+        figure: the :class:`~hybrid_lib.widgets.curves.Curves`.
         view: everything, as one widget.
         history: of the current run, None before the first.
     """
@@ -101,9 +106,9 @@ class Explorer:
         self._touched, self._places = "method", {}  # where to say what no single control explains
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
         self._valid = planning.plan("demo", only=[method], **start)[0]  # what the controls said
+        self.messages: dict[str, str] = {}
         self._make_widgets(method)
         self.view = self._arranged()
-        self.view.add_class("hybrid-explorer")
         self._fill({field: getattr(self._valid, field) for field in FIELDS})
         self._propose_name()
         for field, control in self.controls.items():
@@ -230,14 +235,18 @@ class Explorer:
             if self.controls["run_name"].value == self._proposed:
                 self._propose_name()
         unused = SETTINGS - method.method.settings.keys()
-        if not method.is_hybrid:
-            unused |= set(WEIGHTS)
-        elif self.controls["lambda_schedule"].value == "constant":
-            unused |= {"lambda_end", "lambda_epochs"}
+        unused |= set(WEIGHTS)
+        if method.is_hybrid:
+            unused -= {"lambda_schedule", "lambda_start", "merge"}
+            if shape := schedules.SHAPES.get(self.controls["lambda_schedule"].value):
+                unused -= {f"lambda_{f.name}" for f in dataclasses.fields(shape)}
+                unused.discard("lambda_direction")
         if self.controls["lr_schedule"].value != "multistep":
             unused.add("lr_milestones")
         for name in FIELDS:
             self.controls[name].disabled = name in unused
+        for name in OF_ONE_SHAPE:
+            self._cells[name].layout.display = "none" if name in unused else ""
         self._check()
 
     def _check(self) -> None:
@@ -266,10 +275,12 @@ class Explorer:
                     problems.append(("run_name", "another experiment is kept under this name"))
         except ValueError as error:
             problems.append(("run_name", str(error)))
-        for field, message in self.messages.items():
-            lines = dict.fromkeys(text for place, text in problems if place == field)
-            message.value = _warning("; ".join(lines)) if lines else ""
-            message.layout.display = "" if lines else "none"
+        told, self.messages = self.messages, {}
+        for place, text in dict.fromkeys(problems):
+            self.messages[place] = "; ".join(filter(None, (self.messages.get(place), text)))
+        for field in [f for f in self.controls if told.get(f) != self.messages.get(f)]:
+            said = [widgets.HTML(_warning(m)) for f, m in self.messages.items() if f == field]
+            self._cells[field].children = [self.controls[field], *said]
         start, stop, _ = self.buttons
         start.description = "Queue" if self._jobs else "Start"
         start.disabled = bool(problems) or (experiment, self.folder) in self._jobs
@@ -300,7 +311,7 @@ class Explorer:
                 with contextlib.suppress(OSError, ValueError):  # gone or damaged by now
                     runs[name] = History.load(self.runs / name)
             report = self.controls["method"].value if self.report.value else ""
-            curves.draw(self.figure, runs, self._valid, report)
+            self.figure.draw(runs, self._valid, report)
 
     def _fill(self, values: dict) -> None:
         """Set controls from outside: no control follows."""
@@ -339,61 +350,57 @@ class Explorer:
         self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>{failures}'
 
     def _make_widgets(self, method: str) -> None:
-        self.controls = {
-            "method": _labelled(
-                widgets.Dropdown, "Method", LEFT - 10, options=METHODS, value=method
-            ),
-            "run_name": _labelled(widgets.Text, "Name of the run", LEFT - 10, **WHEN_COMPLETE),
-        }
-        hints = typing.get_type_hints(Experiment)
-        for field, label, kind, placeholder in itertools.chain(*SECTIONS.values()):
+        """The controls, each in a cell with room for a message, and what answers."""
+        hints, self.controls = typing.get_type_hints(Experiment), {}
+        for field, label, kind, placeholder in itertools.chain(HEAD, *SECTIONS.values()):
+            choices = METHODS if field == "method" else typing.get_args(hints.get(field))
             options = {
-                widgets.Dropdown: {"options": typing.get_args(hints[field])},
+                widgets.Dropdown: {"options": choices},
                 widgets.Combobox: {"options": data.NAMES, **WHEN_COMPLETE},
                 widgets.Text: {"placeholder": placeholder, **WHEN_COMPLETE},
             }.get(kind, WHEN_COMPLETE)
-            self.controls[field] = _labelled(kind, label, LEFT // 2 - 5, **options)
-        self.messages = {
-            field: widgets.HTML(layout={"display": "none", "width": control.layout.width})
+            width = LEFT // 2 - 5 if field in FIELDS else LEFT - 10
+            self.controls[field] = _labelled(kind, label, f"{width}px", **options)
+        self.controls["method"].value = method
+        self._cells = {
+            field: widgets.VBox([control], layout={"width": control.layout.width})
             for field, control in self.controls.items()
         }
         self.buttons = [
             widgets.Button(description=text, button_style=style, layout={"width": "100px"})
             for text, style in (("Start", "primary"), ("Stop", ""), ("Reset", ""))
         ]
-        self.status = widgets.HTML()
-        self.figure = curves.live_figure(RIGHT - 10)
-        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", RIGHT - 30, rows=4)
+        self.status, self.figure = widgets.HTML(), Curves()
+        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", "98%", rows=4)
         text = "the report's accuracies of this method (CIFAR-10)"
-        self.report = _labelled(widgets.Checkbox, text, RIGHT - 30)
-        self.papermill = _labelled(widgets.Textarea, "With papermill", LEFT - 10, rows=4)
-        self.python = _labelled(widgets.Textarea, "With Python", LEFT - 10, rows=9)
+        self.report = _labelled(widgets.Checkbox, text, "98%")
+        self.papermill = _labelled(widgets.Textarea, "With papermill", f"{LEFT - 10}px", rows=4)
+        self.python = _labelled(widgets.Textarea, "With Python", f"{LEFT - 10}px", rows=9)
 
     def _arranged(self) -> widgets.Widget:
-        cells = {f: widgets.VBox([c, self.messages[f]]) for f, c in self.controls.items()}
         wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
+        names = widgets.VBox([self._cells[field] for field, *_ in HEAD])
         answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
-        names = widgets.VBox([cells["method"], cells["run_name"]])
         left = []
         for title, section in SECTIONS.items():
             left.append(widgets.HTML(f"<b>{title}</b>", layout=above))
-            left.append(widgets.Box([cells[field] for field, *_ in section], layout=wrap))
+            left.append(widgets.Box([self._cells[field] for field, *_ in section], layout=wrap))
         again = widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above)
-        left += [again, self.papermill, self.python]
-        right = widgets.VBox([self.figure, self.earlier, self.report, widgets.HTML(STYLE)])
-        right.layout = {"width": f"{RIGHT}px", "margin": "0 0 0 10px"}
+        left = widgets.VBox([*left, again, self.papermill, self.python])
+        left.layout.width = f"{LEFT}px"
+        right = widgets.VBox([self.figure, self.earlier, self.report])
+        right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
         # The curves come first, and to the right: where both do not fit, they stay below Start.
-        columns = [right, widgets.VBox(left, layout={"width": f"{LEFT}px"})]
-        reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
-        return widgets.VBox(
-            [widgets.Box([names, answers], layout=wrap), widgets.Box(columns, layout=reverse)]
-        )
+        columns = widgets.Box([right, left], layout={
+            "flex_flow": "row-reverse wrap", "justify_content": "flex-end"})  # fmt: skip
+        view = widgets.VBox([widgets.Box([names, answers], layout=wrap), columns])
+        return view.add_class("hybrid-explorer")
 
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
     """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None.
 
-    An executed notebook would keep the state of widgets, some megabytes, for nobody.
+    An executed notebook would keep the state of widgets for nobody.
     """
     if not figures.is_interactive():
         figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
@@ -403,9 +410,9 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
     return explorer
 
 
-def _labelled(kind, label: str, width: int, **options) -> widgets.Widget:
-    style, layout = {"description_width": "110px"}, {"width": f"{width}px"}
-    return kind(description=label, style=style, layout=layout, **options)
+def _labelled(kind, label: str, width: str, **options) -> widgets.Widget:
+    style = {"description_width": "110px"}
+    return kind(description=label, style=style, layout={"width": width}, **options)
 
 
 def _outcome(history: History) -> str:
