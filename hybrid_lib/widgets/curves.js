@@ -99,7 +99,7 @@ function drawn(line, x, y, at) {
     .map((point) => [...place(point), point[0] === at ? least + 1.6 : least])
     .map(([cx, cy, r]) => `<circle cx="${cx}" cy="${cy}" r="${r}"/>`);
   return `<g fill="${colour}" stroke-linejoin="round"><path data-part="${part}"
-    data-points="${points.length}" d="M${corners.map(place).join("L")}" fill="none"
+    data-points="${points.length}" d="${corners.map((at, i) => `${i ? "L" : "M"}${place(at)}`).join("")}" fill="none"
     stroke="${colour}" stroke-width="${width}" stroke-dasharray="${dash}"/>${dots.join("")}</g>`;
 }
 

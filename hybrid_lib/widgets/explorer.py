@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import html
 import itertools
 import math
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 import typing
+from dataclasses import fields, replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -26,48 +26,28 @@ from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
 from hybrid_lib.widgets.curves import Curves
 
-METHODS = [(experiment.label, name) for name, experiment in EXPERIMENTS.items()]
-METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
-PAIRS = ("+".join(pair) for pair in itertools.permutations(methods.RULES, 2))
-METHODS += [(methods.get_method(pair).label, pair) for pair in PAIRS]
-# Per section: (field of Experiment, label, kind, what an empty text means or a full one looks like)
-HEAD = [
-    ("method", "Method", widgets.Dropdown, ""),
-    ("run_name", "Name of the run", widgets.Text, ""),
-]
-SECTIONS = {
-    "The step": [
-        ("lr", "Learning rate η", widgets.FloatText, ""),
-        ("weight_decay", "Weight decay γ", widgets.Text, "default"),
-        ("lr_schedule", "Schedule of η", widgets.Dropdown, ""),
-        ("lr_milestones", "Milestones", widgets.Text, "epochs: 6, 9"),
-        ("momentum", "Momentum μ", widgets.Text, "default"),
-        ("partial", "Padam's p", widgets.Text, "1/8"),
-        ("hessian_power", "Hessian power", widgets.Text, "1"),
-    ],
-    "The weights λ": [
-        ("lambda_schedule", "Schedule of λ", widgets.Dropdown, ""),
-        ("lambda_epochs", "over epochs", widgets.Text, "all"),
-        ("lambda_start", "λ at the start", widgets.Text, "0.5, 0.5"),
-        ("lambda_end", "λ at the end", widgets.Text, "0, 1"),
-        ("lambda_direction", "Direction of λ", widgets.Dropdown, ""),
-        ("merge", "Merge", widgets.Dropdown, ""),
-        ("lambda_rate", "Rate of the shape", widgets.Text, "5"),
-        ("lambda_steepness", "Steepness", widgets.Text, "12"),
-    ],
-    "The run": [
-        ("dataset", "Data set", widgets.Combobox, ""),
-        ("train_limit", "Training images", widgets.Text, "all"),
-        ("width", "Network width", widgets.IntText, ""),
-        ("epochs", "Epochs", widgets.IntText, ""),
-        ("batch_size", "Batch size", widgets.IntText, ""),
-        ("seed", "Seed", widgets.IntText, ""),
-        ("protocol", "Protocol", widgets.Dropdown, ""),
-    ],
-}
-STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
-FIELDS = STEP + WEIGHTS + RUN
-SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
+PAIRS = map("+".join, itertools.permutations(methods.RULES, 2))
+NAMES = dict.fromkeys([*EXPERIMENTS, *methods.METHODS, *PAIRS])
+METHODS = [(get_experiment(name).label, name) for name in NAMES]
+# Per section, by field of Experiment: label, and what an empty text means or a full one looks like.
+STEP = {
+    "lr": ("Learning rate η",), "weight_decay": ("Weight decay γ", "default"),
+    "lr_schedule": ("Schedule of η",), "lr_milestones": ("Milestones", "epochs: 6, 9"),
+    "momentum": ("Momentum μ", "default"), "partial": ("Padam's p", "1/8"),
+    "hessian_power": ("Hessian power", "1"),
+}  # fmt: skip
+WEIGHTS = {
+    "lambda_schedule": ("Schedule of λ",), "lambda_epochs": ("over epochs", "all"),
+    "lambda_start": ("λ at the start", "0.5, 0.5"), "lambda_end": ("λ at the end", "0, 1"),
+    "lambda_direction": ("Direction of λ",), "merge": ("Merge",),
+    "lambda_rate": ("Rate of the shape", "5"), "lambda_steepness": ("Steepness", "12"),
+}  # fmt: skip
+RUN = {
+    "dataset": ("Data set",), "train_limit": ("Training images", "all"),
+    "width": ("Network width",), "epochs": ("Epochs",), "batch_size": ("Batch size",),
+    "seed": ("Seed",), "protocol": ("Protocol",),
+}  # fmt: skip
+FIELDS = STEP | WEIGHTS | RUN
 OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness"}  # of λ's schedule
 LEFT, RIGHT = 430, 500  # widths in pixels; the curves' may grow
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
@@ -98,17 +78,15 @@ class Explorer:
         self.history: History | None = None
         self.foreground = "google.colab" in sys.modules
         self._name: str | None = None  # of the run in ``history``
-        self._jobs: list[tuple[Experiment, Path]] = []  # the one that trains, and those that wait
+        self._jobs: dict[Path, Experiment] = {}  # the one that trains, then those that wait
+        self.messages = dict.fromkeys(("method", "run_name", *FIELDS), "")
         self._failures: list[str] = []  # since Start was pressed
         self._stop, self._thread = threading.Event(), None
         self._lock = threading.RLock()  # controls draw, and so does the training thread
         self._filling, self._proposed = False, ""
-        self._touched, self._places = "method", {}  # where to say what no single control explains
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
         self._valid = planning.plan("demo", only=[method], **start)[0]  # what the controls said
-        self.messages: dict[str, str] = {}
         self._make_widgets(method)
-        self.view = self._arranged()
         self._fill({field: getattr(self._valid, field) for field in FIELDS})
         self._propose_name()
         for field, control in self.controls.items():
@@ -129,7 +107,7 @@ class Explorer:
         if values["lr_schedule"] != "multistep":
             values["lr_milestones"] = ()
         given = {field: value for field, value in values.items() if value != ""}
-        return dataclasses.replace(method, **self._fixed, **given)
+        return replace(method, **self._fixed, **given)
 
     @property
     def folder(self) -> Path:
@@ -140,18 +118,15 @@ class Explorer:
         return self.runs / name
 
     def start(self) -> None:
-        """Train the experiment, or go on with it if its folder holds a part of it.
-
-        While another one trains, it waits for its turn.
-        """
+        """Train the experiment, or go on with it; while another one trains, it waits."""
         with self._lock:
-            self._jobs.append((self.experiment(), self.folder))
+            self._jobs[self.folder] = self.experiment()
             waits = len(self._jobs) > 1
         self._check()
         if waits:
             return
         self._failures.clear()
-        self._say(f"loading {self._jobs[0][0].dataset} …")
+        self._say(f"loading {self._valid.dataset} …")
         if self.foreground:
             self._work()
         else:
@@ -164,7 +139,7 @@ class Explorer:
             if self._jobs:
                 self._say("stopping …")
                 self._stop.set()
-            del self._jobs[1:]
+            self._jobs = dict(itertools.islice(self._jobs.items(), 1))
 
     def reset(self) -> None:
         """Stop, clear the curves and choose a new name; finished runs stay on disk."""
@@ -184,15 +159,17 @@ class Explorer:
 
     def _work(self) -> None:
         """Train what waits, one after another."""
-        waiting = True
-        while waiting:
-            self._train(*self._jobs[0])
+        more = True
+        while more:
+            folder, experiment = next(iter(self._jobs.items()))
+            self._train(experiment, folder)
             with self._lock:
-                finished, waiting = self._jobs.pop(0)[1].name, bool(self._jobs)
+                del self._jobs[folder]
+                more = bool(self._jobs)
                 self._stop.clear()
-            if waiting:  # what is finished is an earlier run now
+            if more:  # what is finished is an earlier run now
                 self.history, self._name = None, None
-            self._list_earlier(also=finished if waiting else "")
+            self._list_earlier(also=folder.name if more else "")
             self._check()
 
     def _train(self, experiment: Experiment, folder: Path) -> None:
@@ -205,7 +182,7 @@ class Explorer:
                 said, images = time.monotonic(), self.history.environment["train_images"]
                 n = math.ceil(images / experiment.batch_size)
                 epoch = f"epoch {len(self.history.rows) + 1} of {experiment.epochs}"
-                waiting = ", ".join(folder.name for _, folder in self._jobs[1:])
+                waiting = ", ".join(folder.name for folder in [*self._jobs][1:])
                 then = f"; then {waiting}" if waiting else ""
                 self._say(f"{epoch}, step {step % n + 1} of {n}{then}")
             return self._stop.is_set()
@@ -227,26 +204,23 @@ class Explorer:
         """Let the other controls follow; judge the whole."""
         if self._filling:
             return
-        self._touched = field
         method = get_experiment(self.controls["method"].value)
         if field == "method":
             scaled = method.scaled(max(1, self.controls["epochs"].value))
-            self._fill({field: getattr(scaled, field) for field in STEP + WEIGHTS})
+            self._fill({field: getattr(scaled, field) for field in STEP | WEIGHTS})
             if self.controls["run_name"].value == self._proposed:
                 self._propose_name()
-        unused = SETTINGS - method.method.settings.keys()
-        unused |= set(WEIGHTS)
+        used = {"lr", "lr_schedule"} | RUN.keys() | method.method.settings.keys()
+        if self.controls["lr_schedule"].value == "multistep":
+            used.add("lr_milestones")
         if method.is_hybrid:
-            unused -= {"lambda_schedule", "lambda_start", "merge"}
+            used |= {"lambda_schedule", "lambda_start", "merge"}
             if shape := schedules.SHAPES.get(self.controls["lambda_schedule"].value):
-                unused -= {f"lambda_{f.name}" for f in dataclasses.fields(shape)}
-                unused.discard("lambda_direction")
-        if self.controls["lr_schedule"].value != "multistep":
-            unused.add("lr_milestones")
+                used |= {"lambda_direction", *(f"lambda_{f.name}" for f in fields(shape))}
         for name in FIELDS:
-            self.controls[name].disabled = name in unused
+            self.controls[name].disabled = name not in used
         for name in OF_ONE_SHAPE:
-            self._cells[name].layout.display = "none" if name in unused else ""
+            self._cells[name].layout.display = "" if name in used else "none"
         self._check()
 
     def _check(self) -> None:
@@ -255,35 +229,35 @@ class Explorer:
         try:  # Experiment looks at the data set only once every number is right
             data.check_name(self.controls["dataset"].value)
         except ValueError as unknown:
-            self._places[str(unknown)] = "dataset"
             problems.append(("dataset", str(unknown)))
         try:
             experiment = self.experiment()
         except ValidationError as error:
             for fault in error.errors():
                 text = str(fault.get("ctx", {}).get("error", fault["msg"]))
-                # What does not go together is said beside the control that was changed last.
-                place = fault["loc"][0] if fault["loc"] else self._places.get(text, self._touched)
-                self._places[text] = place
-                problems.append((place, text))
+                # What does not go together is told in words that begin with one of the fields.
+                place = (*fault["loc"], *re.findall(r"\w+", text))[0]
+                problems.append((place if place in self.controls else "method", text))
         try:
-            folder = self.folder
-            if experiment is not None and self._is_taken(folder, experiment):
-                if folder.name == self._proposed:
-                    self._propose_name()
-                else:
-                    problems.append(("run_name", "another experiment is kept under this name"))
+            if self._is_taken(self.folder, experiment):
+                if self.folder.name != self._proposed:
+                    raise ValueError("another experiment is kept under this name")
+                self._propose_name()
         except ValueError as error:
             problems.append(("run_name", str(error)))
-        told, self.messages = self.messages, {}
-        for place, text in dict.fromkeys(problems):
-            self.messages[place] = "; ".join(filter(None, (self.messages.get(place), text)))
-        for field in [f for f in self.controls if told.get(f) != self.messages.get(f)]:
-            said = [widgets.HTML(_warning(m)) for f, m in self.messages.items() if f == field]
-            self._cells[field].children = [self.controls[field], *said]
+        for field, cell in self._cells.items():
+            said = "; ".join(dict.fromkeys(text for place, text in problems if place == field))
+            if said != self.messages[field]:
+                for old in cell.children[1:]:
+                    old.close()
+                cell.children = [
+                    cell.children[0],
+                    *([widgets.HTML(_warning(said))] if said else []),
+                ]
+                self.messages[field] = said
         start, stop, _ = self.buttons
         start.description = "Queue" if self._jobs else "Start"
-        start.disabled = bool(problems) or (experiment, self.folder) in self._jobs
+        start.disabled = bool(problems) or self.folder in self._jobs
         stop.disabled = not self._jobs
         if not problems:
             self._valid = experiment
@@ -291,13 +265,11 @@ class Explorer:
             self.python.value = planning.as_python(experiment, self.folder)
         self._draw()
 
-    def _is_taken(self, folder: Path, experiment: Experiment) -> bool:
+    def _is_taken(self, folder: Path, experiment: Experiment | None) -> bool:
         """Whether another experiment is kept there, or will be."""
-        for planned, its_folder in self._jobs:
-            if its_folder == folder:
-                return planned != experiment
         try:
-            return History.load(folder).experiment != experiment
+            kept = self._jobs.get(folder) or History.load(folder).experiment
+            return experiment is not None and kept != experiment
         except FileNotFoundError:
             return False
         except (OSError, ValueError):  # damaged: not to be written over
@@ -326,10 +298,9 @@ class Explorer:
 
     def _propose_name(self) -> None:
         """The first free name after the method."""
-        method, waiting = self.controls["method"].value, {folder for _, folder in self._jobs}
-        names = (f"{method.replace('+', '-')}-{i}" for i in itertools.count(1))
-        folders = (self.runs / name for name in names)
-        self._proposed = next(f.name for f in folders if not f.exists() and f not in waiting)
+        method = self.controls["method"].value.replace("+", "-")
+        folders = (self.runs / f"{method}-{i}" for i in itertools.count(1))
+        self._proposed = next(f.name for f in folders if f not in self._jobs and not f.exists())
         self._fill({"run_name": self._proposed})
 
     def _list_earlier(self, also: str = "") -> None:
@@ -351,17 +322,21 @@ class Explorer:
 
     def _make_widgets(self, method: str) -> None:
         """The controls, each in a cell with room for a message, and what answers."""
-        hints, self.controls = typing.get_type_hints(Experiment), {}
-        for field, label, kind, placeholder in itertools.chain(HEAD, *SECTIONS.values()):
-            choices = METHODS if field == "method" else typing.get_args(hints.get(field))
-            options = {
-                widgets.Dropdown: {"options": choices},
-                widgets.Combobox: {"options": data.NAMES, **WHEN_COMPLETE},
-                widgets.Text: {"placeholder": placeholder, **WHEN_COMPLETE},
-            }.get(kind, WHEN_COMPLETE)
-            width = LEFT // 2 - 5 if field in FIELDS else LEFT - 10
-            self.controls[field] = _labelled(kind, label, f"{width}px", **options)
-        self.controls["method"].value = method
+        full, half = (f"{width}px" for width in (LEFT - 10, LEFT // 2 - 5))
+        self.controls = {
+            "method": _labelled(widgets.Dropdown, "Method", full, options=METHODS, value=method),
+            "run_name": _labelled(widgets.Text, "Name of the run", full, **WHEN_COMPLETE),
+        }
+        hints = typing.get_type_hints(Experiment)
+        for field, (label, *placeholder) in FIELDS.items():
+            kind = {int: widgets.IntText, float: widgets.FloatText}.get(hints[field], widgets.Text)
+            options = {"placeholder": "".join(placeholder)} if kind is widgets.Text else {}
+            if field == "dataset":
+                kind, options = widgets.Combobox, {"options": data.NAMES}
+            if typing.get_origin(hints[field]) is typing.Literal:
+                kind, options = widgets.Dropdown, {"options": typing.get_args(hints[field])}
+            complete = {} if kind is widgets.Dropdown else WHEN_COMPLETE
+            self.controls[field] = _labelled(kind, label, half, **options, **complete)
         self._cells = {
             field: widgets.VBox([control], layout={"width": control.layout.width})
             for field, control in self.controls.items()
@@ -374,27 +349,26 @@ class Explorer:
         self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", "98%", rows=4)
         text = "the report's accuracies of this method (CIFAR-10)"
         self.report = _labelled(widgets.Checkbox, text, "98%")
-        self.papermill = _labelled(widgets.Textarea, "With papermill", f"{LEFT - 10}px", rows=4)
-        self.python = _labelled(widgets.Textarea, "With Python", f"{LEFT - 10}px", rows=9)
+        self.papermill = _labelled(widgets.Textarea, "With papermill", full, rows=4)
+        self.python = _labelled(widgets.Textarea, "With Python", full, rows=9)
 
-    def _arranged(self) -> widgets.Widget:
         wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
-        names = widgets.VBox([self._cells[field] for field, *_ in HEAD])
-        answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
         left = []
-        for title, section in SECTIONS.items():
+        sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
+        for title, section in sections.items():
             left.append(widgets.HTML(f"<b>{title}</b>", layout=above))
-            left.append(widgets.Box([self._cells[field] for field, *_ in section], layout=wrap))
-        again = widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above)
-        left = widgets.VBox([*left, again, self.papermill, self.python])
-        left.layout.width = f"{LEFT}px"
+            left.append(widgets.Box([self._cells[field] for field in section], layout=wrap))
+        left.append(widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above))
+        left = widgets.VBox([*left, self.papermill, self.python], layout={"width": f"{LEFT}px"})
         right = widgets.VBox([self.figure, self.earlier, self.report])
         right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
+        names = widgets.VBox([self._cells["method"], self._cells["run_name"]])
+        answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
         # The curves come first, and to the right: where both do not fit, they stay below Start.
-        columns = widgets.Box([right, left], layout={
-            "flex_flow": "row-reverse wrap", "justify_content": "flex-end"})  # fmt: skip
-        view = widgets.VBox([widgets.Box([names, answers], layout=wrap), columns])
-        return view.add_class("hybrid-explorer")
+        reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
+        self.view = widgets.VBox(
+            [widgets.Box([names, answers], layout=wrap), widgets.Box([right, left], layout=reverse)]
+        ).add_class("hybrid-explorer")
 
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
@@ -421,11 +395,9 @@ def _outcome(history: History) -> str:
         return f"stopped {history.note}; {kept}, Start goes on"
     if history.status == "diverged":
         return f"diverged: {history.note}; {kept}"
-    final, best = history.final, history.best
-    return (
-        f"complete: test accuracy {final['test_accuracy']:.4f} in the last epoch "
-        f"(highest: {best['test_accuracy']:.4f}, epoch {best['epoch']})"
-    )
+    final, best = history.final["test_accuracy"], history.best
+    highest = f"highest: {best['test_accuracy']:.4f}, epoch {best['epoch']}"
+    return f"complete: test accuracy {final:.4f} in the last epoch ({highest})"
 
 
 def _warning(text: str) -> str:

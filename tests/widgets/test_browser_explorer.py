@@ -29,8 +29,7 @@ from test_browser import (  # noqa: F401
 
 import hybrid_lib as hl
 
-CURVES = """(document.querySelector(".hybrid-explorer .js-plotly-plot")?._fullData ?? [])
-              .filter(trace => trace.yaxis === "y")"""
+CURVES = "[...document.querySelectorAll('.hybrid-explorer [data-panel=loss] path[data-points]')]"
 SIZE = {"width": 1400, "height": 1000}
 COLAB = (  # its versions of August 2026
     "notebook==6.5.7", "ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython==7.34",
@@ -82,13 +81,11 @@ def opened(request, browser, tmp_path):  # noqa: F811 - pytest passes fixtures b
     name = f"{tmp_path.name}.ipynb"  # one of its own: a name that was open has a kernel already
     url = f"{address}/api/contents/{name}"
     urllib.request.urlopen(urllib.request.Request(url, content, method="PUT")).close()
-    began = time.perf_counter()
     page, complaints = (_open if front == "lab" else _open_classic)(address, browser, name)
-    page.set_viewport_size(SIZE)
+    began = time.perf_counter()  # the cells have been told to run
     page.get_by_role("button", name="Start", exact=True).wait_for(timeout=120_000)
-    print(
-        f"\nexplorer in {front}: Start is there {time.perf_counter() - began:.1f} s after opening"
-    )
+    print(f"\nexplorer in {front}: Start is there after {time.perf_counter() - began:.1f} s")
+    page.set_viewport_size(SIZE)
     yield page, complaints
     page.close()
 
@@ -106,11 +103,11 @@ def _open_classic(address, browser, notebook):  # noqa: F811
 
 def points(page):
     """How many epochs the runs' first curve shows; 0 without curves."""
-    return page.evaluate(f"{CURVES}[0]?.x.length ?? 0")
+    return int(page.evaluate(f"{CURVES}[0]?.dataset.points ?? 0"))
 
 
 def wait_for_points(page, count):
-    page.wait_for_function(f"({CURVES}[0]?.x.length ?? 0) >= {count}", timeout=90_000)
+    page.wait_for_function(f"({CURVES}[0]?.dataset.points ?? 0) >= {count}", timeout=90_000)
 
 
 def press(page, name, until):
@@ -232,9 +229,9 @@ def _screenshots(page, folder, front):
         if front == "lab":
             set_theme(page, theme)
         fills = page.evaluate(
-            """() => ['.ytick text', '.gtitle', '.legendtext', '.widget-label'].map(name => {
+            """() => ['text', 'h4', 'table button', '.widget-label'].map(name => {
                  const look = getComputedStyle(document.querySelector('.hybrid-explorer ' + name));
-                 return name.startsWith('.w') ? look.color : look.fill;
+                 return name === 'text' ? look.fill : look.color;
                })"""
         )
         assert len(set(fills)) == 1, fills  # the figure's text is as readable as the page's

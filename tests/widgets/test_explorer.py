@@ -1,6 +1,7 @@
 """The explorer without a browser: its widgets are set from Python, its thread trains for real."""
 
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+from ipywidgets.embed import dependency_state, embed_data
 from papermill.cli import _resolve_type
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -59,18 +61,29 @@ def train(explorer, **values):
     return explorer.history
 
 
-def curves(explorer):
-    """The lines of the runs: loss and accuracy, training and test."""
-    return [trace for trace in explorer.figure.data if trace.yaxis in ("y", "y2")]
+def drawn(explorer):
+    """The runs in the figure."""
+    return explorer.figure.data["runs"]
 
 
 def problems(explorer):
-    """Where something is wrong."""
-    said = {field for field, message in explorer.messages.items() if message.value}
-    visible = {f for f, m in explorer.messages.items() if m.layout.display != "none"}
-    assert said == visible
-    assert all('role="alert"' in explorer.messages[field].value for field in said)
+    """Where something is wrong, and said below the control."""
+    said = {field for field, message in explorer.messages.items() if message}
+    for field, cell in ((f, control_cell(explorer, f)) for f in explorer.controls):
+        below = "".join(message.value for message in cell.children[1:])
+        assert ('role="alert"' in below) == (field in said)
     return said
+
+
+def control_cell(explorer, field):
+    """The box that holds a control, and below it what is said of it."""
+    return next(w for w in inside(explorer.view)
+                if explorer.controls[field] in getattr(w, "children", ()))  # fmt: skip
+
+
+def inside(view):
+    """All widgets of a view."""
+    return [view, *(w for child in getattr(view, "children", ()) for w in inside(child))]
 
 
 def can_start(explorer):
@@ -99,7 +112,7 @@ def numbers(history):
 
 def test_a_run_from_start_to_end(open_explorer, tmp_path):
     explorer = open_explorer()
-    assert not curves(explorer)
+    assert drawn(explorer) == []
     press(explorer, "Start")
     assert not can_start(explorer)  # the very run that trains
     explorer.wait()
@@ -108,13 +121,11 @@ def test_a_run_from_start_to_end(open_explorer, tmp_path):
     assert f"complete: test accuracy {history.final['test_accuracy']:.4f}" in explorer.status.value
     assert explorer.buttons[1].disabled
     assert can_start(explorer)
-    # Loss and accuracy, training and test, each with a point per epoch.
-    assert all(list(trace.x) == [1, 2, 3] for trace in curves(explorer))
-    assert [(trace.yaxis, trace.line.dash, list(trace.y)) for trace in curves(explorer)] == [
-        (axis, dash, list(history.frame()[f"{part}_{what}"]))
-        for axis, what in (("y", "loss"), ("y2", "accuracy"))
-        for part, dash in (("train", "dot"), ("test", "solid"))
-    ]
+    (run,) = drawn(explorer)
+    assert run["epoch"] == [1, 2, 3]
+    for column in ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "lr"):
+        assert run[column] == pytest.approx(list(history.frame()[column]), rel=1e-4)
+    assert run["label"] == explorer.figure.data["title"] == "PADAM-SGD, handwritten digits"
     assert hl.History.load(tmp_path / "runs" / "padam_sgd-1").rows == history.rows
     assert explorer.earlier.options == ()  # this run is none
 
@@ -124,7 +135,7 @@ def test_curves_grow_while_the_main_thread_is_free(open_explorer):
     press(explorer, "Start")
     seen, turns = set(), 0
     while len(seen) < 4:
-        seen.add(len(curves(explorer)[0].x) if curves(explorer) else 0)
+        seen.add(len(drawn(explorer)[0]["epoch"]) if drawn(explorer) else 0)
         turns += 1  # nobody else's thread: this loop is what another cell would do
         time.sleep(0.005)
     assert turns > 20
@@ -162,7 +173,7 @@ def test_reset_leaves_the_run_on_disk_and_begins_another(open_explorer, tmp_path
     train(explorer)
     press(explorer, "Reset")
     assert explorer.history is None
-    assert not curves(explorer)
+    assert drawn(explorer) == []
     assert explorer.controls["run_name"].value == "padam_sgd-2"
     assert (tmp_path / "runs" / "padam_sgd-1" / "history.json").exists()
     assert [name for _, name in explorer.earlier.options] == ["padam_sgd-1"]
@@ -183,9 +194,10 @@ def test_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
     assert explorer.buttons[0].description == "Start"
     assert explorer.history.experiment == queued[1]
     assert explorer.earlier.value == ("padam_sgd-1", "padam_sgd-2")
-    assert [len(trace.x) for trace in curves(explorer)] == [2] * 4 + [20] * 4 + [2] * 4
-    assert explorer.figure.layout.xaxis.range[1] > 20  # the longest is seen whole
-    assert len({trace.line.color for trace in curves(explorer)}) == 3
+    assert [len(run["epoch"]) for run in drawn(explorer)] == [2, 20, 2]
+    assert explorer.figure.data["epochs"] == 20  # the longest is seen whole
+    assert len({run["colour"] for run in drawn(explorer)}) == 3
+    assert len({run["dash"] for run in drawn(explorer)}) == 3
     assert hl.History.load(explorer.runs / "padam_sgd-2").experiment == queued[0]
 
 
@@ -226,7 +238,7 @@ def test_a_run_that_fails_leaves_those_behind_it_untouched(open_explorer):
         ("atmo", {"momentum", "weight_decay", *WEIGHED}),
         ("padam", {"partial", "weight_decay", "lr_milestones"}),
         ("dyn_padam_sgd", {"momentum", "weight_decay", "partial", "lr_milestones", *WEIGHED,
-                           "lambda_end", "lambda_epochs"}),
+                           "lambda_end", "lambda_epochs", "lambda_direction"}),
         ("adahessian", {"weight_decay", "hessian_power", "lr_milestones"}),
         ("adahessian+adam", {"weight_decay", "hessian_power", *WEIGHED}),
     ],
@@ -280,17 +292,32 @@ def test_an_impossible_choice_is_explained_beside_its_control(open_explorer, fie
     assert can_start(explorer)
 
 
-def test_what_does_not_go_together_is_explained_where_it_was_changed(open_explorer):
+def test_what_does_not_go_together_is_explained_beside_one_of_the_two(open_explorer):
     explorer = open_explorer("dyn_padam_sgd", **TINY)
-    set_to(explorer, protocol="released", lambda_schedule="sigmoid")
-    assert problems(explorer) == {"lambda_schedule"}
-    assert "the released one is linear" in explorer.messages["lambda_schedule"].value
-    set_to(explorer, lr=0.02)  # has nothing to do with it, so the message stays where it is
-    assert problems(explorer) == {"lambda_schedule"}
-    set_to(explorer, protocol="clean")
+    for changes in ({"protocol": "released", "lambda_schedule": "sigmoid"}, {"lr": 0.02}):
+        set_to(explorer, **changes)
+        assert problems(explorer) == {"lambda_schedule"}
+        assert "the released one is linear" in explorer.messages["lambda_schedule"]
+    set_to(explorer, lambda_direction="report")
     assert problems(explorer) == set()
-    set_to(explorer, protocol="released")
-    assert problems(explorer) == {"lambda_schedule"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "setting"), [("exponential", "lambda_rate"), ("sigmoid", "lambda_steepness")]
+)
+def test_a_shape_s_own_setting_appears_with_it(open_explorer, shape, setting):
+    explorer = open_explorer("dyn_padam_sgd", **TINY)
+    cell = control_cell(explorer, setting)
+    assert cell.layout.display == "none"
+    set_to(explorer, lambda_schedule=shape)
+    assert cell.layout.display != "none"
+    set_to(explorer, **{setting: "3"})
+    assert getattr(explorer.experiment(), setting) == 3
+    set_to(explorer, **{setting: "-3"})
+    assert problems(explorer) == {setting}
+    set_to(explorer, lambda_schedule="linear")  # which has none
+    assert cell.layout.display == "none"
+    assert problems(explorer) == set()
 
 
 def test_several_faults_are_told_at_once(open_explorer):
@@ -334,12 +361,11 @@ def test_a_name_is_never_written_over(open_explorer):
 def test_the_schedules_of_what_starts_next_are_drawn(open_explorer):
     explorer = open_explorer("dyn_padam_sgd", **TINY | {"epochs": 4})
     set_to(explorer, lambda_epochs="4")
-    η, first, second = explorer.figure.data
-    assert (list(first.y), list(second.y)) == ([1, 0.75, 0.5, 0.25], [0, 0.25, 0.5, 0.75])
-    assert (first.name, second.name) == ("λ of Padam", "λ of SGD")
-    assert list(η.y) == explorer.experiment().learning_rates()
+    planned = explorer.figure.data["planned"]
+    assert planned["lambdas"] == {"Padam": [1, 0.75, 0.5, 0.25], "SGD": [0, 0.25, 0.5, 0.75]}
+    assert planned["lr"] == pytest.approx(explorer.experiment().learning_rates())
     set_to(explorer, method="adam")
-    assert [(t.name, set(t.y)) for t in explorer.figure.data[1:]] == [("λ of Adam", {1})]
+    assert explorer.figure.data["planned"]["lambdas"] == {"Adam": [1] * 4}
 
 
 # Comparing and repeating.
@@ -350,23 +376,19 @@ def test_earlier_runs_and_the_report_are_laid_over(open_explorer):
     train(explorer)
     explorer.reset()
     train(explorer, method="sgd")
-    assert len(curves(explorer)) == 4
     explorer.earlier.value = ["padam_sgd-1"]
-    assert len(curves(explorer)) == 8
-    assert {trace.name for trace in curves(explorer) if trace.showlegend} == {
-        "this run: SGD, handwritten digits", "padam_sgd-1: PADAM-SGD, handwritten digits",
-    }  # fmt: skip
-    assert len({trace.line.color for trace in curves(explorer)}) == 2
-    assert curves(explorer)[-1].name.startswith("this run")  # on top of the others
+    assert [(run["name"], run["label"]) for run in drawn(explorer)] == [
+        ("this run", "SGD, handwritten digits"), ("padam_sgd-1", "PADAM-SGD, handwritten digits"),
+    ]  # fmt: skip
     explorer.report.value = True
-    points = explorer.figure.data[-1]
-    assert "CIFAR-10" in points.name  # never to be taken for the digits' own
-    assert points.y[0] == pytest.approx(0.6093)
-    assert explorer.figure.layout.xaxis.range[1] < 3  # they do not press the runs to the edge
+    report = explorer.figure.data["report"]
+    assert "CIFAR-10" in report["label"]  # never to be taken for the digits' own
+    assert report["test_accuracy"][0] == pytest.approx(0.6093)
+    assert explorer.figure.data["epochs"] == 2  # they do not press the runs to the edge
     explorer.reset()
     explorer.earlier.value = []
-    assert explorer.figure.layout.xaxis.range[1] > max(points.x)  # without runs, all are seen
-    assert curves(explorer) == [explorer.figure.data[-1]]
+    assert explorer.figure.data["epochs"] == max(report["epoch"])  # without runs, all are seen
+    assert drawn(explorer) == []
 
 
 def test_an_earlier_run_that_diverged_at_once_is_an_empty_line(open_explorer):
@@ -505,10 +527,16 @@ def test_every_control_has_a_label_and_a_message_and_colab_can_show_it(open_expl
     labels = {control.description for control in explorer.controls.values()} - {""}
     assert len(labels) == len(explorer.controls)
     # A front end for ipywidgets 7 cannot make an Output: a view that holds one stays blank.
-    found, waiting = [], [explorer.view]
-    while waiting:
-        found.append(waiting.pop())
-        waiting += getattr(found[-1], "children", ())
+    found = inside(explorer.view)
     assert explorer.figure in found
-    assert all(explorer.controls[field] in found for field in explorer.controls)
+    assert all(control in found for control in explorer.controls.values())
     assert "Output" not in [type(widget).__name__ for widget in found]
+
+
+def test_a_saved_notebook_stays_small(open_explorer):
+    explorer = open_explorer(**TINY | {"epochs": 30})
+    train(explorer)
+    state = json.dumps(embed_data([explorer.view], state=dependency_state([explorer.view])))
+    print(f"\nstate of the explorer's widgets: {len(state) / 1e3:.0f} KB")
+    assert explorer.figure.model_id in state
+    assert len(state) < 100_000
