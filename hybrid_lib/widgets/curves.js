@@ -12,7 +12,7 @@ const GREEN = "#009E73", WEIGHTS = [["#D55E00", ""], ["#0072B2", "7 5"]];
 const STYLE = `
 .hybrid-curves { color: var(--jp-widgets-label-color, inherit); font-size: 12px; line-height: 1.35;
   font-family: var(--jp-ui-font-family, system-ui, sans-serif); width: 100%; }
-.hybrid-curves h4 { font-size: 15px; margin: 0; line-height: 1.3; }
+.hybrid-curves h4 { font-size: 15px; font-weight: 600; margin: 0; }
 .hybrid-curves table { border-collapse: collapse; width: 100%; margin: 4px 0 0; font-size: inherit; }
 .hybrid-curves :is(th, td) { background: none; border: 0; color: inherit; font-weight: normal;
   padding: 2px 0 2px 9px; text-align: right; vertical-align: top; white-space: nowrap;

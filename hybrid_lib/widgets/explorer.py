@@ -322,10 +322,9 @@ class Explorer:
 
     def _make_widgets(self, method: str) -> None:
         """The controls, each in a cell with room for a message, and what answers."""
-        full, half = (f"{width}px" for width in (LEFT - 10, LEFT // 2 - 5))
         self.controls = {
-            "method": _labelled(widgets.Dropdown, "Method", full, options=METHODS, value=method),
-            "run_name": _labelled(widgets.Text, "Name of the run", full, **WHEN_COMPLETE),
+            "method": _labelled(widgets.Dropdown, "Method", options=METHODS, value=method),
+            "run_name": _labelled(widgets.Text, "Name of the run", **WHEN_COMPLETE),
         }
         hints = typing.get_type_hints(Experiment)
         for field, (label, *placeholder) in FIELDS.items():
@@ -336,9 +335,9 @@ class Explorer:
             if typing.get_origin(hints[field]) is typing.Literal:
                 kind, options = widgets.Dropdown, {"options": typing.get_args(hints[field])}
             complete = {} if kind is widgets.Dropdown else WHEN_COMPLETE
-            self.controls[field] = _labelled(kind, label, half, **options, **complete)
+            self.controls[field] = _labelled(kind, label, **options, **complete)
         self._cells = {
-            field: widgets.VBox([control], layout={"width": control.layout.width})
+            field: widgets.VBox([control], layout={"width": "50%" if field in FIELDS else "100%"})
             for field, control in self.controls.items()
         }
         self.buttons = [
@@ -346,11 +345,11 @@ class Explorer:
             for text, style in (("Start", "primary"), ("Stop", ""), ("Reset", ""))
         ]
         self.status, self.figure = widgets.HTML(), Curves()
-        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", "98%", rows=4)
-        text = "the report's accuracies of this method (CIFAR-10)"
-        self.report = _labelled(widgets.Checkbox, text, "98%")
-        self.papermill = _labelled(widgets.Textarea, "With papermill", full, rows=4)
-        self.python = _labelled(widgets.Textarea, "With Python", full, rows=9)
+        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", rows=4)
+        report = "the report's accuracies of this method (CIFAR-10)"
+        self.report = _labelled(widgets.Checkbox, report)
+        self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
+        self.python = _labelled(widgets.Textarea, "With Python", rows=9)
 
         wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
         left = []
@@ -362,7 +361,9 @@ class Explorer:
         left = widgets.VBox([*left, self.papermill, self.python], layout={"width": f"{LEFT}px"})
         right = widgets.VBox([self.figure, self.earlier, self.report])
         right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
-        names = widgets.VBox([self._cells["method"], self._cells["run_name"]])
+        names = widgets.VBox(
+            [self._cells["method"], self._cells["run_name"]], layout={"width": f"{LEFT}px"}
+        )
         answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
         # The curves come first, and to the right: where both do not fit, they stay below Start.
         reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
@@ -384,9 +385,9 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
     return explorer
 
 
-def _labelled(kind, label: str, width: str, **options) -> widgets.Widget:
-    style = {"description_width": "110px"}
-    return kind(description=label, style=style, layout={"width": width}, **options)
+def _labelled(kind, label: str, **options) -> widgets.Widget:
+    looks = {"style": {"description_width": "110px"}, "layout": {"width": "98%"}}
+    return kind(description=label, **looks, **options)
 
 
 def _outcome(history: History) -> str:

@@ -162,6 +162,7 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
     press(page, "Queue", "complete")
     page.get_by_label("Earlier runs", exact=True).select_option(index=[0, 1])
     page.wait_for_function(f"{CURVES}.length === 6")  # training and test of three runs
+    _legend_and_cross_hair(page)
     rate = _control(page, "Learning rate η")
     right = rate.input_value()
     rate.fill("-1")
@@ -222,6 +223,27 @@ def test_the_keyboard_alone_is_enough(opened):
     assert complaints == []
 
 
+def _legend_and_cross_hair(page):
+    """A click hides a run and another one shows it; the table follows pointer and keys."""
+    name = page.locator(".hybrid-curves button", has_text="-1")
+    for pressed, count in (("false", 4), ("true", 6)):
+        name.click()
+        page.wait_for_function(f"{CURVES}.length === {count}")
+        assert name.get_attribute("aria-pressed") == pressed
+    figure, head = page.locator(".hybrid-curves > svg"), page.locator(".hybrid-curves th").first
+    assert head.inner_text() == "last epoch"
+    box = figure.bounding_box()
+    page.mouse.move(box["x"] + 50, box["y"] + 90)
+    assert head.inner_text() == "epoch 1"
+    page.mouse.move(0, 0)
+    figure.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert head.inner_text() == "epoch 3"
+    cells = page.locator(".hybrid-curves tbody tr").first.locator("td").all_inner_texts()
+    assert cells[2] == "–\n–"  # a run of two epochs has no third
+
+
 def _screenshots(page, folder, front):
     page.set_viewport_size({"width": 1400, "height": 1700})
     _control(page, "With Python").scroll_into_view_if_needed()
@@ -236,6 +258,9 @@ def _screenshots(page, folder, front):
         )
         assert len(set(fills)) == 1, fills  # the figure's text is as readable as the page's
         page.screenshot(path=folder / f"explorer-{front}-{theme.lower()}.png")
+    page.set_viewport_size({"width": 760, "height": 1700})
+    page.wait_for_timeout(500)
+    page.screenshot(path=folder / f"explorer-{front}-narrow.png")
     page.set_viewport_size(SIZE)
 
 
