@@ -26,9 +26,8 @@ from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
 from hybrid_lib.widgets.curves import Curves
 
-PAIRS = map("+".join, itertools.permutations(methods.RULES, 2))
-NAMES = dict.fromkeys([*EXPERIMENTS, *methods.METHODS, *PAIRS])
-METHODS = [(get_experiment(name).label, name) for name in NAMES]
+NAMES = [*EXPERIMENTS, *methods.METHODS, *map("+".join, itertools.permutations(methods.RULES, 2))]
+METHODS = [(get_experiment(name).label, name) for name in dict.fromkeys(NAMES)]
 # Per section, by field of Experiment: label, and what an empty text means or a full one looks like.
 STEP = {
     "lr": ("Learning rate η",), "weight_decay": ("Weight decay γ", "default"),
@@ -47,7 +46,7 @@ RUN = {
     "width": ("Network width",), "epochs": ("Epochs",), "batch_size": ("Batch size",),
     "seed": ("Seed",), "protocol": ("Protocol",),
 }  # fmt: skip
-FIELDS = STEP | WEIGHTS | RUN
+FIELDS, HINTS = STEP | WEIGHTS | RUN, typing.get_type_hints(Experiment)
 OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness"}  # of λ's schedule
 LEFT, RIGHT = 430, 500  # widths in pixels; the curves' may grow
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
@@ -93,8 +92,6 @@ class Explorer:
             control.observe(lambda change, field=field: self._changed(field), "value")
         for choice in (self.earlier, self.report):
             choice.observe(lambda change: self._draw(), "value")
-        for button, act in zip(self.buttons, (self.start, self.stop, self.reset)):
-            button.on_click(lambda button, act=act: act())
         self._list_earlier()
         self._changed("run_name")
 
@@ -179,8 +176,8 @@ class Explorer:
             nonlocal said
             step = next(steps)
             if time.monotonic() - said > 0.2 and not self._stop.is_set():
-                said, images = time.monotonic(), self.history.environment["train_images"]
-                n = math.ceil(images / experiment.batch_size)
+                said = time.monotonic()
+                n = math.ceil(self.history.environment["train_images"] / experiment.batch_size)
                 epoch = f"epoch {len(self.history.rows) + 1} of {experiment.epochs}"
                 waiting = ", ".join(folder.name for folder in [*self._jobs][1:])
                 then = f"; then {waiting}" if waiting else ""
@@ -291,7 +288,7 @@ class Explorer:
         for field, value in values.items():
             if isinstance(value, tuple):
                 value = ", ".join(f"{v:g}" for v in value)
-            if isinstance(self.controls[field], (widgets.Text, widgets.Combobox)):
+            if isinstance(self.controls[field], widgets.Text):  # a Combobox is one
                 value = "" if value is None else str(value)
             self.controls[field].value = value
         self._filling = False
@@ -325,58 +322,41 @@ class Explorer:
         self.controls = {
             "method": _labelled(widgets.Dropdown, "Method", options=METHODS, value=method),
             "run_name": _labelled(widgets.Text, "Name of the run", **WHEN_COMPLETE),
+            **{field: _control(field, *words) for field, words in FIELDS.items()},
         }
-        hints = typing.get_type_hints(Experiment)
-        for field, (label, *placeholder) in FIELDS.items():
-            kind = {int: widgets.IntText, float: widgets.FloatText}.get(hints[field], widgets.Text)
-            options = {"placeholder": "".join(placeholder)} if kind is widgets.Text else {}
-            if field == "dataset":
-                kind, options = widgets.Combobox, {"options": data.NAMES}
-            if typing.get_origin(hints[field]) is typing.Literal:
-                kind, options = widgets.Dropdown, {"options": typing.get_args(hints[field])}
-            complete = {} if kind is widgets.Dropdown else WHEN_COMPLETE
-            self.controls[field] = _labelled(kind, label, **options, **complete)
         self._cells = {
             field: widgets.VBox([control], layout={"width": "50%" if field in FIELDS else "100%"})
             for field, control in self.controls.items()
         }
-        self.buttons = [
-            widgets.Button(description=text, button_style=style, layout={"width": "100px"})
-            for text, style in (("Start", "primary"), ("Stop", ""), ("Reset", ""))
-        ]
+        self.buttons = []
+        for text, act in (("Start", self.start), ("Stop", self.stop), ("Reset", self.reset)):
+            self.buttons.append(widgets.Button(description=text, layout={"width": "100px"}))
+            self.buttons[-1].on_click(lambda button, act=act: act())
+        self.buttons[0].button_style = "primary"
         self.status, self.figure = widgets.HTML(), Curves()
         self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", rows=4)
-        report = "the report's accuracies of this method (CIFAR-10)"
-        self.report = _labelled(widgets.Checkbox, report)
+        self.report = _labelled(widgets.Checkbox, "the report's accuracies (CIFAR-10)")
         self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
         self.python = _labelled(widgets.Textarea, "With Python", rows=9)
 
-        wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
-        left = []
-        sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
-        for title, section in sections.items():
-            left.append(widgets.HTML(f"<b>{title}</b>", layout=above))
-            left.append(widgets.Box([self._cells[field] for field in section], layout=wrap))
-        left.append(widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above))
-        left = widgets.VBox([*left, self.papermill, self.python], layout={"width": f"{LEFT}px"})
+        wrap, left = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}
+        form = []
+        for title, section in {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}.items():
+            form += [_heading(title), widgets.Box([self._cells[f] for f in section], layout=wrap)]
+        form += [_heading("The same again"), self.papermill, self.python]
         right = widgets.VBox([self.figure, self.earlier, self.report])
         right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
-        names = widgets.VBox(
-            [self._cells["method"], self._cells["run_name"]], layout={"width": f"{LEFT}px"}
-        )
+        names = widgets.VBox([self._cells["method"], self._cells["run_name"]], layout=left)
         answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
         # The curves come first, and to the right: where both do not fit, they stay below Start.
-        reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
-        self.view = widgets.VBox(
-            [widgets.Box([names, answers], layout=wrap), widgets.Box([right, left], layout=reverse)]
-        ).add_class("hybrid-explorer")
+        below = widgets.Box([right, widgets.VBox(form, layout=left)])
+        below.layout = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
+        self.view = widgets.VBox([widgets.Box([names, answers], layout=wrap), below])
+        self.view.add_class("hybrid-explorer")
 
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
-    """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None.
-
-    An executed notebook would keep the state of widgets for nobody.
-    """
+    """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None."""
     if not figures.is_interactive():
         figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
         return None
@@ -385,17 +365,33 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
     return explorer
 
 
+def _control(field: str, label: str, placeholder: str = "") -> widgets.Widget:
+    """What a field's type asks for."""
+    hint = HINTS[field]
+    if typing.get_origin(hint) is typing.Literal:
+        return _labelled(widgets.Dropdown, label, options=typing.get_args(hint))
+    if field == "dataset":
+        return _labelled(widgets.Combobox, label, options=data.NAMES, **WHEN_COMPLETE)
+    if hint in (int, float):
+        kind = widgets.IntText if hint is int else widgets.FloatText
+        return _labelled(kind, label, **WHEN_COMPLETE)
+    return _labelled(widgets.Text, label, placeholder=placeholder, **WHEN_COMPLETE)
+
+
 def _labelled(kind, label: str, **options) -> widgets.Widget:
     looks = {"style": {"description_width": "110px"}, "layout": {"width": "98%"}}
     return kind(description=label, **looks, **options)
 
 
+def _heading(text: str) -> widgets.Widget:
+    return widgets.HTML(f"<b>{text}</b>", layout={"margin": "8px 0 0 0"})
+
+
 def _outcome(history: History) -> str:
-    kept = f"{len(history.rows)} finished epochs are kept"
-    if history.status == "stopped":
-        return f"stopped {history.note}; {kept}, Start goes on"
-    if history.status == "diverged":
-        return f"diverged: {history.note}; {kept}"
+    if history.status != "complete":
+        kept = f"{len(history.rows)} finished epochs are kept"
+        again = ", Start goes on" if history.status == "stopped" else ""
+        return f"{history.status}, {history.note}; {kept}{again}"
     final, best = history.final["test_accuracy"], history.best
     highest = f"highest: {best['test_accuracy']:.4f}, epoch {best['epoch']}"
     return f"complete: test accuracy {final:.4f} in the last epoch ({highest})"
