@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,10 +67,6 @@ def _report(method: str) -> dict:
     return {"name": "the report", "label": label, **columns}
 
 
-def _short(value):
-    """The same in five digits: a screen shows no more of them."""
-    if isinstance(value, dict):
-        return {key: _short(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_short(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def _short(data: dict) -> dict:
+    """The same with numbers of five digits: a screen shows no more of them."""
+    return json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.5g}"))

@@ -80,7 +80,7 @@ class Explorer:
         self._jobs: dict[Path, Experiment] = {}  # the one that trains, then those that wait
         self.messages = dict.fromkeys(("method", "run_name", *FIELDS), "")
         self._failures: list[str] = []  # since Start was pressed
-        self._stop, self._thread = threading.Event(), None
+        self._stop, self._thread = threading.Event(), threading.Thread()
         self._lock = threading.RLock()  # controls draw, and so does the training thread
         self._filling, self._proposed = False, ""
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
@@ -120,15 +120,11 @@ class Explorer:
             self._jobs[self.folder] = self.experiment()
             waits = len(self._jobs) > 1
         self._check()
-        if waits:
-            return
-        self._failures.clear()
-        self._say(f"loading {self._valid.dataset} …")
-        if self.foreground:
-            self._work()
-        else:
+        if not waits:
+            self._failures.clear()
+            self._say(f"loading {self._valid.dataset} …")
             self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+            (self._thread.run if self.foreground else self._thread.start)()
 
     def stop(self) -> None:
         """Stop after the current step; what was finished is kept, Start goes on."""
@@ -151,7 +147,7 @@ class Explorer:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until training has ended."""
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join(timeout)
 
     def _work(self) -> None:
@@ -339,11 +335,12 @@ class Explorer:
         self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
         self.python = _labelled(widgets.Textarea, "With Python", rows=9)
 
-        wrap, left = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}
-        form = []
-        for title, section in {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}.items():
-            form += [_heading(title), widgets.Box([self._cells[f] for f in section], layout=wrap)]
-        form += [_heading("The same again"), self.papermill, self.python]
+        wrap, left, form = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}, []
+        sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
+        sections = {title: [self._cells[f] for f in fields] for title, fields in sections.items()}
+        for title, cells in {**sections, "The same again": [self.papermill, self.python]}.items():
+            heading = widgets.HTML(f'<div style="margin-top: 8px"><b>{title}</b></div>')
+            form += [heading, widgets.Box(cells, layout=wrap)]
         right = widgets.VBox([self.figure, self.earlier, self.report])
         right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
         names = widgets.VBox([self._cells["method"], self._cells["run_name"]], layout=left)
@@ -367,24 +364,17 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
 
 def _control(field: str, label: str, placeholder: str = "") -> widgets.Widget:
     """What a field's type asks for."""
-    hint = HINTS[field]
-    if typing.get_origin(hint) is typing.Literal:
-        return _labelled(widgets.Dropdown, label, options=typing.get_args(hint))
-    if field == "dataset":
-        return _labelled(widgets.Combobox, label, options=data.NAMES, **WHEN_COMPLETE)
-    if hint in (int, float):
-        kind = widgets.IntText if hint is int else widgets.FloatText
-        return _labelled(kind, label, **WHEN_COMPLETE)
-    return _labelled(widgets.Text, label, placeholder=placeholder, **WHEN_COMPLETE)
+    if typing.get_origin(HINTS[field]) is typing.Literal:
+        return _labelled(widgets.Dropdown, label, options=typing.get_args(HINTS[field]))
+    kinds = {int: widgets.IntText, float: widgets.FloatText, str: widgets.Combobox}
+    kind = kinds.get(HINTS[field], widgets.Text)
+    own = {widgets.Combobox: {"options": data.NAMES}, widgets.Text: {"placeholder": placeholder}}
+    return _labelled(kind, label, **own.get(kind, {}), **WHEN_COMPLETE)
 
 
 def _labelled(kind, label: str, **options) -> widgets.Widget:
     looks = {"style": {"description_width": "110px"}, "layout": {"width": "98%"}}
     return kind(description=label, **looks, **options)
-
-
-def _heading(text: str) -> widgets.Widget:
-    return widgets.HTML(f"<b>{text}</b>", layout={"margin": "8px 0 0 0"})
 
 
 def _outcome(history: History) -> str:
