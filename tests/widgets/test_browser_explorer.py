@@ -4,6 +4,7 @@ In JupyterLab, and in the nearest twin of Colab's front end: the classic noteboo
 of Colab's widgets. Run with ``make browser``; screenshots are kept as in ``test_browser.py``.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -116,13 +117,9 @@ def press(page, name, until):
     for _ in range(5):
         if button.is_visible() and button.is_enabled():
             button.click()
-        try:
-            _status(page).filter(has_text=re.compile(until)).wait_for(timeout=8000)
-            return
-        except Exception:
-            continue
-    texts = page.locator(".hybrid-explorer :is([role=status], [role=alert])").all_inner_texts()
-    raise AssertionError(f"{name}: {texts}")
+        with contextlib.suppress(Exception):
+            return _status(page).filter(has_text=re.compile(until)).wait_for(timeout=8000)
+    raise AssertionError(f"{name}: {page.locator('.hybrid-explorer').inner_text()}")
 
 
 def _control(page, label):
