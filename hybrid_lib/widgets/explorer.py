@@ -66,9 +66,8 @@ class Explorer:
 
     Attributes:
         controls: the input widgets, by field of Experiment; also ``method`` and ``run_name``.
-        messages: what is wrong with a control and said below it, by field; empty if nothing is.
-        figure: the :class:`~hybrid_lib.widgets.curves.Curves`.
-        view: everything, as one widget.
+        messages: what is said below each of them; empty if nothing is wrong.
+        figure, view: the curves; everything, as one widget.
         history: of the current run, None before the first.
     """
 
@@ -98,11 +97,10 @@ class Explorer:
     def experiment(self) -> Experiment:
         """The experiment that the controls describe; a ``ValidationError`` if there is none."""
         method = get_experiment(self.controls["method"].value)
-        values = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
+        enabled = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
+        values = {"lr_milestones": (), **enabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
             values["lambda_epochs"] = values["epochs"]
-        if values["lr_schedule"] != "multistep":
-            values["lr_milestones"] = ()
         given = {field: value for field, value in values.items() if value != ""}
         return replace(method, **self._fixed, **given)
 
@@ -243,11 +241,9 @@ class Explorer:
             if said != self.messages[field]:
                 for old in cell.children[1:]:
                     old.close()
-                cell.children = [
-                    cell.children[0],
-                    *([widgets.HTML(_warning(said))] if said else []),
-                ]
                 self.messages[field] = said
+                below = [widgets.HTML(_warning(said))] if said else []
+                cell.children = [self.controls[field], *below]
         start, stop, _ = self.buttons
         start.description = "Queue" if self._jobs else "Start"
         start.disabled = bool(problems) or self.folder in self._jobs
