@@ -327,14 +327,17 @@ class Explorer:
         self.buttons[0].button_style = "primary"
         self.status, self.figure = widgets.HTML(), Curves()
         self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", rows=4)
-        self.report = _labelled(widgets.Checkbox, "the report's accuracies (CIFAR-10)")
+        self.report = _labelled(
+            widgets.Checkbox, "the report's accuracies of this method (CIFAR-10)"
+        )
         self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
         self.python = _labelled(widgets.Textarea, "With Python", rows=9)
 
         wrap, left, form = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}, []
         sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
         sections = {title: [self._cells[f] for f in fields] for title, fields in sections.items()}
-        for title, cells in {**sections, "The same again": [self.papermill, self.python]}.items():
+        again = "The same again: click, Ctrl+A, Ctrl+C"
+        for title, cells in {**sections, again: [self.papermill, self.python]}.items():
             heading = widgets.HTML(f'<div style="margin-top: 8px"><b>{title}</b></div>')
             form += [heading, widgets.Box(cells, layout=wrap)]
         right = widgets.VBox([self.figure, self.earlier, self.report])
