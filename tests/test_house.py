@@ -65,7 +65,8 @@ def test_imports_go_down_only(name):
 
 DASK = {"dask", "distributed", "dask_jobqueue"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-BROUGHT = {"IPython": "ipykernel", "comm": "ipywidgets", "nbformat": "nbconvert"}
+BROUGHT = {"IPython": "ipykernel", "comm": "ipywidgets", "nbformat": "nbconvert",
+           "traitlets": "ipywidgets"}  # fmt: skip
 BASE, STUDY = PROJECT["dependencies"], PROJECT["optional-dependencies"]["study"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import html
 import itertools
 import math
@@ -12,60 +11,45 @@ import sys
 import threading
 import time
 import typing
+from dataclasses import fields, replace
 from pathlib import Path
 
 import ipywidgets as widgets
 from IPython.display import display
 from pydantic import ValidationError
 
-from hybrid_lib.optim import methods
+from hybrid_lib.optim import methods, schedules
 from hybrid_lib.study import figures, planning
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
 from hybrid_lib.training.loop import run
-from hybrid_lib.widgets import curves
+from hybrid_lib.widgets.curves import Curves
 
-METHODS = [(experiment.label, name) for name, experiment in EXPERIMENTS.items()]
-METHODS += [(m.label, name) for name, m in methods.METHODS.items() if name not in EXPERIMENTS]
-PAIRS = ("+".join(pair) for pair in itertools.permutations(methods.RULES, 2))
-METHODS += [(methods.get_method(pair).label, pair) for pair in PAIRS]
-# Per section: (field of Experiment, label, kind, what an empty text means or a full one looks like)
-SECTIONS = {
-    "The step": [
-        ("lr", "Learning rate η", widgets.FloatText, ""),
-        ("weight_decay", "Weight decay γ", widgets.Text, "default"),
-        ("lr_schedule", "Schedule of η", widgets.Dropdown, ""),
-        ("lr_milestones", "Milestones", widgets.Text, "epochs: 6, 9"),
-        ("momentum", "Momentum μ", widgets.Text, "default"),
-        ("partial", "Padam's p", widgets.Text, "1/8"),
-        ("hessian_power", "Hessian power", widgets.Text, "1"),
-    ],
-    "The weights λ": [
-        ("lambda_schedule", "Schedule of λ", widgets.Dropdown, ""),
-        ("lambda_epochs", "over epochs", widgets.Text, "all"),
-        ("lambda_start", "λ at the start", widgets.Text, "0.5, 0.5"),
-        ("lambda_end", "λ at the end", widgets.Text, "0, 1"),
-        ("merge", "Merge", widgets.Dropdown, ""),
-    ],
-    "The run": [
-        ("dataset", "Data set", widgets.Combobox, ""),
-        ("train_limit", "Training images", widgets.Text, "all"),
-        ("width", "Network width", widgets.IntText, ""),
-        ("epochs", "Epochs", widgets.IntText, ""),
-        ("batch_size", "Batch size", widgets.IntText, ""),
-        ("seed", "Seed", widgets.IntText, ""),
-        ("protocol", "Protocol", widgets.Dropdown, ""),
-    ],
-}
-STEP, WEIGHTS, RUN = ([field for field, *_ in section] for section in SECTIONS.values())
-FIELDS = STEP + WEIGHTS + RUN
-SETTINGS = set().union(*(method.settings for method in methods.METHODS.values())) & set(STEP)
-LEFT, RIGHT = 430, 515  # widths in pixels
+NAMES = [*EXPERIMENTS, *methods.METHODS, *map("+".join, itertools.permutations(methods.RULES, 2))]
+METHODS = [(get_experiment(name).label, name) for name in dict.fromkeys(NAMES)]
+# Per section, by field of Experiment: label, and what an empty text means or a full one looks like.
+STEP = {
+    "lr": ("Learning rate η",), "weight_decay": ("Weight decay γ", "default"),
+    "lr_schedule": ("Schedule of η",), "lr_milestones": ("Milestones", "epochs: 6, 9"),
+    "momentum": ("Momentum μ", "default"), "partial": ("Padam's p", "1/8"),
+    "hessian_power": ("Hessian power", "1"),
+}  # fmt: skip
+WEIGHTS = {
+    "lambda_schedule": ("Schedule of λ",), "lambda_epochs": ("over epochs", "all"),
+    "lambda_start": ("λ at the start", "0.5, 0.5"), "lambda_end": ("λ at the end", "0, 1"),
+    "lambda_direction": ("Direction of λ",), "merge": ("Merge",),
+    "lambda_rate": ("Rate of the shape", "5"), "lambda_steepness": ("Steepness", "12"),
+}  # fmt: skip
+RUN = {
+    "dataset": ("Data set",), "train_limit": ("Training images", "all"),
+    "width": ("Network width",), "epochs": ("Epochs",), "batch_size": ("Batch size",),
+    "seed": ("Seed",), "protocol": ("Protocol",),
+}  # fmt: skip
+FIELDS, HINTS = STEP | WEIGHTS | RUN, typing.get_type_hints(Experiment)
+OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness"}  # of λ's schedule
+LEFT, RIGHT = 430, 500  # widths in pixels; the curves' may grow
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
-# Plotly knows no themes: its text takes the colour of the labels beside it.
-STYLE = """<style>.hybrid-explorer .main-svg text:not(.hoverlayer *) {
-  fill: var(--jp-widgets-label-color, #767676) !important }</style>"""
 
 
 class Explorer:
@@ -82,9 +66,8 @@ class Explorer:
 
     Attributes:
         controls: the input widgets, by field of Experiment; also ``method`` and ``run_name``.
-        messages: beside each control, what is wrong with it; empty if nothing is.
-        figure: loss and accuracy of the runs, and the schedules of the experiment to start.
-        view: everything, as one widget.
+        messages: what is said below each of them; empty if nothing is wrong.
+        figure, view: the curves; everything, as one widget.
         history: of the current run, None before the first.
     """
 
@@ -93,38 +76,33 @@ class Explorer:
         self.history: History | None = None
         self.foreground = "google.colab" in sys.modules
         self._name: str | None = None  # of the run in ``history``
-        self._jobs: list[tuple[Experiment, Path]] = []  # the one that trains, and those that wait
+        self._jobs: dict[Path, Experiment] = {}  # the one that trains, then those that wait
+        self.messages = dict.fromkeys(("method", "run_name", *FIELDS), "")
         self._failures: list[str] = []  # since Start was pressed
-        self._stop, self._thread = threading.Event(), None
+        self._stop, self._thread = threading.Event(), threading.Thread()
         self._lock = threading.RLock()  # controls draw, and so does the training thread
         self._filling, self._proposed = False, ""
-        self._touched, self._places = "method", {}  # where to say what no single control explains
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
         self._valid = planning.plan("demo", only=[method], **start)[0]  # what the controls said
         self._make_widgets(method)
-        self.view = self._arranged()
-        self.view.add_class("hybrid-explorer")
         self._fill({field: getattr(self._valid, field) for field in FIELDS})
         self._propose_name()
         for field, control in self.controls.items():
             control.observe(lambda change, field=field: self._changed(field), "value")
         for choice in (self.earlier, self.report):
             choice.observe(lambda change: self._draw(), "value")
-        for button, act in zip(self.buttons, (self.start, self.stop, self.reset)):
-            button.on_click(lambda button, act=act: act())
         self._list_earlier()
         self._changed("run_name")
 
     def experiment(self) -> Experiment:
         """The experiment that the controls describe; a ``ValidationError`` if there is none."""
         method = get_experiment(self.controls["method"].value)
-        values = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
+        enabled = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
+        values = {"lr_milestones": (), **enabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
             values["lambda_epochs"] = values["epochs"]
-        if values["lr_schedule"] != "multistep":
-            values["lr_milestones"] = ()
         given = {field: value for field, value in values.items() if value != ""}
-        return dataclasses.replace(method, **self._fixed, **given)
+        return replace(method, **self._fixed, **given)
 
     @property
     def folder(self) -> Path:
@@ -135,23 +113,16 @@ class Explorer:
         return self.runs / name
 
     def start(self) -> None:
-        """Train the experiment, or go on with it if its folder holds a part of it.
-
-        While another one trains, it waits for its turn.
-        """
+        """Train the experiment, or go on with it; while another one trains, it waits."""
         with self._lock:
-            self._jobs.append((self.experiment(), self.folder))
+            self._jobs[self.folder] = self.experiment()
             waits = len(self._jobs) > 1
         self._check()
-        if waits:
-            return
-        self._failures.clear()
-        self._say(f"loading {self._jobs[0][0].dataset} …")
-        if self.foreground:
-            self._work()
-        else:
+        if not waits:
+            self._failures.clear()
+            self._say(f"loading {self._valid.dataset} …")
             self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+            (self._thread.run if self.foreground else self._thread.start)()
 
     def stop(self) -> None:
         """Stop after the current step; what was finished is kept, Start goes on."""
@@ -159,7 +130,7 @@ class Explorer:
             if self._jobs:
                 self._say("stopping …")
                 self._stop.set()
-            del self._jobs[1:]
+            self._jobs = dict(itertools.islice(self._jobs.items(), 1))
 
     def reset(self) -> None:
         """Stop, clear the curves and choose a new name; finished runs stay on disk."""
@@ -174,20 +145,22 @@ class Explorer:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until training has ended."""
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join(timeout)
 
     def _work(self) -> None:
         """Train what waits, one after another."""
-        waiting = True
-        while waiting:
-            self._train(*self._jobs[0])
+        more = True
+        while more:
+            folder, experiment = next(iter(self._jobs.items()))
+            self._train(experiment, folder)
             with self._lock:
-                finished, waiting = self._jobs.pop(0)[1].name, bool(self._jobs)
+                del self._jobs[folder]
+                more = bool(self._jobs)
                 self._stop.clear()
-            if waiting:  # what is finished is an earlier run now
+            if more:  # what is finished is an earlier run now
                 self.history, self._name = None, None
-            self._list_earlier(also=finished if waiting else "")
+            self._list_earlier(also=folder.name if more else "")
             self._check()
 
     def _train(self, experiment: Experiment, folder: Path) -> None:
@@ -197,10 +170,10 @@ class Explorer:
             nonlocal said
             step = next(steps)
             if time.monotonic() - said > 0.2 and not self._stop.is_set():
-                said, images = time.monotonic(), self.history.environment["train_images"]
-                n = math.ceil(images / experiment.batch_size)
+                said = time.monotonic()
+                n = math.ceil(self.history.environment["train_images"] / experiment.batch_size)
                 epoch = f"epoch {len(self.history.rows) + 1} of {experiment.epochs}"
-                waiting = ", ".join(folder.name for _, folder in self._jobs[1:])
+                waiting = ", ".join(folder.name for folder in [*self._jobs][1:])
                 then = f"; then {waiting}" if waiting else ""
                 self._say(f"{epoch}, step {step % n + 1} of {n}{then}")
             return self._stop.is_set()
@@ -222,22 +195,23 @@ class Explorer:
         """Let the other controls follow; judge the whole."""
         if self._filling:
             return
-        self._touched = field
         method = get_experiment(self.controls["method"].value)
         if field == "method":
             scaled = method.scaled(max(1, self.controls["epochs"].value))
-            self._fill({field: getattr(scaled, field) for field in STEP + WEIGHTS})
+            self._fill({field: getattr(scaled, field) for field in STEP | WEIGHTS})
             if self.controls["run_name"].value == self._proposed:
                 self._propose_name()
-        unused = SETTINGS - method.method.settings.keys()
-        if not method.is_hybrid:
-            unused |= set(WEIGHTS)
-        elif self.controls["lambda_schedule"].value == "constant":
-            unused |= {"lambda_end", "lambda_epochs"}
-        if self.controls["lr_schedule"].value != "multistep":
-            unused.add("lr_milestones")
+        used = {"lr", "lr_schedule"} | RUN.keys() | method.method.settings.keys()
+        if self.controls["lr_schedule"].value == "multistep":
+            used.add("lr_milestones")
+        if method.is_hybrid:
+            used |= {"lambda_schedule", "lambda_start", "merge"}
+            if shape := schedules.SHAPES.get(self.controls["lambda_schedule"].value):
+                used |= {"lambda_direction", *(f"lambda_{f.name}" for f in fields(shape))}
         for name in FIELDS:
-            self.controls[name].disabled = name in unused
+            self.controls[name].disabled = name not in used
+        for name in OF_ONE_SHAPE:
+            self._cells[name].layout.display = "" if name in used else "none"
         self._check()
 
     def _check(self) -> None:
@@ -246,33 +220,33 @@ class Explorer:
         try:  # Experiment looks at the data set only once every number is right
             data.check_name(self.controls["dataset"].value)
         except ValueError as unknown:
-            self._places[str(unknown)] = "dataset"
             problems.append(("dataset", str(unknown)))
         try:
             experiment = self.experiment()
         except ValidationError as error:
             for fault in error.errors():
                 text = str(fault.get("ctx", {}).get("error", fault["msg"]))
-                # What does not go together is said beside the control that was changed last.
-                place = fault["loc"][0] if fault["loc"] else self._places.get(text, self._touched)
-                self._places[text] = place
-                problems.append((place, text))
+                # What does not go together is told in words that begin with one of the fields.
+                place = (*fault["loc"], *re.findall(r"\w+", text))[0]
+                problems.append((place if place in self.controls else "method", text))
         try:
-            folder = self.folder
-            if experiment is not None and self._is_taken(folder, experiment):
-                if folder.name == self._proposed:
-                    self._propose_name()
-                else:
-                    problems.append(("run_name", "another experiment is kept under this name"))
+            if self._is_taken(self.folder, experiment):
+                if self.folder.name != self._proposed:
+                    raise ValueError("another experiment is kept under this name")
+                self._propose_name()
         except ValueError as error:
             problems.append(("run_name", str(error)))
-        for field, message in self.messages.items():
-            lines = dict.fromkeys(text for place, text in problems if place == field)
-            message.value = _warning("; ".join(lines)) if lines else ""
-            message.layout.display = "" if lines else "none"
+        for field, cell in self._cells.items():
+            said = "; ".join(dict.fromkeys(text for place, text in problems if place == field))
+            if said != self.messages[field]:
+                for old in cell.children[1:]:
+                    old.close()
+                self.messages[field] = said
+                below = [widgets.HTML(_warning(said))] if said else []
+                cell.children = [self.controls[field], *below]
         start, stop, _ = self.buttons
         start.description = "Queue" if self._jobs else "Start"
-        start.disabled = bool(problems) or (experiment, self.folder) in self._jobs
+        start.disabled = bool(problems) or self.folder in self._jobs
         stop.disabled = not self._jobs
         if not problems:
             self._valid = experiment
@@ -280,13 +254,11 @@ class Explorer:
             self.python.value = planning.as_python(experiment, self.folder)
         self._draw()
 
-    def _is_taken(self, folder: Path, experiment: Experiment) -> bool:
+    def _is_taken(self, folder: Path, experiment: Experiment | None) -> bool:
         """Whether another experiment is kept there, or will be."""
-        for planned, its_folder in self._jobs:
-            if its_folder == folder:
-                return planned != experiment
         try:
-            return History.load(folder).experiment != experiment
+            kept = self._jobs.get(folder) or History.load(folder).experiment
+            return experiment is not None and kept != experiment
         except FileNotFoundError:
             return False
         except (OSError, ValueError):  # damaged: not to be written over
@@ -300,7 +272,7 @@ class Explorer:
                 with contextlib.suppress(OSError, ValueError):  # gone or damaged by now
                     runs[name] = History.load(self.runs / name)
             report = self.controls["method"].value if self.report.value else ""
-            curves.draw(self.figure, runs, self._valid, report)
+            self.figure.draw(runs, self._valid, report)
 
     def _fill(self, values: dict) -> None:
         """Set controls from outside: no control follows."""
@@ -308,17 +280,16 @@ class Explorer:
         for field, value in values.items():
             if isinstance(value, tuple):
                 value = ", ".join(f"{v:g}" for v in value)
-            if isinstance(self.controls[field], (widgets.Text, widgets.Combobox)):
+            if isinstance(self.controls[field], widgets.Text):  # a Combobox is one
                 value = "" if value is None else str(value)
             self.controls[field].value = value
         self._filling = False
 
     def _propose_name(self) -> None:
         """The first free name after the method."""
-        method, waiting = self.controls["method"].value, {folder for _, folder in self._jobs}
-        names = (f"{method.replace('+', '-')}-{i}" for i in itertools.count(1))
-        folders = (self.runs / name for name in names)
-        self._proposed = next(f.name for f in folders if not f.exists() and f not in waiting)
+        method = self.controls["method"].value.replace("+", "-")
+        folders = (self.runs / f"{method}-{i}" for i in itertools.count(1))
+        self._proposed = next(f.name for f in folders if f not in self._jobs and not f.exists())
         self._fill({"run_name": self._proposed})
 
     def _list_earlier(self, also: str = "") -> None:
@@ -339,62 +310,49 @@ class Explorer:
         self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>{failures}'
 
     def _make_widgets(self, method: str) -> None:
+        """The controls, each in a cell with room for a message, and what answers."""
         self.controls = {
-            "method": _labelled(
-                widgets.Dropdown, "Method", LEFT - 10, options=METHODS, value=method
-            ),
-            "run_name": _labelled(widgets.Text, "Name of the run", LEFT - 10, **WHEN_COMPLETE),
+            "method": _labelled(widgets.Dropdown, "Method", options=METHODS, value=method),
+            "run_name": _labelled(widgets.Text, "Name of the run", **WHEN_COMPLETE),
+            **{field: _control(field, *words) for field, words in FIELDS.items()},
         }
-        hints = typing.get_type_hints(Experiment)
-        for field, label, kind, placeholder in itertools.chain(*SECTIONS.values()):
-            options = {
-                widgets.Dropdown: {"options": typing.get_args(hints[field])},
-                widgets.Combobox: {"options": data.NAMES, **WHEN_COMPLETE},
-                widgets.Text: {"placeholder": placeholder, **WHEN_COMPLETE},
-            }.get(kind, WHEN_COMPLETE)
-            self.controls[field] = _labelled(kind, label, LEFT // 2 - 5, **options)
-        self.messages = {
-            field: widgets.HTML(layout={"display": "none", "width": control.layout.width})
+        self._cells = {
+            field: widgets.VBox([control], layout={"width": "50%" if field in FIELDS else "100%"})
             for field, control in self.controls.items()
         }
-        self.buttons = [
-            widgets.Button(description=text, button_style=style, layout={"width": "100px"})
-            for text, style in (("Start", "primary"), ("Stop", ""), ("Reset", ""))
-        ]
-        self.status = widgets.HTML()
-        self.figure = curves.live_figure(RIGHT - 10)
-        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", RIGHT - 30, rows=4)
-        text = "the report's accuracies of this method (CIFAR-10)"
-        self.report = _labelled(widgets.Checkbox, text, RIGHT - 30)
-        self.papermill = _labelled(widgets.Textarea, "With papermill", LEFT - 10, rows=4)
-        self.python = _labelled(widgets.Textarea, "With Python", LEFT - 10, rows=9)
-
-    def _arranged(self) -> widgets.Widget:
-        cells = {f: widgets.VBox([c, self.messages[f]]) for f, c in self.controls.items()}
-        wrap, above = {"flex_flow": "row wrap"}, {"margin": "8px 0 0 0"}
-        answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
-        names = widgets.VBox([cells["method"], cells["run_name"]])
-        left = []
-        for title, section in SECTIONS.items():
-            left.append(widgets.HTML(f"<b>{title}</b>", layout=above))
-            left.append(widgets.Box([cells[field] for field, *_ in section], layout=wrap))
-        again = widgets.HTML("<b>The same again</b> (click, Ctrl+A, Ctrl+C)", layout=above)
-        left += [again, self.papermill, self.python]
-        right = widgets.VBox([self.figure, self.earlier, self.report, widgets.HTML(STYLE)])
-        right.layout = {"width": f"{RIGHT}px", "margin": "0 0 0 10px"}
-        # The curves come first, and to the right: where both do not fit, they stay below Start.
-        columns = [right, widgets.VBox(left, layout={"width": f"{LEFT}px"})]
-        reverse = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
-        return widgets.VBox(
-            [widgets.Box([names, answers], layout=wrap), widgets.Box(columns, layout=reverse)]
+        self.buttons = []
+        for text, act in (("Start", self.start), ("Stop", self.stop), ("Reset", self.reset)):
+            self.buttons.append(widgets.Button(description=text, layout={"width": "100px"}))
+            self.buttons[-1].on_click(lambda button, act=act: act())
+        self.buttons[0].button_style = "primary"
+        self.status, self.figure = widgets.HTML(), Curves()
+        self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", rows=4)
+        self.report = _labelled(
+            widgets.Checkbox, "the report's accuracies of this method (CIFAR-10)"
         )
+        self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
+        self.python = _labelled(widgets.Textarea, "With Python", rows=9)
+
+        wrap, left, form = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}, []
+        sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
+        sections = {title: [self._cells[f] for f in fields] for title, fields in sections.items()}
+        again = "The same again: click, Ctrl+A, Ctrl+C"
+        for title, cells in {**sections, again: [self.papermill, self.python]}.items():
+            heading = widgets.HTML(f'<div style="margin-top: 8px"><b>{title}</b></div>')
+            form += [heading, widgets.Box(cells, layout=wrap)]
+        right = widgets.VBox([self.figure, self.earlier, self.report])
+        right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
+        names = widgets.VBox([self._cells["method"], self._cells["run_name"]], layout=left)
+        answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
+        # The curves come first, and to the right: where both do not fit, they stay below Start.
+        below = widgets.Box([right, widgets.VBox(form, layout=left)])
+        below.layout = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
+        self.view = widgets.VBox([widgets.Box([names, answers], layout=wrap), below])
+        self.view.add_class("hybrid-explorer")
 
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
-    """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None.
-
-    An executed notebook would keep the state of widgets, some megabytes, for nobody.
-    """
+    """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None."""
     if not figures.is_interactive():
         figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
         return None
@@ -403,22 +361,29 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
     return explorer
 
 
-def _labelled(kind, label: str, width: int, **options) -> widgets.Widget:
-    style, layout = {"description_width": "110px"}, {"width": f"{width}px"}
-    return kind(description=label, style=style, layout=layout, **options)
+def _control(field: str, label: str, placeholder: str = "") -> widgets.Widget:
+    """What a field's type asks for."""
+    if typing.get_origin(HINTS[field]) is typing.Literal:
+        return _labelled(widgets.Dropdown, label, options=typing.get_args(HINTS[field]))
+    kinds = {int: widgets.IntText, float: widgets.FloatText, str: widgets.Combobox}
+    kind = kinds.get(HINTS[field], widgets.Text)
+    own = {widgets.Combobox: {"options": data.NAMES}, widgets.Text: {"placeholder": placeholder}}
+    return _labelled(kind, label, **own.get(kind, {}), **WHEN_COMPLETE)
+
+
+def _labelled(kind, label: str, **options) -> widgets.Widget:
+    looks = {"style": {"description_width": "110px"}, "layout": {"width": "98%"}}
+    return kind(description=label, **looks, **options)
 
 
 def _outcome(history: History) -> str:
-    kept = f"{len(history.rows)} finished epochs are kept"
-    if history.status == "stopped":
-        return f"stopped {history.note}; {kept}, Start goes on"
-    if history.status == "diverged":
-        return f"diverged: {history.note}; {kept}"
-    final, best = history.final, history.best
-    return (
-        f"complete: test accuracy {final['test_accuracy']:.4f} in the last epoch "
-        f"(highest: {best['test_accuracy']:.4f}, epoch {best['epoch']})"
-    )
+    if history.status != "complete":
+        kept = f"{len(history.rows)} finished epochs are kept"
+        again = ", Start goes on" if history.status == "stopped" else ""
+        return f"{history.status}, {history.note}; {kept}{again}"
+    final, best = history.final["test_accuracy"], history.best
+    highest = f"highest: {best['test_accuracy']:.4f}, epoch {best['epoch']}"
+    return f"complete: test accuracy {final:.4f} in the last epoch ({highest})"
 
 
 def _warning(text: str) -> str:

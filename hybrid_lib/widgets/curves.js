@@ -1,0 +1,222 @@
+// Draws the data of curves.py: a table that is the legend too, and below it four panels of SVG.
+
+const PANELS = [
+  { of: "loss", title: "loss (nats)", height: 190 },
+  { of: "accuracy", title: "accuracy", height: 190 },
+  { of: "lr", title: "rate η", height: 56 },
+  { of: "lambdas", title: "weights λ", height: 70 },
+];
+const LEFT = 46, RIGHT = 10, ABOVE = 32, BELOW = 40; // margins in pixels, ABOVE of each panel
+const HEIGHT = BELOW + PANELS.reduce((sum, panel) => sum + ABOVE + panel.height, 0);
+const GREEN = "#009E73", WEIGHTS = [["#D55E00", ""], ["#0072B2", "7 5"]];
+const STYLE = `
+.hybrid-curves { color: var(--jp-widgets-label-color, inherit); font-size: 12px; line-height: 1.35;
+  font-family: var(--jp-ui-font-family, system-ui, sans-serif); width: 100%; }
+.hybrid-curves h4 { font-size: 15px; font-weight: 600; margin: 0; }
+.hybrid-curves table { border-collapse: collapse; width: 100%; margin: 4px 0 0; font-size: inherit; }
+.hybrid-curves :is(th, td) { background: none; border: 0; color: inherit; font-weight: normal;
+  padding: 2px 0 2px 9px; text-align: right; vertical-align: top; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.hybrid-curves tr { background: none !important; border: 0; }
+.hybrid-curves tbody tr { border-top: 1px solid rgba(128, 128, 128, 0.3); }
+.hybrid-curves :is(th, td):first-child { text-align: left; padding-left: 0; white-space: normal; }
+.hybrid-curves button { all: unset; cursor: pointer; display: flex; gap: 8px; }
+.hybrid-curves button > svg { flex: none; margin-top: 3px; }
+.hybrid-curves :is(button, svg):focus-visible { outline: 2px solid #0072B2; }
+.hybrid-curves button[aria-pressed=false] { opacity: 0.45; text-decoration: line-through; }
+.hybrid-curves .faint { opacity: 0.75; }
+.hybrid-curves > svg { display: block; overflow: visible; touch-action: pan-y; }
+.hybrid-curves text { fill: currentColor; }`;
+
+const clean = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
+const short = (value, digits = 4) =>
+  value === undefined ? "–" : value !== 0 && Math.abs(value) < 1e-3
+    ? value.toExponential(1) : String(+value.toPrecision(digits));
+const fixed = (value) => (value === undefined ? "–" : value < 1e4 ? value.toFixed(4) : short(value));
+
+/** Multiples of 1, 2 or 5 times a power of ten, at most `count` steps apart. */
+function ticks([low, high], count, least = 0) {
+  const rough = Math.max((high - low) / count, least);
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((n) => n * power >= rough * 0.999) * power;
+  const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
+  const found = Array.from({ length: Math.max(0, last - first + 1) }, (_, i) => (first + i) * step);
+  return found.map((value) => +value.toPrecision(8));
+}
+
+function logTicks([low, high]) {
+  const ratio = high / low, found = [];
+  const digits = ratio > 300 ? [1] : ratio > 4 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+  for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++)
+    for (const digit of digits) found.push(+(digit * 10 ** power).toPrecision(3));
+  return found.filter((value) => value >= low && value <= high);
+}
+
+/** From the least to the largest value, and a little more. */
+function reach(values, empty, isLog) {
+  if (!values.length) return empty;
+  const of = isLog ? Math.log : (v) => v, back = isLog ? Math.exp : (v) => v;
+  const low = of(Math.min(...values)), high = of(Math.max(...values));
+  const more = 0.06 * (high - low) || (isLog ? 0.1 : 0.01);
+  return [back(low - more), back(high + more)];
+}
+
+/** What there is to draw: per panel, lines of points [epoch, value]. */
+function linesOf(data, hidden) {
+  const lines = PANELS.map(() => []), points = (x, y) => x.map((epoch, i) => [epoch, y[i]]);
+  for (const run of [...data.runs].reverse()) { // the first one lies on top
+    if (hidden.has(run.name)) continue;
+    for (const [row, what] of [[0, "loss"], [1, "accuracy"]])
+      for (const part of ["train", "test"]) {
+        const kept = points(run.epoch, run[`${part}_${what}`]).filter(([, y]) => row || y > 0);
+        const width = part === "test" ? 2.4 : 1.1;
+        lines[row].push({ ...run, points: kept, part, width });
+      }
+  }
+  if (data.report && !hidden.has(data.report.name))
+    lines[1].push({ points: points(data.report.epoch, data.report.test_accuracy), part: "report" });
+  const { epoch, lr, lambdas } = data.planned, held = { part: "planned", width: 2 };
+  lines[2].push({ ...held, points: points(epoch, lr), colour: GREEN, dash: "" });
+  Object.values(lambdas).forEach((values, i) => {
+    const [colour, dash] = WEIGHTS[i % 2];
+    lines[3].push({ ...held, points: points(epoch, values), colour, dash });
+  });
+  return lines;
+}
+
+function drawn(line, x, y, at) {
+  const { points, colour, dash, part, width } = line;
+  const place = ([e, v]) => [x(e).toFixed(1), y(v).toFixed(1)];
+  if (part === "report") {
+    const diamonds = points.map(([e, v]) => `M${x(e)},${y(v) - 6}l5,6l-5,6l-5,-6z`).join("");
+    return `<path data-part="report" d="${diamonds}" fill="none" stroke="currentColor"/>`;
+  }
+  const last = points.length - 1; // what is planned holds for a whole epoch
+  const corners = part !== "planned" ? points
+    : points.flatMap(([e, v], i) => [[i ? e - 0.5 : e, v], [i < last ? e + 0.5 : e, v]]);
+  const least = part === "test" ? 2.6 : 1.4;
+  const dots = points.filter(([e]) => e === at || !last || (part !== "planned" && last < 30))
+    .map((point) => [...place(point), point[0] === at ? least + 1.6 : least])
+    .map(([cx, cy, r]) => `<circle cx="${cx}" cy="${cy}" r="${r}"/>`);
+  return `<g fill="${colour}" stroke-linejoin="round"><path data-part="${part}"
+    data-points="${points.length}" d="${corners.map((at, i) => `${i ? "L" : "M"}${place(at)}`).join("")}" fill="none"
+    stroke="${colour}" stroke-width="${width}" stroke-dasharray="${dash}"/>${dots.join("")}</g>`;
+}
+
+/** The four panels, `width` pixels wide, with the cross-hair at an epoch. */
+function panels(data, hidden, width, at) {
+  const margin = Math.max(0.3, 0.02 * data.epochs), from = 1 - margin, to = data.epochs + margin;
+  const perEpoch = (width - LEFT - RIGHT) / (to - from), x = (e) => LEFT + (e - from) * perEpoch;
+  const epochs = ticks([1, data.epochs], width / 45, 1);
+  const lines = linesOf(data, hidden);
+  let svg = "", top = 0;
+  PANELS.forEach(({ of, title, height }, row) => {
+    top += ABOVE;
+    const values = lines[row].flatMap((line) => line.points.map(([, y]) => y));
+    const most = Math.max(...values), range = [
+      reach(values, [0.1, 3], true), reach(values, [0, 1]),
+      [0, 1.15 * most], [-0.08, 1.08 * Math.max(1, most)],
+    ][row];
+    const scale = row ? (v) => v : Math.log, bottom = top + height;
+    const [low, high] = range.map(scale);
+    const y = (v) => bottom - ((scale(v) - low) / (high - low)) * height;
+    const marks = row ? ticks(range, row > 1 ? 2 : 5) : logTicks(range);
+    const grid = marks.map((v) => `M${LEFT},${y(v).toFixed(1)}H${width - RIGHT}`)
+      .concat(epochs.map((e) => `M${x(e).toFixed(1)},${top}V${bottom}`)).join("");
+    const text = (words, left, above, more) => `<text x="${left}" y="${above}" ${more}>${words}</text>`;
+    const end = 'text-anchor="end"';
+    svg += `<g data-panel="${of}"><path d="${grid}" stroke="currentColor" stroke-opacity="0.16"/>
+      ${marks.map((v) => text(short(v), LEFT - 7, y(v) + 4, end)).join("")}
+      ${text(title, 0, top - 11, 'font-weight="600"')}
+      ${text(caption(data.planned, row, at), width - RIGHT, top - 11, end)}
+      ${at ? `<path d="M${x(at)},${top}V${bottom}" stroke="currentColor" opacity="0.6"/>` : ""}
+      ${lines[row].map((line) => drawn(line, x, y, at)).join("")}</g>`;
+    top = bottom;
+  });
+  const below = epochs.map((e) => `<text x="${x(e)}" y="${top + 17}">${e}</text>`).join("");
+  const name = `<text x="${(LEFT + width - RIGHT) / 2}" y="${top + 34}">epoch</text>`;
+  svg += `<g text-anchor="middle">${below}${name}</g>`;
+  return { svg, epochAt: (px) => Math.round(from + (px - LEFT) / perEpoch) };
+}
+
+/** To the right above a panel: what its lines are, and their values at the cross-hair. */
+function caption({ lr, lambdas }, row, at) {
+  const value = (values) => (lr[at - 1] === undefined ? "" : ` = ${short(values[at - 1], 3)}`);
+  const weights = Object.entries(lambdas).map(([rule, values], i) =>
+    `<tspan fill="${WEIGHTS[i % 2][0]}">${i ? "╍╍" : "━━"}</tspan> λ of ${rule}${value(values)}`);
+  const next = `what starts next${value(lr) && `: η${value(lr)}`}`;
+  return ["thick: test, thin: training", "", next, weights.join(" \u00a0 ")][row];
+}
+
+/** The legend: per run its values at the cross-hair, or in its last epoch. */
+function legend(data, hidden, at) {
+  const faint = (text) => `<span class="faint">${text}</span>`;
+  const row = ({ name, label }, swatch, cells) => `<tr><td>
+    <button data-run="${clean(name)}" aria-pressed="${!hidden.has(name)}" title="hide or show">
+      <svg width="30" height="11"><path d="${swatch} fill="none"/></svg>
+      <span><b>${clean(name)}</b><br>${faint(clean(label))}</span></button></td>
+    ${cells.map((lines) => `<td>${lines.join("<br>")}</td>`).join("")}</tr>`;
+  const rows = data.runs.map((run) => {
+    const i = at ? run.epoch.indexOf(at) : run.epoch.length - 1;
+    const pair = (what) => [fixed(run[`test_${what}`][i]), faint(fixed(run[`train_${what}`][i]))];
+    const swatch = `M0,5.5H30" stroke="${run.colour}" stroke-width="3" stroke-dasharray="${run.dash}"`;
+    const λ = (run.lambdas[i] ?? []).map((value) => short(value, 3));
+    const cells = [["test", faint("train")], pair("loss"), pair("accuracy"), [short(run.lr[i])], λ];
+    return row(run, swatch, cells);
+  });
+  if (data.report) {
+    const value = data.report.test_accuracy[data.report.epoch.indexOf(at)];
+    const cells = [["test"], [], [value === undefined ? "" : fixed(value)], [], []];
+    rows.push(row(data.report, 'M15,0l5,5.5l-5,5.5l-5,-5.5z" stroke="currentColor"', cells));
+  }
+  if (!rows.length) return "";
+  const heads = [at ? `epoch ${at}` : "last epoch", "", "loss", "accuracy", "η", "λ"];
+  return `<table><thead><tr>${heads.map((head) => `<th>${head}</th>`).join("")}</tr></thead>
+    <tbody>${rows.join("")}</tbody></table>`;
+}
+
+function render({ model, el }) {
+  el.innerHTML = `<div class="hybrid-curves"><style>${STYLE}</style><h4></h4><div></div>
+    <svg tabindex="0" role="img" height="${HEIGHT}" data-lm-suppress-shortcuts="true"></svg></div>`;
+  const root = el.firstChild, [, title, table, svg] = root.children, hidden = new Set();
+  let at = 0, epochAt;
+  function draw() {
+    const data = model.get("data"), width = Math.max(280, root.clientWidth || 500);
+    at = Math.min(at, data.epochs);
+    const focused = root.contains(document.activeElement) && document.activeElement.dataset.run;
+    title.textContent = data.title;
+    table.innerHTML = legend(data, hidden, at);
+    table.querySelector(`[data-run="${focused}"]`)?.focus(); // the new one of the same run
+    const made = panels(data, hidden, width, at);
+    epochAt = made.epochAt;
+    svg.innerHTML = made.svg;
+    svg.setAttribute("width", width);
+    svg.setAttribute("aria-label", `Curves: ${data.title}. Arrow keys move the cross-hair.`);
+  }
+  function point(epoch) { // 0: nowhere
+    if (epoch === at) return;
+    at = epoch;
+    draw();
+  }
+  svg.addEventListener("pointermove", (e) =>
+    point(Math.max(1, epochAt(e.clientX - svg.getBoundingClientRect().left))));
+  svg.addEventListener("pointerleave", () => point(0));
+  svg.addEventListener("blur", () => point(0));
+  svg.addEventListener("keydown", (e) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
+    if (step) { e.preventDefault(); point(Math.max(1, at + step)); }
+  });
+  table.addEventListener("click", (e) => {
+    const name = e.target.closest("button")?.dataset.run;
+    if (name === undefined) return;
+    if (!hidden.delete(name)) hidden.add(name);
+    draw();
+  });
+  model.on("change:data", draw);
+  const watcher = new ResizeObserver(draw);
+  watcher.observe(root);
+  draw();
+  return () => { watcher.disconnect(); model.off("change:data", draw); };
+}
+
+export default { render };
