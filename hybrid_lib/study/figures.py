@@ -184,7 +184,7 @@ def show(figure) -> None:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
-            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(32)
+            image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
         # One browser for all further images: starting one takes ten times as long as drawing. It
         # starts after one has drawn: where there is none, this would wait for ever.
         kaleido.start_sync_server(silence_warnings=True)
@@ -198,7 +198,7 @@ def show(figure) -> None:
 
 
 def _light(figure: go.Figure) -> go.Figure:
-    """The figure in few bytes: plain lines of at most 32 points, numbers of four bytes or two.
+    """The figure in few bytes: plain lines of at most 60 points, numbers of four bytes or two.
 
     An executed notebook holds it beside the image, which shows every point.
     """
@@ -208,8 +208,8 @@ def _light(figure: go.Figure) -> go.Figure:
             values = np.asarray(() if trace[axis] is None else trace[axis])
             if values.dtype.kind not in "iuf" or not len(values):
                 continue  # nothing, or names on an axis of categories
-            if trace.mode == "lines" and trace.customdata is None and len(values) > 32:
-                values = values[np.linspace(0, len(values) - 1, 32).round().astype(int)]
+            if trace.mode == "lines" and trace.customdata is None and len(values) > 60:
+                values = values[np.linspace(0, len(values) - 1, 60).round().astype(int)]
             trace[axis] = None  # an equal tuple would stay, and be written number by number
             small = values.dtype.kind != "f" and abs(values).max() < 2**15
             trace[axis] = values.astype(np.int16 if small else np.float32)

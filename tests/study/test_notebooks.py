@@ -334,7 +334,8 @@ def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_of_a_study_at_full_length_it_stays_small(tmp_path):
-    """The largest: eight methods, three seeds, hundreds of epochs, which are made up here."""
+    """The largest: eight methods, three seeds, hundreds of epochs, made up of noise, which is what
+    pictures compress worst."""
     rng = random.Random(0)
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     seen = {"dataset": "CIFAR-10 (made up)", "device_name": "none",
@@ -352,4 +353,4 @@ def test_of_a_study_at_full_length_it_stays_small(tmp_path):
     (executed,), failures = notebooks.execute({source: {**given, "train": False}}, tmp_path)
     assert failures == []
     checked_notebook(executed)
-    assert executed.stat().st_size <= 200 * 1024
+    assert executed.stat().st_size <= 256 * 1024
