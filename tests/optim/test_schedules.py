@@ -28,10 +28,7 @@ from hybrid_lib.optim.schedules import (
 unhurried = settings(deadline=None)  # a busy machine is no fault
 
 RAMPS = [Linear, Cosine, Step, Exponential, Sigmoid]
-EXAMPLES = [ramp((1, 0), (0.25, 0.75), 10) for ramp in RAMPS] + [
-    Constant((0.3, 0.7)),
-    Released(),
-]
+EXAMPLES = [ramp((1, 0), (0.25, 0.75), 10) for ramp in RAMPS] + [Constant((0.3, 0.7)), Released()]
 
 weights = st.integers(0, 50_000).map(lambda thousandths: thousandths / 1000)
 pairs = st.tuples(weights, weights)

@@ -107,10 +107,7 @@ def test_the_compiled_engine_agrees_and_compiles_once():
     e = experiment()
     one, other = OneConvolution().double(), OneConvolution().double()
     other.load_state_dict(one.state_dict())
-    eager, fast = (
-        engines.eager_pass(one, task(e)),
-        engines.compiled_pass(other, task(e)),
-    )
+    eager, fast = (engines.eager_pass(one, task(e)), engines.compiled_pass(other, task(e)))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     ours, theirs = probes(), probes()
     for n in (8, 8, 5, 8):  # 5: an epoch's last batch
@@ -126,10 +123,7 @@ def test_the_compiled_engine_agrees_on_a_whole_network(changes):
     e = experiment("adasgd", **changes)
     one, other = network(), network().to(memory_format=torch.channels_last)
     x, y = batch(8)
-    eager, fast = (
-        engines.eager_pass(one, task(e)),
-        engines.compiled_pass(other, task(e)),
-    )
+    eager, fast = (engines.eager_pass(one, task(e)), engines.compiled_pass(other, task(e)))
     for due in (True, False) if e.hessian_every > 1 else (True,):
         theirs, ours = (probes(), probes()) if due else (None, None)
         result = fast(x.contiguous(memory_format=torch.channels_last), y, ours)
