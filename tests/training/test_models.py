@@ -45,19 +45,6 @@ def test_the_cifar_stem_keeps_the_resolution(stem, maps):
     assert model.blocks(model.stem(torch.zeros(2, 3, 32, 32))).shape == (2, 16, maps, maps)
 
 
-def test_images_need_not_be_square():
-    assert resnet18(width=2)(torch.zeros(2, 3, 8, 24)).shape == (2, 10)
-
-
-def test_parameters_grow_with_the_square_of_the_width():
-    # Convolutions alone: twice the width, four times the weights, but for the 3 input channels.
-    def convolutions(width):
-        blocks = resnet18(width=width).blocks.modules()
-        return sum(m.weight.numel() for m in blocks if isinstance(m, nn.Conv2d))
-
-    assert convolutions(8) == 4 * convolutions(4)
-
-
 def test_weights_come_from_the_global_generator():
     torch.manual_seed(3)
     first = resnet18(width=2).state_dict()
