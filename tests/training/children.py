@@ -6,7 +6,6 @@ safe to fork. A child that is to be hit at a certain moment makes a file there a
 
 import contextlib
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import hybrid_lib
 from hybrid_lib.study import __main__ as commands
 from hybrid_lib.study import notebooks
 from hybrid_lib.training import data, loop
@@ -113,12 +111,6 @@ def papermill(parameters: dict, executed: Path) -> None:
     )  # fmt: skip
 
 
-def old_torch() -> None:
-    """The library is imported beside a torch that says it is old."""
-    torch.__version__ = "2.5.1"
-    importlib.reload(hybrid_lib)
-
-
 # --- What goes wrong. ---
 
 
@@ -141,7 +133,6 @@ MOMENTS = {
     "step": (torch.nn.functional, "cross_entropy", 5),  # twice and a test before
     "evaluation": (loop, "_test", 2),
     "checkpoint write": (os, "fsync", 4),  # the owner's name, checkpoint and history before
-    "history write": (os, "fsync", 5),
     "report": (notebooks, "report", 1),
 }
 
@@ -154,26 +145,6 @@ def waits_in(moment: str, ready: Path) -> None:
         time.sleep(120)
 
     at_call(*MOMENTS[moment], wait)
-
-
-PHASES = ["start-up", "restoring", "training", "evaluation", "checkpoint write", "history write"]
-
-
-def tells_its_phase(phase) -> None:
-    """Shared memory holds the index, in PHASES, of what the process does."""
-    for owner, name, index in [
-        (loop, "restore_checkpoint", 1), (loop, "_train", 2), (loop, "_test", 3),
-        (loop, "save_checkpoint", 4), (loop.History, "save", 5),
-    ]:  # fmt: skip
-        setattr(owner, name, _telling(getattr(owner, name), phase, index))
-
-
-def _telling(called, phase, index):
-    def told(*args, **kwargs):
-        phase.value = index
-        return called(*args, **kwargs)
-
-    return told
 
 
 def kills_itself(name: str, count: int) -> None:
