@@ -23,7 +23,7 @@ from hybrid_lib.optim.schedules import (
     Released,
     Sigmoid,
     Step,
-)  # fmt: skip
+)
 
 unhurried = settings(deadline=None)  # a busy machine is no fault
 

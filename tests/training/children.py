@@ -5,7 +5,6 @@ safe to fork. A child that is to be hit at a certain moment makes a file there a
 """
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -101,16 +100,6 @@ def notebook_head(parameters: dict) -> None:
         exec(cell, known)
 
 
-def papermill(parameters: dict, executed: Path) -> None:
-    """10_train_one, executed in a kernel of its own."""
-    import papermill
-
-    papermill.execute_notebook(
-        TRAIN_ONE, executed, parameters, progress_bar=False, cwd=TRAIN_ONE.parent,
-        kernel_manager_class=notebooks.PrivateKernelManager,
-    )  # fmt: skip
-
-
 # --- What goes wrong. ---
 
 
@@ -159,20 +148,6 @@ def as_nobody() -> None:
         os.setuid(65534)
 
 
-def fills_up(disk: Path) -> None:
-    """Nothing is left on a disk before the second epoch is written."""
-
-    def fill():
-        with open(disk / "filler", "wb", buffering=0) as stream:
-            try:
-                while True:
-                    stream.write(bytes(4096))
-            except OSError:
-                pass
-
-    at_call(loop, "save_checkpoint", 2, fill)
-
-
 def vanishes(folder: Path) -> None:
     """Somebody removes, or moves, the folder before the second epoch is written."""
     at_call(loop, "save_checkpoint", 2, lambda: folder.rename(folder.with_name("elsewhere")))
@@ -212,15 +187,6 @@ def offline(downloads: Path) -> None:
 
     socket.getaddrinfo = refuse
     os.environ["HYBRID_DATA"] = str(downloads)
-
-
-def trusts_the_archive(downloads: Path) -> None:
-    """CIFAR-10's archive has the expected checksum, whatever is in it."""
-    from torchvision import datasets
-
-    offline(downloads)
-    archive = downloads / datasets.CIFAR10.filename
-    datasets.CIFAR10.tgz_md5 = hashlib.md5(archive.read_bytes()).hexdigest()
 
 
 def without(package: str) -> None:

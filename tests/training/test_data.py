@@ -240,30 +240,31 @@ def test_images_added_later_are_seen(colour_folder):
     assert len(load(f"folder:{colour_folder}").train_images) == 7
 
 
-DOG = "train/dog/1.png"
-FAULTY = {
-    "another size": (lambda r: Image.new("RGB", (9, 8)).save(r / DOG),
-                     r"dog.1\.png has 8x9 pixels, .*cat.0\.png has 8x8.*one size"),
-    "no test": (lambda r: (r / "test").rename(r / "validation"),
-                r"expected images as .*test/CLASS.*train: cat, dog, test: none"),
-    "one class": (lambda r: [(r / p / "dog").rename(r / f"{p} dog") for p in ("train", "test")],
-                  r"two or more classes.*train: cat, test: cat"),
-    "other classes": (lambda r: (r / "test/dog").rename(r / "test/wolf"),
-                      r"train: cat, dog, test: cat, wolf"),
-    "no classes": (lambda r: [(r / p / c).rename(r / f"{p}-{c}") for p in ("train", "test")
-                              for c in ("cat", "dog")], r"train: none, test: none"),
-    "an empty class": (lambda r: [f.unlink() for f in (r / "test/dog").iterdir()],
-                       r"no image in .*test.dog"),
-    "no image": (lambda r: (r / DOG).write_bytes(b"GIF? no"), r"dog.1\.png: not a readable image"),
-    "an empty file": (lambda r: (r / DOG).write_bytes(b""), r"dog.1\.png: not a readable image"),
-    "cut short": (lambda r: (r / DOG).write_bytes((r / DOG).read_bytes()[:-60]),
-                  r"dog.1\.png: not a readable image"),
-    "nothing at all": (lambda r: r.rename(r.with_name("elsewhere")),
-                       r"colours: no such folder.*train/CLASS"),
-}  # fmt: skip
+def at_dog(spoil):
+    return lambda root: spoil(root / "train/dog/1.png")
 
 
-@pytest.mark.parametrize(("spoil", "message"), FAULTY.values(), ids=FAULTY)
+def moved(*names):
+    return lambda root: [(root / a).rename(root / b) for a, b in zip(names[::2], names[1::2])]
+
+
+UNREADABLE = r"dog.1\.png: not a readable image"
+FAULTY = [
+    (at_dog(lambda file: Image.new("RGB", (9, 8)).save(file)),
+     r"dog.1\.png has 8x9 pixels, .*cat.0\.png has 8x8.*one size"),
+    (at_dog(lambda file: file.write_bytes(b"GIF? no")), UNREADABLE),
+    (at_dog(lambda file: file.write_bytes(b"")), UNREADABLE),
+    (at_dog(lambda file: file.write_bytes(file.read_bytes()[:-60])), UNREADABLE),
+    (moved("test", "validation"), r"expected images as .*test/CLASS.*train: cat, dog, test: none"),
+    (moved("test/dog", "test/wolf"), r"train: cat, dog, test: cat, wolf"),
+    (moved("train/dog", "dogs", "test/dog", "more"), r"two or more classes.*train: cat, test: cat"),
+    (moved("train", "x", "test", "y"), r"train: none, test: none"),
+    (moved(".", "../elsewhere"), r"colours: no such folder.*train/CLASS"),
+    (lambda root: [f.unlink() for f in (root / "test/dog").iterdir()], r"no image in .*test.dog"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "message"), FAULTY)
 def test_a_faulty_folder_is_refused_by_name(colour_folder, spoil, message):
     spoil(colour_folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -405,3 +406,15 @@ def test_a_file_that_is_cut_short_is_not_trained_on(downloads, monkeypatch, kind
     (downloads / file).write_bytes((downloads / file).read_bytes()[:-1])
     with pytest.raises(FileNotFoundError, match=f"{title} is not complete in .*{file[:5]}"):
         load(kind)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_an_archive_that_is_not_the_original_is_refused(downloads, monkeypatch, trusted):
+    """Its checksum tells; where that fits, the tar reader does."""
+    from torchvision import datasets
+
+    (downloads / datasets.CIFAR10.filename).write_bytes(b"half of one")
+    if trusted:
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(b"half of one").hexdigest())
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not complete in .*unpack the orig"):
+        load("cifar10")

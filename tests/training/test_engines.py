@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from toys import after, numbers
 
 import hybrid_lib as hl
 from hybrid_lib.study import planning
@@ -137,17 +138,10 @@ def test_a_compiled_run_is_the_eager_run_up_to_rounding_and_resumes_to_the_bit(t
     e = experiment("adasgd", epochs=3, width=2, train_limit=48, test_limit=40, lr=1e-4)
     eager = hl.run(e, progress=False, compile=False)
     whole = hl.run(e, tmp_path / "whole", progress=False, compile=True)
-    asked = []
-    hl.run(
-        e, tmp_path / "cut", progress=False, compile=True,
-        should_stop=lambda: asked.append(0) or len(asked) > 10,
-    )  # fmt: skip
+    hl.run(e, tmp_path / "cut", progress=False, compile=True, should_stop=after(10))
     cut = hl.run(e, tmp_path / "cut", progress=False)  # compiled again, without being told
 
-    def numbers(history):
-        return [{k: v for k, v in r.items() if "seconds" not in k} for r in history.rows]
-
-    assert numbers(cut) == numbers(whole)
+    assert numbers(cut.rows) == numbers(whole.rows)
     assert whole.environment["engine"] == cut.environment["engine"] == "compiled"
     assert whole.rows[0]["train_loss"] == pytest.approx(eager.rows[0]["train_loss"], rel=1e-3)
 
@@ -228,16 +222,13 @@ def test_without_a_compiler_auto_trains_eagerly_and_says_why_and_a_demand_is_ref
     assert "cannot be compiled here" in asked
 
 
-@pytest.mark.parametrize(
-    ("long", "begun", "compiler", "compiles"),
-    [
-        (False, None, True, False),
-        (True, None, True, True),
-        (True, None, False, False),
-        (True, "eager", True, False),
-        (False, "compiled", True, True),
-    ],
-)
+BEGUN = [  # a long run, how it began, whether there is a compiler, whether it is compiled
+    (False, None, True, False), (True, None, True, True), (True, None, False, False),
+    (True, "eager", True, False), (False, "compiled", True, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("long", "begun", "compiler", "compiles"), BEGUN)
 def test_a_run_goes_on_as_it_began(monkeypatch, long, begun, compiler, compiles):
     monkeypatch.setattr(engines, "why_not_compile", lambda device: "" if compiler else "none here")
     e = dataclasses.replace(experiment("sgd"), epochs=10_000 if long else 1)

@@ -5,7 +5,6 @@ had for a test (a GPU's memory, the system's clock, an older torch) is imitated 
 """
 
 import functools
-import gzip
 import io
 import os
 import random
@@ -14,12 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -123,18 +120,6 @@ def given(**parameters):
     return lambda place: Child(place.said, children.notebook_head, parameters)
 
 
-def kernel_killed(place):
-    """A notebook trains, its kernel is killed."""
-    place.e = replace(plan("toy", only=["sgd"], epochs=60)[0], width=1, train_limit=32)
-    parameters = dict(scale="toy", optimizer="sgd", epochs=60, settings="width=1 train_limit=32")
-    parameters["out"] = str(place.folder)
-    child = Child(place.said, children.papermill, parameters, place.tmp / "executed.ipynb")
-    child.wait_for(place.folder / "history.json")
-    owner = (place.folder / ".owner").read_text("utf-8")
-    os.kill(int(re.match(r"process (\d+) on", owner).group(1)), signal.SIGKILL)
-    return child
-
-
 def ascii_locale(place):
     """An interpreter of its own, which decides about encodings as it starts."""
     place.study_out = place.tmp / "größer"
@@ -150,18 +135,6 @@ def ascii_locale(place):
 def odd_path(place):
     place.folder = place.tmp / "Bücher & 'Größen' \"$HOME\" 日本" / "a run"
     return place.script()
-
-
-def full_disk(place):
-    disk = place.tmp / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True
-    )
-    if not mounted or mounted.returncode != 0:
-        pytest.skip("a small disk cannot be mounted here")
-    place.disk, place.folder = disk, disk / "run"
-    return place.script(children.fills_up, disk)
 
 
 def read_only_folder(place):
@@ -259,28 +232,6 @@ def history(change: Callable[[str], str]):
     return changed
 
 
-def truncated_download(place):
-    """Half of an archive; torchvision compares it with the checksum that it knows."""
-    place.downloads = place.tmp / "downloads"
-    place.downloads.mkdir()
-    archive = gzip.compress(random.Random(0).randbytes(2000))
-    (place.downloads / "cifar-10-python.tar.gz").write_bytes(archive[:1000])
-    return place.command([*TOY, "--dataset", "cifar10"], children.offline, place.downloads)
-
-
-def hostile_archive(place):
-    """An archive that leaves its folder, and whose checksum is the expected one."""
-    torchvision = Path(find_spec("torchvision").submodule_search_locations[0])
-    if 'filter="data"' not in (torchvision / "datasets" / "utils.py").read_text("utf-8"):
-        pytest.skip("this torchvision relies on the checksum alone")
-    place.downloads = place.tmp / "downloads"
-    place.downloads.mkdir()
-    with tarfile.open(place.downloads / "cifar-10-python.tar.gz", "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("../sentinel"), io.BytesIO())
-    arguments = [*TOY, "--dataset", "cifar10"]
-    return place.command(arguments, children.trusts_the_archive, place.downloads)
-
-
 # --- What is left. ---
 
 
@@ -303,11 +254,6 @@ def leftovers(folder: Path) -> list[str]:
     return [f.name for f in folder.glob(".*") if f.name not in (".lock", ".owner")]
 
 
-def room_again(place):
-    (place.disk / "filler").unlink()
-    goes_on(1)(place)
-
-
 def writable_again(place):
     place.folder.chmod(0o755)
     goes_on(2)(place)
@@ -324,15 +270,6 @@ def first_is_alone(place):
     place.first.hit(signal.SIGKILL)
     place.first.ended()
     goes_on(1)(place)
-
-
-def kernel_can_start_again(place):
-    rows = History.load(place.folder).rows
-    assert 1 <= len(rows) < 60
-    place.start().ended()
-    h = History.load(place.folder)
-    assert (h.status, h.rows[: len(rows)]) == ("complete", rows)
-    assert outcome(place.folder) == place.straight(place.e)
 
 
 def straight(place):
@@ -378,7 +315,6 @@ def nothing(place):
 KILLED, TERMINATED, INTERRUPTED = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 AGAIN = "stopped; the same command goes on from here"
 NEWER = r"history.json: .*format 99 is newer than this version reads \(1\); update hybrid_lib"
-ARCHIVE = r"CIFAR-10 is not complete in .*downloads.* could not be downloaded .*network"
 
 FAULTS = [
     # Killed and interrupted.
@@ -392,10 +328,7 @@ FAULTS = [
     Row("SIGTERM after the training", hit(TERMINATED, "report", Place.study), 130, AGAIN,
         goes_on(2)),
     Row("Ctrl-C in hybrid-study", hit(INTERRUPTED, "step", Place.study), 130, AGAIN, goes_on(0)),
-    Row("a notebook's kernel is killed", kernel_killed, 1, "Kernel died", kernel_can_start_again),
     # The machine.
-    Row("the disk is full", full_disk, 1,
-        r"run: No space left on device; the epochs that history.json lists are safe", room_again),
     Row("a folder without write permission", read_only_folder, 1,
         r"run: cannot write there \(Permission denied\)", writable_again),
     Row("the folder vanishes", lambda place: place.script(children.vanishes, place.folder), 1,
@@ -437,28 +370,16 @@ FAULTS = [
     Row("other images than before", other_images, 1,
         r"run was trained on other data of folder images \(checksum \w+, here \w+\)", untouched),
     # Data and packages.
-    Row("CIFAR-10 is cut short, and no network", truncated_download, 2, ARCHIVE, nothing),
-    Row("an archive that leaves its folder", hostile_archive, 2,
-        r"CIFAR-10 is not complete in .*sentinel", nothing),
     Row("torchvision is missing, and wanted", command(
         "--scale toy --only sgd --dataset cifar10", children.without, "torchvision"), 2,
         "dataset=cifar10 needs torchvision: pip install torchvision", nothing),
     Row("torchvision is missing, and not wanted",
         trouble(children.without, "torchvision"), 0, "complete", straight),
     # Parameters of notebooks.
-    Row("a mistyped parameter", given(epoch=3), 1,
-        r"epoch is not a parameter of this notebook \(did you mean epochs\?\)", nothing),
-    Row("a parameter of the wrong type", given(epochs="many"), 1,
-        "epochs='many': Input should be a valid integer", nothing),
     Row("a value that is code", given(lr="__import__('os').mkdir('sentinel')"), 1,
         r"lr=\"__import__\('os'\)", nothing),
     Row("a name that is code", given(**{"lr = 1\nprint('code')\nepochs": 3}), 1,
         "papermill's cell holds more than values", nothing),
-    Row("λ is not a number", given(optimizer="atmo", lambda_start="nan,1"), 1,
-        r"lambda_start=.*nan.*finite", nothing),
-    Row("a learning rate that is none", given(lr="nan"), 1, "lr=nan: .*finite", nothing),
-    Row("a method's name that is a path", given(optimizer="../../x"), 1,
-        r"optimizer='../../x': must be one of sgd, adam", nothing),
 ]  # fmt: skip
 
 
@@ -489,8 +410,6 @@ def stopped(tmp_path_factory):
 def place(tmp_path, undisturbed, stopped):
     made = Place(tmp_path, undisturbed, stopped)
     yield made
-    if hasattr(made, "disk"):
-        subprocess.run(["umount", made.disk], check=True)
     if hasattr(made, "temporary"):
         shutil.rmtree(made.temporary)
 
@@ -506,38 +425,28 @@ def test_fault(row, place):
 # --- Bad input. ---
 
 REFUSED = [  # arguments of hybrid-study, and the line that refuses them
-    (["--only", "adma"], r"'adma'.*did you mean adam\?"),
-    (["--only", ""], r"''.*sgd, adam"),
-    (["--only", "sgd;adam"], r"'sgd;adam'"),
-    (["--only", "../sgd"], r"'\.\./sgd'"),
-    (["--dataset", "cifar"], r"dataset='cifar'.*cifar10"),
-    (["--dataset", "folder:"], r"folder"),
-    (["--dataset", "folder:nowhere"], r"folder:nowhere: no such folder"),
-    (["--dataset", "folder:{empty}"], r"expected images as .*train: none"),
-    (["--dataset", "folder:{small}"], r"(batch_size|train_limit)=.* 20 "),
-    (["--dataset", "mnist"], r"MNIST is not complete.*network"),
-    (["--epochs", "0"], r"epochs=0"),
-    (["--epochs", "-3"], r"epochs=-3"),
-    (["--epochs", "many"], r"--epochs.*many"),
-    (["--seeds", "one"], r"seeds='one'"),
-    (["--seeds", "3-1"], r"seeds='3-1'"),
-    (["--protocol", "dirty"], r"protocol='dirty'"),
-    (["--scale", "huge"], r"--scale.*huge"),
-    (["--device", "quantum"], r"device='quantum'"),
-    (["--device", "cuda"], r"use cpu"),
-    (["--lambda", "1"], r"--lambda"),
-]
+    ("--only adma", r"'adma'.*did you mean adam\?"), ("--only ../sgd", r"'\.\./sgd'"),
+    ("--dataset cifar", r"dataset='cifar'.*cifar10"), ("--dataset folder:", r"folder"),
+    ("--dataset folder:nowhere", r"folder:nowhere: no such folder"),
+    ("--dataset folder:{empty}", r"expected images as .*train: none"),
+    ("--dataset folder:{small}", r"(batch_size|train_limit)=.* 20 "),
+    ("--dataset mnist", r"MNIST is not complete.*network"),
+    ("--epochs 0", r"epochs=0"), ("--epochs many", r"--epochs.*many"),
+    ("--seeds one", r"seeds='one'"), ("--protocol dirty", r"protocol='dirty'"),
+    ("--scale huge", r"--scale.*huge"), ("--device quantum", r"device='quantum'"),
+    ("--device cuda", r"use cpu"), ("--lambda 1", r"--lambda"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+@pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[bad for bad, _ in REFUSED])
 def test_bad_input_is_one_line_an_exit_code_and_nothing_written(bad, message, place):
-    if bad[-1] == "cuda" and torch.cuda.is_available():
+    if "cuda" in bad and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     empty, small, downloads = (place.tmp / name for name in ("empty", "small", "downloads"))
     empty.mkdir()
     image_folder(small, n=10)
-    bad = [a.format(empty=empty, small=small) for a in bad]
-    code, lines = place.command(["--scale", "toy", *bad], children.offline, downloads).ended()
+    words = ["--scale", "toy", *bad.format(empty=empty, small=small).split()]
+    code, lines = place.command(words, children.offline, downloads).ended()
     assert code == 2
     # argparse shows how it is called before its line
     (line,) = [line for line in lines if not re.match(r"usage:| {3}", line)]

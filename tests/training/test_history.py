@@ -128,18 +128,17 @@ def changed(file: Path, change) -> None:
     file.write_text(json.dumps(content), "utf-8")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.update(format=2), r"format 2 is newer.*update hybrid_lib"),
-        (lambda c: c["experiment"].update(lr=-1), r"lr=-1: "),
-        (lambda c: c["experiment"].update(optimizer="tiger"), r"optimizer='tiger'"),
-        (lambda c: c["experiment"].update(colour="red"), r"colour='red'"),
-        (lambda c: c.pop("environment"), r"environment"),
-        (lambda c: c.pop("rows"), r"rows"),
-        (lambda c: c["rows"][0].pop("lambdas"), r"lambdas"),
-    ],
-)
+MISFITS = [
+    (lambda c: c.update(format=2), r"format 2 is newer.*update hybrid_lib"),
+    *[(lambda c, change=change: c["experiment"].update(change), message) for change, message in [
+        ({"lr": -1}, r"lr=-1: "), ({"optimizer": "tiger"}, r"optimizer='tiger'"),
+        ({"colour": "red"}, r"colour='red'")]],
+    *[(lambda c, name=name: c.pop(name), name) for name in ("environment", "rows")],
+    (lambda c: c["rows"][0].pop("lambdas"), r"lambdas"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS)
 def test_content_that_does_not_fit_is_named(saved, change, message):
     changed(saved, lambda c: c.pop("note"))
     assert History.load(saved).note == ""  # as in older files

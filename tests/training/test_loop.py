@@ -12,7 +12,6 @@ import os
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -122,45 +121,36 @@ def test_a_user_s_settings_of_torch_are_left_alone(monkeypatch):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """What the network is fed: (training mode, smallest value, largest value, running mean)."""
-    seen = []
-    build = tasks.image_model
+    """What the network is fed: training mode, least and largest value, number, running mean."""
+    seen, build = [], tasks.image_model
+
+    def look(model, args):
+        (x, *_) = args
+        mean = model.stem[1].running_mean.clone()
+        seen.append((model.training, x.min().item(), x.max().item(), len(x), mean))
 
     def recorded(*args):
         model = build(*args)
-        model.register_forward_pre_hook(
-            lambda m, args: seen.append(
-                (m.training, args[0].min().item(), args[0].max().item(), len(args[0]),
-                 m.stem[1].running_mean.clone())
-            )
-        )  # fmt: skip
+        model.register_forward_pre_hook(look)
         return model
 
     monkeypatch.setattr(tasks, "image_model", recorded)
     return seen
 
 
-def test_clean_inputs_are_normalised_and_tests_run_in_evaluation_mode(fed):
-    trained(toy(epochs=2))
-    assert [mode for mode, *_ in fed] == [True, True, True, False] * 2
-    assert all(-3 < low < 0 < high < 3 for _, low, high, *_ in fed)
-    assert fed[3][-1].equal(fed[4][-1]), "a test pass must not move running statistics"
-
-
-def test_released_inputs_are_raw_and_tests_run_in_training_mode(fed):
-    trained(toy(epochs=2, protocol="released"))
-    assert [mode for mode, *_ in fed] == [True] * 10
-    assert [n for *_, n, _ in fed] == [16, 16, 8, 16, 14] * 2
-    assert all(low == 0 and high == 255 for _, low, high, *_ in fed)
-    assert not fed[3][-1].equal(fed[4][-1])
-    assert not fed[4][-1].equal(fed[5][-1]), "the test pass moves the running statistics"
-
-
-def test_the_mode_of_the_test_pass_may_be_chosen_apart(fed):
-    trained(toy(epochs=1, protocol="released", test_mode="eval"))
-    trained(toy(epochs=1, test_mode="train"))
-    assert [mode for mode, *_ in fed] == [True, True, True, False] + [True] * 5
-    assert fed[3][2] == 255
+@pytest.mark.parametrize("protocol", ["clean", "released"])
+@pytest.mark.parametrize("test_mode", ["protocol", "eval", "train"])
+def test_what_the_network_is_fed_and_in_which_mode(fed, protocol, test_mode):
+    trained(toy(epochs=2, protocol=protocol, test_mode=test_mode))
+    raw = protocol == "released"
+    training = test_mode == "train" or (test_mode == "protocol" and raw)
+    sizes = [16, 16, 8, 16, 14] if training else [16, 16, 8, 30]
+    assert [n for *_, n, _ in fed] == sizes * 2
+    assert [mode for mode, *_ in fed] == ([True] * 3 + [training] * (len(sizes) - 3)) * 2
+    assert all((low, high) == (0, 255) or not raw for _, low, high, *_ in fed)
+    assert all(-3 < low < 0 < high < 3 or raw for _, low, high, *_ in fed)
+    moved = not fed[3][-1].equal(fed[4][-1])
+    assert moved == training, "in training mode a test pass moves the running statistics"
 
 
 @pytest.mark.parametrize("protocol", ["clean", "released"])
@@ -182,12 +172,10 @@ def test_batches_of_a_test_pass_in_training_mode_are_of_mixed_classes(fed, tmp_p
 # --- Interrupted and resumed. ---
 
 RESUMED = [
-    ("sgd", {}),
-    ("dyn_atmo", {"augment": True}),
-    ("dyn_padam_sgd", {"protocol": "released"}),
+    ("sgd", {}), ("dyn_atmo", {"augment": True}), ("dyn_padam_sgd", {"protocol": "released"}),
     ("adasgd", {"augment": True, "hessian_every": 2, "hessian_samples": 2}),
     ("adahessian", {"restart_epoch": 3, "hessian_every": 4}),
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -426,27 +414,24 @@ def test_a_test_loss_that_is_not_finite_is_a_divergence_too():
 # --- Refused, and then nothing is written. ---
 
 REFUSED = [
-    (toy(batch_size=39), {}, r"last batch of one image"),
-    (toy(batch_size=13, train_limit=40), {}, r"last batch of one image"),
-    (toy(batch_size=1), {}, r"one image"),
-    (toy(batch_size=29, protocol="released"), {}, r"last batch of one image"),
-    (toy(stem="imagenet", batch_size=39), {}, r"last batch of one image"),
-    (replace(toy(), train_limit=None, batch_size=1201), {}, r"batch_size=1201.*1200.*digits"),
+    *[(toy(**changes), {}, r"last batch of one image") for changes in (
+        {"batch_size": 39}, {"batch_size": 13}, {"batch_size": 1},
+        {"batch_size": 29, "protocol": "released"}, {"batch_size": 39, "stem": "imagenet"})],
+    (toy(train_limit=None, batch_size=1201), {}, r"batch_size=1201.*1200.*digits"),
     (toy(train_limit=1300), {}, r"train_limit=1300.*1200"),
     (toy(test_limit=598), {}, r"test_limit=598.*597"),
     (toy(precision="tf32"), {}, r"tf32.*NVIDIA GPU.*cpu"),
-    (toy(), {"device": "cuda"}, r"cuda.*use cpu"),
-    (toy(), {"device": "cuda:3"}, r"cuda:3.*use cpu"),
-    (toy(), {"device": "quantum"}, r"device='quantum'.*cpu, cuda"),
-    (toy(), {"device": "meta"}, r"device='meta'.*cpu, cuda"),
-    (toy(), {"device": "mps"}, r"device='mps'.*cpu, cuda"),
+    *[(toy(), {"device": bad}, rf"device='{bad}'.*cpu, cuda")
+      for bad in ("quantum", "meta", "mps")],
+    *[(toy(), {"device": bad}, rf"{bad}.*use cpu") for bad in ("cuda", "cuda:3")],
+    (toy(), {"threads": 0}, r"threads=0: at least 1"),
     (toy(dataset="folder:/nowhere/at/all"), {}, r"no such folder"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("e", "how", "message"), REFUSED, ids=[m for *_, m in REFUSED])
 def test_what_cannot_work_is_refused_in_a_line_and_nothing_is_written(e, how, message, tmp_path):
-    if "GPU" in message and torch.cuda.is_available():
+    if ("GPU" in message or "use cpu" in message) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         run(e, tmp_path / "new" / "run", **{"device": "cpu", "progress": False, **how})
