@@ -6,7 +6,6 @@ or bias correction leaves the recorded path. The released schedules of the weigh
 """
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,19 +74,6 @@ def test_the_released_weights_are_reproduced(row):
     for schedule in ours:
         for epoch, used in enumerate(row["lambda_used_in_epoch"]):
             assert schedule(epoch) == pytest.approx((used[adaptive], used[sgd]), abs=1e-12), epoch
-
-
-def test_the_released_schedulers_disagree_about_the_direction():
-    """The reason for two readings: given the same (1, 0), one moves to SGD and one away from it."""
-    adaptive = SCHEDULES["lambda_order"].index("lambda_adaptive")
-    rising = {
-        row["drives"]: all(
-            a[adaptive] < b[adaptive] for a, b in pairwise(row["lambda_used_in_epoch"][1:11])
-        )
-        for row in SCHEDULES["rows"]
-        if (row["start"], row["end"]) == (1, 0)
-    }
-    assert rising == {"lambda_sgd": True, "lambda_adaptive": False}
 
 
 def tensor(flat, shape, dtype):

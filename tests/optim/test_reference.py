@@ -168,14 +168,10 @@ class Case:
 
 def cases(n_rules, decoupled=False):
     return st.builds(
-        Case,
-        seed=st.integers(0, 2**32),
-        steps=st.integers(1, 6),
-        n_rules=st.just(n_rules),
-        maximize=st.booleans(),
-        foreach=st.booleans(),
-        γ_decoupled=st.sampled_from([0.0, 0.03]) if decoupled else st.just(0.0),
-    )
+        Case, seed=st.integers(0, 2**32), steps=st.integers(1, 6), n_rules=st.just(n_rules),
+        maximize=st.booleans(), foreach=st.booleans(),
+        γ_decoupled=st.sampled_from([0.0, 0.03] if decoupled else [0.0]),
+    )  # fmt: skip
 
 
 @st.composite
