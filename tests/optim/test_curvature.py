@@ -79,14 +79,6 @@ def test_rademacher_draws_fair_independent_signs():
         assert abs(product.mean()) < 4 / n**0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_rademacher_takes_after_its_parameter(dtype):
-    like = torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype))
-    (z,) = rademacher([like])
-    assert (z.shape, z.dtype, z.requires_grad) == (like.shape, dtype, False)
-    assert set(z.flatten().tolist()) <= {-1.0, 1.0}
-
-
 def small_net():
     torch.manual_seed(0)
     return torch.nn.Sequential(

@@ -148,10 +148,3 @@ def test_released_is_one_epoch_of_its_own_and_then_the_ramp(epochs, start, end, 
     assert schedule(0) == first
     expected = Linear(start, end, epochs)(epoch)
     assert schedule(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
-def test_released_runs_the_report_s_weights_backwards():
-    """Epoch 1 purely adaptive, epoch 2 almost purely SGD, and back by epoch 101."""
-    one_to_three = [Released()(epoch) for epoch in range(3)]
-    assert one_to_three == [pytest.approx(pair) for pair in ((1, 0), (0.01, 0.99), (0.02, 0.98))]
-    assert Released()(100) == Released()(1000) == (1, 0)

@@ -173,12 +173,6 @@ def clock_goes_back() -> None:
     time.time = earlier
 
 
-def diverges(name: str) -> None:
-    """The second epoch of a method has a rate that no network survives."""
-    rates = Experiment.learning_rates
-    Experiment.learning_rates = lambda self: [self.lr, 1e30] if self.name == name else rates(self)
-
-
 def offline(downloads: Path) -> None:
     """No name is resolved, and the downloads are in a folder of the test's."""
 

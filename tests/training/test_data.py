@@ -20,7 +20,7 @@ from PIL import Image
 from toys import image_folder
 
 from hybrid_lib.training import data
-from hybrid_lib.training.data import augmented, batches, generator, load, normalised, order
+from hybrid_lib.training.data import augmented, generator, load, normalised, order
 
 JPEG_COPY = data.PROJECT / "data" / "cifar10-jpeg"
 quick = settings(max_examples=50, deadline=None)
@@ -99,16 +99,6 @@ def test_a_channel_without_contrast_stays_at_zero(tmp_path):
     assert x[:, 1].std() > 0.5
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1200])
-def test_batches_visit_every_image_once_in_order(size):
-    d = load("digits")
-    index = order(1200, seed=1, epoch=2)
-    parts = list(batches(d.train_images, d.train_labels, index, size))
-    assert [len(y) for _, y in parts[:-1]] == [size] * (len(parts) - 1)
-    assert torch.cat([x for x, _ in parts]).equal(d.train_images[index])
-    assert torch.cat([y for _, y in parts]).equal(d.train_labels[index])
-
-
 @quick
 @given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 500))
 def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(n, seed, epoch):
@@ -140,16 +130,6 @@ def test_augmented_is_crop_and_flip_one_by_one(shape):
         padded = np.pad(images[i].numpy(), ((0, 0), (pad_y, pad_y), (pad_x, pad_x)))
         crop = padded[:, top[i] : top[i] + height, left[i] : left[i] + width]
         assert np.array_equal(fast[i].numpy(), crop[:, :, ::-1] if flip[i] else crop)
-
-
-def test_every_shift_and_both_sides_are_equally_likely():
-    n, marker = 6000, torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    marker[0, 0, 4, 2] = 1  # off the middle: a mirrored image is told from a shifted one
-    moved = augmented(marker.expand(n, 1, 8, 8), generator("draws", 0, 0))
-    places = Counter(moved.flatten(1).argmax(dim=1).tolist())
-    assert len(places) == 3 * 3 * 2
-    expected = n / 18
-    assert all(abs(count - expected) < 5 * expected**0.5 for count in places.values())
 
 
 # --- Folders of images. ---
