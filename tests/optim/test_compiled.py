@@ -163,12 +163,11 @@ def loaded(optimizer):
 
 def transposed(optimizer):
     """Its buffers lie otherwise in memory."""
-    saved = optimizer.state_dict()
-    for state in saved["state"].values():
+    for state in optimizer.state.values():
         for buffers in state["rules"]:
             for name, b in buffers.items():
                 buffers[name] = b.transpose(0, -1).contiguous().transpose(0, -1)
-    optimizer.load_state_dict(saved)
+    return optimizer
 
 
 def of_first(optimizer):
@@ -209,6 +208,7 @@ CHANGES = {
     "momentum, then copied": (plain_sgd, lambda o: copy.deepcopy(momentum(o))),
     "the first waits": (hl.adam, waits(0)), "the second waits": (hl.adam, waits(1)),
     "other strides": (hl.atmo, transposed),
+    "other strides, then loaded": (hl.atmo, lambda o: loaded(transposed(o))),
     "the state is cleared": (hl.atmo, lambda o: o.state.clear()),
     "one state is cleared": (hl.adam, lambda o: of_first(o).clear()),
     "a buffer is put in": (hl.adam, new_mean),
