@@ -116,17 +116,6 @@ def test_dask_is_optional():
     assert not [line for line in map(ast.unparse, at_once) if any(name in line for name in DASK)]
 
 
-def test_the_cluster_s_code_stays_small():
-    text = LIBRARY["study/cluster"].read_text("utf-8")
-    documented = sum(
-        node.body[0].end_lineno - node.body[0].lineno + 1
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node)
-    )
-    lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
-    assert len(lines) - documented < 150
-
-
 LIGHT = """
 import sys, warnings
 warnings.simplefilter("error")

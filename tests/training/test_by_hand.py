@@ -98,7 +98,7 @@ def by_hand(e):
 CASES = {
     "sgd": small("sgd"),
     "cosine, dynamic": small("dyn_atmo"),
-    "milestones, dynamic, augmented": small("dyn_padam_sgd", augment=True),
+    "milestones, dynamic, augmented": small("dyn_padam_sgd", augment=True, lr_gamma=0.5),
     "second order, two probes": small("adasgd", hessian_samples=2),
     "as released": small("padam_sgd", protocol="released"),
     "restarted": small("adahessian", restart_epoch=3),

@@ -67,11 +67,6 @@ def split(group: dict):
 # --- Tables I and II. ---
 
 
-def test_the_report_s_eight_rows_in_its_order_and_padam_alone():
-    assert list(EXPERIMENTS) == [*TABLES, "padam"]
-    assert all(e.name == name for name, e in EXPERIMENTS.items())
-
-
 @every_row
 def test_tables_one_and_two(name):
     label, lr, momentum, decay, betas, batch_size, lr_schedule, epochs, weights = TABLES[name]
