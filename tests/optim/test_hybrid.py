@@ -103,15 +103,15 @@ class Counting(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("name", "most"), [("atmo", 60), ("adasgd", 60), ("adahessian", 60)])
-def test_a_foreach_step_dispatches_few_operations(name, most):
+@pytest.mark.parametrize("name", ["atmo", "adasgd", "adahessian"])
+def test_a_foreach_step_dispatches_few_operations(name):
     """However many parameters there are: on a GPU each is a launch."""
     params = parameters(dtype=torch.float32, shapes=[(3,)] * 62)
     optimizer = train(getattr(methods, name)(params, foreach=True), [0])
     diag = observe(params, 1)
     with Counting() as counting:
         optimizer.step(hess_diag=diag)
-    assert counting.n <= most
+    assert counting.n <= 60
 
 
 @pytest.mark.parametrize("lambdas", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)])

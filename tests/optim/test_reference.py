@@ -240,21 +240,18 @@ def test_a_method_is_its_algorithm(name, data):
 @random
 @given(cases(5, decoupled=True), st.sampled_from(sorted(MERGES)), st.integers(0, 4))
 def test_any_number_of_rules_merge_as_the_formula_says(case, merge, first):
-    rules = [
-        SGD(momentum=0.9, weight_decay=0.01),
-        AdaHessian(betas=(0.8, 0.9), eps=0.01, hessian_power=0.5),
-        Padam(betas=(0.5, 0.99), eps=1e-3, amsgrad=True, partial=0.25, bias_correction="none"),
-        Adam(betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1),
-        Lion(betas=(0.9, 0.5)),
-    ]
-    deltas = [
-        (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01)),
-        (delta_adahessian, dict(β1=0.8, β2=0.9, ε=0.01, k=0.5)),
-        (delta_padam, dict(β1=0.5, β2=0.99, ε=1e-3, γ=0, amsgrad=True, p=0.25, reading="none")),
-        (delta_adam, dict(β1=0.9, β2=0.95, ε=1e-4, γ=0.1, amsgrad=False)),
-        (delta_lion, dict(β1=0.9, β2=0.5)),
-    ]
-    rules, deltas = (listed[first:] + listed[:first] for listed in (rules, deltas))
+    pairs = [
+        (SGD(momentum=0.9, weight_decay=0.01),
+         (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01))),
+        (AdaHessian((0.8, 0.9), 0.01, 0.5),
+         (delta_adahessian, dict(β1=0.8, β2=0.9, ε=0.01, k=0.5))),
+        (Padam((0.5, 0.99), 1e-3, amsgrad=True, partial=0.25, bias_correction="none"),
+         (delta_padam, dict(β1=0.5, β2=0.99, ε=1e-3, γ=0, amsgrad=True, p=0.25, reading="none"))),
+        (Adam((0.9, 0.95), 1e-4, weight_decay=0.1),
+         (delta_adam, dict(β1=0.9, β2=0.95, ε=1e-4, γ=0.1, amsgrad=False))),
+        (Lion((0.9, 0.5)), (delta_lion, dict(β1=0.9, β2=0.5))),
+    ]  # fmt: skip
+    rules, deltas = zip(*pairs[first:], *pairs[:first])
     settings = dict(decoupled_weight_decay=case.γ_decoupled, merge=merge)
     ours = case.library(Hybrid, rules=rules, lambdas=(1, 1, 1, 1, 1), **settings)
     assert_same(ours, reference(case, deltas, merge=merge))

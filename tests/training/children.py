@@ -5,6 +5,7 @@ safe to fork. A child that is to be hit at a certain moment makes a file there a
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -164,13 +165,8 @@ def out_of_memory() -> None:
 
 def clock_goes_back() -> None:
     """An hour at every look."""
-    now = [time.time()]
-
-    def earlier():
-        now[0] -= 3600
-        return now[0]
-
-    time.time = earlier
+    hours = itertools.count(time.time(), -3600)
+    time.time = lambda: next(hours)
 
 
 def offline(downloads: Path) -> None:

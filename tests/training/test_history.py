@@ -34,13 +34,9 @@ def histories(draw):
         {**dict.fromkeys(keys, finite), "lambdas": st.lists(finite, min_size=1).map(tuple)}
     )
     rows = [{"epoch": i + 1, **r} for i, r in enumerate(draw(st.lists(one, max_size=4)))]
-    return History(
-        replace(draw(st.sampled_from(list(EXPERIMENTS.values()))), seed=draw(st.integers(0, 99))),
-        rows,
-        draw(st.dictionaries(text, text | st.integers())),
-        draw(st.sampled_from(["running", "complete", "stopped", "diverged"])),
-        draw(text),
-    )
+    e = replace(draw(st.sampled_from(list(EXPERIMENTS.values()))), seed=draw(st.integers(0, 99)))
+    status = draw(st.sampled_from(["running", "complete", "stopped", "diverged"]))
+    return History(e, rows, draw(st.dictionaries(text, text | st.integers())), status, draw(text))
 
 
 @pytest.fixture
