@@ -22,18 +22,8 @@ def test_a_step_of_ours_moves_the_network(name, monkeypatch):
 
 
 def test_an_epoch_is_timed(monkeypatch, capsys):
-    words = [
-        "--eager",
-        "--json",
-        "--images",
-        "512",
-        "--epochs",
-        "1",
-        "--width",
-        "2",
-        "--only",
-        "sgd",
-    ]
+    words = ["--eager", "--json", "--only", "sgd"]
+    words += ["--images", "512", "--epochs", "1", "--width", "2"]
     monkeypatch.setattr(sys, "argv", ["epoch", *words])
     monkeypatch.setattr(epoch.loop.data, "load", None)  # put back afterwards
     epoch.main()

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from optimizers import OPTIMIZERS, assert_close, observe, parameters, parameters_of, train, weights
 from torch import nn
 
 import hybrid_lib as hl
@@ -43,35 +44,24 @@ def test_errors_that_are_not_the_compiler_s_pass_through(monkeypatch):
 
 # --- The optimizer's step. ---
 
-NAMES = ("sgd", "adam", "atmo", "padam", "padam_sgd", "adahessian", "adasgd")
-
 
 def twins(make, dtype=torch.float64, **settings):
     """Two optimizers on equal parameters, eager and compiled."""
-    draw = torch.Generator().manual_seed(0)
-    start = [torch.randn(n, generator=draw, dtype=dtype) for n in ((5,), (8, 5))]
-    return [make([nn.Parameter(w.clone()) for w in start], compile=c, **settings) for c in (0, 1)]
+    shapes = (5,), (8, 5)
+    return [make(parameters(dtype=dtype, shapes=shapes), compile=c, **settings) for c in (0, 1)]
 
 
-def take_steps(optimizers, n, seed=0, rates=None):
-    draw = torch.Generator().manual_seed(seed)
-    for step in range(n):
-        params = [o.param_groups[0]["params"] for o in optimizers]
-        g = [torch.randn(w.shape, generator=draw, dtype=w.dtype) for w in params[0]]
-        D = [torch.randn(w.shape, generator=draw, dtype=w.dtype) for w in params[0]]
-        for optimizer, mine in zip(optimizers, params):
+def take_steps(optimizers, n, first=0, rates=None):
+    for step in range(first, first + n):
+        for optimizer in optimizers:
             if rates is not None:
                 (group,) = optimizer.param_groups
-                group["lr"], weights = rates(step)
-                group["lambdas"] = weights[: len(group["rules"])]
-            for w, gradient in zip(mine, g):
-                w.grad = gradient.clone()
-            optimizer.step(hess_diag=[d.clone() for d in D] if optimizer.needs_hessian else None)
+                group["lr"], group["lambdas"] = rates(step)
+            train(optimizer, [step])
 
 
 def assert_twins_agree(eager, fast, rtol=1e-11):
-    for a, b in zip(eager.param_groups[0]["params"], fast.param_groups[0]["params"]):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)
+    assert_close(weights(eager), weights(fast), rtol)
 
 
 def schedule(step):
@@ -90,8 +80,7 @@ EVERY_RULE = (  # and every branch in one, so that one compilation checks them a
 
 
 def every_rule(merge, **how):
-    draw = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(n, generator=draw).double()) for n in ((4, 3), (5,), ())]
+    params = parameters(shapes=[(4, 3), (5,), ()])
     return hl.Hybrid(params, EVERY_RULE, 0.01, (1,) * 7, 0.1, maximize=True, merge=merge, **how)
 
 
@@ -106,7 +95,7 @@ def test_every_rule_and_every_merge_is_the_loop_s(how, merge):
     for optimizer in both:  # one parameter waits and is a step behind from then on
         optimizer.param_groups[0]["params"][1].grad = None
         optimizer.step()
-    take_steps(both, 3, seed=1, rates=rates)
+    take_steps(both, 3, first=20, rates=rates)
     assert_twins_agree(*both)
     counts = [state["step"] for state in both[1].state_dict()["state"].values()]
     assert counts == [8, 7, 8]
@@ -139,148 +128,114 @@ def test_eager_and_compiled_optimizers_read_each_other_s_states():
             w.data.copy_(v)
         optimizer.load_state_dict(saved)
     assert [o.param_groups[0]["compile"] for o in (other_eager, other_fast)] == [False, True]
-    take_steps((eager, fast, other_eager, other_fast), 3, seed=1)
+    take_steps((eager, fast, other_eager, other_fast), 3, first=20)
     for optimizer in (fast, other_eager, other_fast):
         assert_twins_agree(eager, optimizer)
     assert copy.deepcopy(fast).param_groups[0]["compile"]
 
 
-def test_a_compiled_step_leaves_out_parameters_without_gradient():
-    eager, fast = twins(hl.atmo)
-    for optimizer in (eager, fast):
-        for step in range(5):
-            for i, w in enumerate(optimizer.param_groups[0]["params"]):
-                w.grad = torch.ones_like(w) if i == 0 or step % 2 else None
-            optimizer.step()
-    assert_twins_agree(eager, fast)
-    assert [s["step"] for s in fast.state_dict()["state"].values()] == [5, 2]
+def replaced(**change):
+    """The first rule of the group is another one."""
+
+    def happens(optimizer):
+        (group,) = optimizer.param_groups
+        group["rules"] = (dataclasses.replace(group["rules"][0], **change), *group["rules"][1:])
+        return optimizer
+
+    return happens
 
 
-def test_a_compiled_step_follows_changes_of_its_group_and_mixed_precisions():
+def changed(**settings):
+    return lambda optimizer: optimizer.param_groups[0].update(settings)
+
+
+def loaded(optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def transposed(optimizer):
+    """Its buffers lie otherwise in memory."""
+    for state in optimizer.state.values():
+        for buffers in state["rules"]:
+            for name, b in buffers.items():
+                buffers[name] = b.transpose(0, -1).contiguous().transpose(0, -1)
+    return optimizer
+
+
+def of_first(optimizer):
+    return optimizer.state[parameters_of(optimizer)[0]]
+
+
+def new_mean(optimizer):
+    of_first(optimizer)["rules"][0]["exp_avg"] = torch.zeros(5, dtype=torch.float64)
+
+
+def waits(which):
+    """The rules change while a parameter has no gradient."""
+
+    def happens(optimizer):
+        observe(parameters_of(replaced(amsgrad=True)(optimizer)), 60)
+        parameters_of(optimizer)[which].grad = None
+        optimizer.step()
+
+    return happens
+
+
+def plain_sgd(params, compile):
+    return hl.sgd(params, momentum=0, compile=compile)
+
+
+momentum, amsgrad = replaced(momentum=0.9), replaced(amsgrad=True)
+CHANGES = {
+    "maximize": (hl.atmo, changed(maximize=True), changed(maximize=False)),
+    "decay": (hl.atmo, changed(decoupled_weight_decay=0.5), changed(decoupled_weight_decay=0.0)),
+    "merge": (hl.atmo, changed(merge="sum")),
+    "a number that leaves the buffers alone": (hl.adam, replaced(eps=10.0), replaced(eps=1e-8)),
+    "eager for a while": (hl.atmo, changed(compile=False), changed(compile=True)),
+    "another buffer": (hl.atmo, amsgrad),
+    "another buffer after a load": (hl.atmo, loaded, amsgrad),
+    "another buffer, then loaded": (hl.adam, lambda o: loaded(amsgrad(o))),
+    "another buffer, then copied": (hl.adam, lambda o: copy.deepcopy(amsgrad(o))),
+    "momentum, then copied": (plain_sgd, lambda o: copy.deepcopy(momentum(o))),
+    "the first waits": (hl.adam, waits(0)), "the second waits": (hl.adam, waits(1)),
+    "other strides": (hl.atmo, transposed),
+    "other strides, then loaded": (hl.atmo, lambda o: loaded(transposed(o))),
+    "the state is cleared": (hl.atmo, lambda o: o.state.clear()),
+    "one state is cleared": (hl.adam, lambda o: of_first(o).clear()),
+    "a buffer is put in": (hl.adam, new_mean),
+    "a count is put in": (hl.adam, lambda o: of_first(o).update(step=0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "changes"), [(m, c) for m, *c in CHANGES.values()], ids=CHANGES)
+def test_a_compiled_step_follows_what_changes_between_steps(make, changes):
+    both = twins(make)
+    take_steps(both, 3)
+    for i, change in enumerate(changes, start=1):
+        both = [change(optimizer) or optimizer for optimizer in both]
+        take_steps(both, 3, first=20 * i)
+        assert_twins_agree(*both)
+    states = [o.state_dict()["state"].values() for o in both]
+    eager, fast = ([(s["step"], [[*b] for b in s["rules"]]) for s in of_one] for of_one in states)
+    assert eager == fast
+
+
+def test_a_compiled_step_takes_several_precisions_in_one_group():
     def make(params, compile):
         params[1].data = params[1].data.float()
         return hl.atmo(params, compile=compile)
 
-    eager, fast = twins(make)
-    for step in range(6):
-        for optimizer in (eager, fast):
-            (group,) = optimizer.param_groups
-            if step == 2:  # a rule that wants another buffer
-                adam, sgd = group["rules"]
-                group["rules"] = (dataclasses.replace(adam, amsgrad=True), sgd)
-            if optimizer is fast:
-                group["compile"] = step != 4
-        take_steps((eager, fast), 1, seed=step)
-    assert "max_exp_avg_sq" in fast.state[fast.param_groups[0]["params"][0]]["rules"][0]
-    assert_twins_agree(eager, fast, 1e-5)
-    assert {s["step"] for s in fast.state_dict()["state"].values()} == {6}
-
-
-def test_a_compiled_step_follows_settings_that_torch_does_not_look_at():
-    eager, fast = twins(hl.atmo)
-    for step in range(8):
-        for optimizer in (eager, fast):
-            (group,) = optimizer.param_groups
-            group["maximize"] = 3 <= step < 5
-            group["decoupled_weight_decay"] = 0.5 if step >= 6 else 0.0
-        take_steps((eager, fast), 1, seed=step)
-        assert_twins_agree(eager, fast)
-
-
-def test_a_compiled_step_follows_a_number_that_leaves_the_buffers_alone():
-    both = twins(hl.adam)
-    for step in range(4):
-        for optimizer in both:
-            (group,) = optimizer.param_groups
-            group["rules"] = (dataclasses.replace(group["rules"][0], eps=(1e-8, 10.0)[step // 2]),)
-        take_steps(both, 1, seed=step)
-        assert_twins_agree(*both)
-
-
-def test_a_compiled_rule_without_weight_cannot_spoil_the_step():
-    """AdaHessian with eps = 0 on flat curvature answers nan and inf."""
-    rules = (hl.rules.AdaHessian(eps=0.0), hl.rules.SGD())
-    w = nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = hl.Hybrid([w], rules, 0.1, (0.0, 1.0), compile=True)
-    w.grad = torch.tensor([0.0, 1.0])
-    optimizer.step(hess_diag=[torch.zeros(2)])
-    torch.testing.assert_close(w.detach(), torch.tensor([1.0, 1.9]))
-
-
-def test_rules_changed_after_a_load_are_not_compiled_into_the_old_buffers():
-    eager, fast = twins(hl.atmo)
-    take_steps((eager, fast), 2)
-    for optimizer in (eager, fast):
-        optimizer.load_state_dict(optimizer.state_dict())
-        (group,) = optimizer.param_groups
-        adam, sgd = group["rules"]
-        group["rules"] = (dataclasses.replace(adam, amsgrad=True), sgd)
-    take_steps((eager, fast), 4, seed=1)
-    assert_twins_agree(eager, fast)
-    group["rules"] += (hl.rules.SGD(),)
-    group["lambdas"] += (0.1,)
-    with pytest.raises(RuntimeError, match="rules were added"):
-        fast.step()
-
-
-def test_a_compiled_step_follows_a_state_that_is_cleared_or_lies_otherwise_in_memory():
-    """Buffers are not checked at every step: what may change them must be seen by other means."""
-    eager, fast = twins(hl.atmo)
-    take_steps((eager, fast), 3)
-    for optimizer in (eager, fast):
-        saved = optimizer.state_dict()
-        for state in saved["state"].values():
-            for buffers in state["rules"]:
-                for name, b in buffers.items():
-                    buffers[name] = b.transpose(0, -1).contiguous().transpose(0, -1)
-        optimizer.load_state_dict(saved)
-    take_steps((eager, fast), 3, seed=1)
-    assert_twins_agree(eager, fast)
-    for optimizer in (eager, fast):
-        optimizer.state.clear()
-    take_steps((eager, fast), 3, seed=2)
-    assert_twins_agree(eager, fast)
-
-
-def without_momentum(params, compile):
-    return hl.sgd(params, momentum=0, compile=compile)
-
-
-@pytest.mark.parametrize("again", [copy.deepcopy, None], ids=["copied", "loaded"])
-@pytest.mark.parametrize(
-    ("make", "change"),
-    [(without_momentum, {"momentum": 0.9}), (hl.adam, {"amsgrad": True})],
-    ids=["momentum", "amsgrad"],
-)
-def test_a_buffer_that_changed_rules_want_is_made_after_a_copy_too(make, change, again):
     both = twins(make)
-    take_steps(both, 3)
-    for optimizer in both:
-        (group,) = optimizer.param_groups
-        group["rules"] = (dataclasses.replace(group["rules"][0], **change),)
-    if again:
-        both = list(map(again, both))
-    else:
-        for optimizer in both:
-            optimizer.load_state_dict(optimizer.state_dict())
-    take_steps(both, 5, seed=1)
-    assert_twins_agree(*both)
-    buffers = [list(o.state[o.param_groups[0]["params"][0]]["rules"][0]) for o in both]
-    assert buffers[0] == buffers[1] != []
+    take_steps(both, 4)
+    assert_twins_agree(*both, 1e-5)
 
 
-@pytest.mark.parametrize("without", [0, 1])
-def test_rules_changed_while_a_parameter_has_no_gradient(without):
-    both = twins(hl.adam)
-    take_steps(both, 3)
-    for optimizer in both:
-        (group,) = optimizer.param_groups
-        group["rules"] = (dataclasses.replace(group["rules"][0], amsgrad=True),)
-        for i, w in enumerate(group["params"]):
-            w.grad = None if i == without else torch.ones_like(w)
-        optimizer.step()
-    take_steps(both, 4, seed=1)
-    assert_twins_agree(*both)
+def test_rules_may_not_be_added_to_old_buffers():
+    optimizer = train(hl.atmo(parameters()), range(2))
+    (group,) = optimizer.param_groups
+    group.update(rules=(*group["rules"], hl.rules.SGD()), lambdas=(0.5, 0.5, 0.1))
+    with pytest.raises(RuntimeError, match="rules were added"):
+        train(optimizer, [2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,26 +293,6 @@ def test_a_rule_that_looks_at_values_is_refused_in_a_line():
     assert {state["step"] for state in fast.state.values()} == {0}  # nothing has moved
 
 
-def reset_mean(state):
-    state["rules"][0]["exp_avg"] = torch.zeros_like(state["rules"][0]["exp_avg"])
-
-
-def reset_count(state):
-    state["step"] = 0
-
-
-@pytest.mark.parametrize("reset", [reset_mean, reset_count, dict.clear])
-def test_a_compiled_step_sees_what_is_put_into_a_state(reset):
-    both = twins(hl.adam)
-    take_steps(both, 4)
-    for optimizer in both:
-        reset(optimizer.state[optimizer.param_groups[0]["params"][0]])
-    take_steps(both, 3, seed=1)
-    assert_twins_agree(*both)
-    counts = [[s["step"] for s in o.state_dict()["state"].values()] for o in both]
-    assert counts[0] == counts[1]
-
-
 def test_a_new_diagonal_is_written_where_the_last_one_was():
     """A captured step reads it there."""
     optimizers = twins(hl.adahessian)
@@ -365,7 +300,7 @@ def test_a_new_diagonal_is_written_where_the_last_one_was():
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     kept = [state["hess_diag"] for state in states]
     before = [D.clone() for D in kept]
-    take_steps(optimizers, 1, seed=1)
+    take_steps(optimizers, 1, first=20)
     assert all(D is state["hess_diag"] for D, state in zip(kept, states))
     assert not any(torch.equal(a, b) for a, b in zip(kept, before))
 
@@ -375,23 +310,15 @@ def test_many_groups_and_a_scheduled_decay_compile():
     """torch gives up on a function after eight compilations."""
     both = []
     for compile in (False, True):
-        weights = [torch.linspace(-1, 1, 3 + i, dtype=torch.float64) for i in range(10)]
-        groups = [{"params": [nn.Parameter(w)], "lr": 0.1 / len(w)} for w in weights]
-        both.append(hl.adam(groups, compile=compile))
-    for step in range(4):
-        for optimizer in both:
-            for group in optimizer.param_groups:
-                (w,) = group["params"]
-                w.grad = w.detach() * (1 + step)
-            optimizer.step()
-    for a, b in zip(*[[g["params"][0] for g in o.param_groups] for o in both]):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        groups = [{"params": [w]} for w in parameters(shapes=[(3 + i,) for i in range(10)])]
+        both.append(train(hl.adam(groups, compile=compile), range(4)))
+    assert_twins_agree(*both)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     eager, fast = twins(hl.adam)
     for step in range(12):
         for optimizer in (eager, fast):
             optimizer.param_groups[0]["decoupled_weight_decay"] = 0.01 * (step + 1)
-        take_steps((eager, fast), 1, seed=step)
+        take_steps((eager, fast), 1, first=step)
     assert_twins_agree(eager, fast)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
@@ -414,11 +341,11 @@ def test_rates_and_weights_may_be_tensors():
         eager.step()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_asks_nothing_of_the_values_on_a_device(name):
     """Meta tensors have none: what waited for a GPU would fail here."""
     w = nn.Parameter(torch.empty(3, 4, device="meta"))
-    optimizer = getattr(hl, name)([w])
+    optimizer = OPTIMIZERS[name]([w])
     (group,) = optimizer.param_groups
     group["lr"] = torch.empty((), device="meta")
     group["lambdas"] = torch.empty(len(group["rules"]), device="meta")

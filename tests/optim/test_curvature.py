@@ -3,9 +3,7 @@
 Rows of one parameter that do not touch each other are independent draws, so a single call gives
 thousands: their distinct values are all probes there are, their frequencies show fair and
 independent signs, their mean and variance are compared with the exact Hessian, off-diagonals and
-all. (That a loss goes down would prove little: constant probes would pass.) Then the odd cases:
-linear, unused, strided and low-precision parameters, and that no graph, gradient or random state
-outlives a call that should not.
+all. Then the odd cases, and that no graph, gradient or random state outlives a call.
 """
 
 import gc
@@ -81,14 +79,6 @@ def test_rademacher_draws_fair_independent_signs():
         assert abs(product.mean()) < 4 / n**0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_rademacher_takes_after_its_parameter(dtype):
-    like = torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype))
-    (z,) = rademacher([like])
-    assert (z.shape, z.dtype, z.requires_grad) == (like.shape, dtype, False)
-    assert set(z.flatten().tolist()) <= {-1.0, 1.0}
-
-
 def small_net():
     torch.manual_seed(0)
     return torch.nn.Sequential(
@@ -114,30 +104,6 @@ def test_a_function_is_taken_forward_over_reverse_to_the_same_numbers(seed, n_sa
     assert not any(t.requires_grad for t in [*found[0], *found[1], seen["logits"]])
 
 
-def test_a_network_against_its_exact_hessian():
-    net, n = small_net(), 3000
-    x, y = leaf(8, 3).detach(), leaf(8, 2, seed=1).detach()
-    params = list(net.parameters())
-    sizes = [p.numel() for p in params]
-
-    def loss_of(flat):
-        parts = [part.view_as(p) for part, p in zip(flat.split(sizes), params)]
-        named = dict(zip((name for name, _ in net.named_parameters()), parts))
-        return torch.func.functional_call(net, named, x).sub(y).square().mean()
-
-    flat = torch.cat([p.detach().flatten() for p in params])
-    exact = torch.autograd.functional.hessian(loss_of, flat)
-    loss = (net(x) - y).square().mean()
-    grads, diag = hessian_diagonal(loss, params, n, seeded())
-
-    error = torch.cat([D.flatten() for D in diag]) - exact.diag()
-    sigma = (((exact**2).sum(1) - exact.diag() ** 2) / n).sqrt()
-    assert (error.abs() < 4.5 * sigma).all()
-    assert (exact.diag().abs() > 9 * sigma).sum() > 10  # so the bound above says something
-    for g, expected in zip(grads, torch.autograd.grad((net(x) - y).square().mean(), params)):
-        torch.testing.assert_close(g, expected, rtol=0, atol=0)
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 3), st.sampled_from([(), (5,), (2, 3), (2, 1, 3, 3)]))
 def test_on_a_diagonal_hessian_every_probe_is_exact(seed, n_samples, shape):
@@ -150,14 +116,10 @@ def test_on_a_diagonal_hessian_every_probe_is_exact(seed, n_samples, shape):
 @pytest.mark.parametrize(
     ("dtype", "n_samples", "rtol"),
     [
-        (torch.float64, 512, 1e-12),
-        (torch.float32, 512, 1e-4),
-        (torch.bfloat16, 1, 0.02),
-        (torch.bfloat16, 8, 0.02),
-        (torch.bfloat16, 512, 0.02),
-        (torch.float16, 512, 0.003),
+        (torch.float64, 512, 1e-12), (torch.float32, 512, 1e-4), (torch.bfloat16, 1, 0.02),
+        (torch.bfloat16, 512, 0.02), (torch.float16, 512, 0.003),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("of_function", [False, True])
 def test_precision_follows_the_parameter_not_the_number_of_samples(
     dtype, n_samples, rtol, of_function
@@ -194,65 +156,23 @@ def test_without_a_generator_the_global_one_is_used_and_moves_on():
     assert not torch.equal(first, second)
 
 
-def test_a_parameter_that_enters_linearly_has_no_curvature():
-    x, w = leaf(3), leaf(3, seed=1)
-    grads, diag = hessian_diagonal((x**2).sum() + w.sum(), [x, w])
-    assert torch.equal(grads[1], torch.ones(3).double())
-    assert torch.equal(diag[1], torch.zeros(3).double())
-    torch.testing.assert_close(diag[0], torch.full((3,), 2.0).double())
+X, W, U = (leaf(3, seed=seed) for seed in range(3))
+ODD = {  # loss, parameters, gradients (None, too) and diagonals, all entries alike
+    "one enters linearly": (lambda: (X**2).sum() + W.sum(), [X, W], [2 * X, 1], [2, 0]),
+    "one is unused": (lambda: (X**2).sum(), [W, X], [None, 2 * X], [0, 2]),
+    "all enter linearly": (lambda: 3 * X.sum() + W.sum(), [X, W], [3, 1], [0, 0]),
+    # The gradient of W has a graph, but W is not in it.
+    "curved elsewhere": (lambda: (W * U**2).sum(), [W], [U**2], [0]),
+    "any iterable": (lambda: (X**2).sum(), iter([X]), [2 * X], [2]),
+}  # fmt: skip
 
 
-def test_an_unused_parameter_has_no_gradient():
-    x, unused = leaf(3), leaf(2)
-    grads, diag = hessian_diagonal((x**2).sum(), [unused, x])
-    assert grads[0] is None
-    assert torch.equal(diag[0], torch.zeros(2).double())
-    torch.testing.assert_close(diag[1], torch.full((3,), 2.0).double())
-
-
-def test_an_entirely_linear_loss():
-    x, w = leaf(3), leaf(3, seed=1)
-    grads, diag = hessian_diagonal(3 * x.sum() + w.sum(), [x, w])
-    assert [g.tolist() for g in grads] == [[3] * 3, [1] * 3]
-    assert [D.tolist() for D in diag] == [[0] * 3, [0] * 3]
-
-
-def test_curvature_towards_tensors_that_were_not_asked_for_is_left_out():
-    """The gradient of w is u**2: it has a graph, but w is not in it."""
-    w, u = leaf(3), leaf(3, seed=1)
-    (g,), (D,) = hessian_diagonal((w * u**2).sum(), [w])
-    torch.testing.assert_close(g, u.detach() ** 2)
-    assert torch.equal(D, torch.zeros(3).double())
-
-
-@pytest.mark.parametrize("n_samples", [0, -1])
-def test_no_samples_are_refused(n_samples):
-    x = leaf(3)
-    with pytest.raises(ValueError, match=f"n_samples={n_samples}"):
-        hessian_diagonal((x**2).sum(), [x], n_samples)
-
-
-def test_a_loss_that_is_not_a_scalar_is_refused():
-    x = leaf(3)
-    with pytest.raises(ValueError, match=r"\(3,\).*scalar"):
-        hessian_diagonal(x**2, [x])
-
-
-def test_a_bare_tensor_of_parameters_is_refused_or_understood():
-    """Iterating over it would give rows that the loss does not know: silently no curvature."""
-    x = leaf(3)
-    try:
-        _, diag = hessian_diagonal((x**2).sum(), x)
-    except (TypeError, ValueError):
-        return
-    torch.testing.assert_close(diag[0], torch.full((3,), 2.0).double())
-
-
-def test_params_may_be_any_iterable():
-    net = small_net()
-    grads, diag = hessian_diagonal(net(torch.ones(1, 3).double()).sum(), net.parameters())
-    shapes = [p.shape for p in net.parameters()]
-    assert [g.shape for g in grads] == [D.shape for D in diag] == shapes
+@pytest.mark.parametrize(("loss", "params", "grads", "diag"), ODD.values(), ids=ODD)
+def test_what_has_no_curvature_or_no_gradient(loss, params, grads, diag):
+    found = hessian_diagonal(loss(), params, n_samples=2)
+    for ours, expected in zip(found[0] + found[1], grads + diag, strict=True):
+        assert (ours is None) == (expected is None)
+        assert ours is None or ours.equal(0 * W.detach() + expected)
 
 
 @pytest.mark.parametrize("n_samples", [1, 3])
@@ -297,20 +217,19 @@ def test_no_graph_outlives_the_loss(n_samples):
         gc.enable()
 
 
-def strided(layout):
-    if layout == "channels_last":
-        return leaf(2, 3, 2, 2).detach().to(memory_format=torch.channels_last).requires_grad_()
-    if layout == "transposed":
-        return leaf(3, 5).detach().t().requires_grad_()
-    return leaf(6, 4).detach()[::2, 1:].requires_grad_()
+STRIDED = {
+    "channels_last": lambda: leaf(2, 3, 2, 2).detach().to(memory_format=torch.channels_last),
+    "transposed": lambda: leaf(3, 5).detach().t(),
+    "sliced": lambda: leaf(6, 4).detach()[::2, 1:],
+}
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("layout", STRIDED)
 def test_strides_change_nothing_not_even_the_draws(layout):
     def of(x):
         return hessian_diagonal((x.sum() ** 2 + (x**3).sum()), [x], 2, seeded())
 
-    x = strided(layout)
+    x = STRIDED[layout]().requires_grad_()
     plain = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     assert not x.is_contiguous()
     assert plain.is_contiguous()
@@ -400,6 +319,9 @@ REFUSED = {
     "a backward of one's own": (
         lambda: hessian_diagonal(OnceOnly.apply(w := leaf(3)).sum(), [w]), "not differentiable",
     ),
+    "a bare tensor": (lambda: hessian_diagonal((X**2).sum(), X), "a list of tensors"),
+    "no samples": (lambda: hessian_diagonal((X**2).sum(), [X], 0), "n_samples=0"),
+    "no scalar": (lambda: hessian_diagonal(X**2, [X]), r"\(3,\).*scalar"),
     "no graph": (lambda: hessian_diagonal(torch.zeros(()), [leaf(3)]), "no graph"),
     "no parameters": (lambda: hessian_diagonal(leaf(3).sum(), []), "params is empty"),
     "no parameters, forward": (lambda: hessian_diagonal(lambda p: (), []), "params is empty"),
@@ -409,7 +331,7 @@ REFUSED = {
 @pytest.mark.parametrize(("attempt", "way_out"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of checkpoints and compilers
 def test_a_refusal_names_the_way_out(attempt, way_out):
-    with pytest.raises((ValueError, RuntimeError), match=way_out) as refused:
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=way_out) as refused:
         attempt()
     assert "\n" not in str(refused.value)
 

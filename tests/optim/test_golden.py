@@ -6,11 +6,11 @@ or bias correction leaves the recorded path. The released schedules of the weigh
 """
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from optimizers import assert_close
 
 from hybrid_lib.optim import methods, schedules
 from hybrid_lib.optim.curvature import hessian_diagonal
@@ -49,13 +49,8 @@ def test_the_recorded_trajectory_is_reproduced(name, dtype):
         refresh = step % case["hyper"].get("update_each", 1) == 0
         optimizer.step(hess_diag=diag if refresh else None)
         for k, p in params.items():
-            torch.testing.assert_close(
-                p.detach(),
-                tensor(expected[k], shapes[k], dtype),
-                rtol=0,
-                atol=TOLERANCE[dtype],
-                msg=lambda text, where=(step, k): f"step {where[0] + 1}, {where[1]}: {text}",
-            )
+            ours, theirs = p.detach(), tensor(expected[k], shapes[k], dtype)
+            assert (ours - theirs).abs().max() <= TOLERANCE[dtype], (step + 1, k)
 
 
 @pytest.mark.parametrize("row", SCHEDULES["rows"], ids=lambda row: row["kind"].split()[0])
@@ -74,19 +69,6 @@ def test_the_released_weights_are_reproduced(row):
     for schedule in ours:
         for epoch, used in enumerate(row["lambda_used_in_epoch"]):
             assert schedule(epoch) == pytest.approx((used[adaptive], used[sgd]), abs=1e-12), epoch
-
-
-def test_the_released_schedulers_disagree_about_the_direction():
-    """The reason for two readings: given the same (1, 0), one moves to SGD and one away from it."""
-    adaptive = SCHEDULES["lambda_order"].index("lambda_adaptive")
-    rising = {
-        row["drives"]: all(
-            a[adaptive] < b[adaptive] for a, b in pairwise(row["lambda_used_in_epoch"][1:11])
-        )
-        for row in SCHEDULES["rows"]
-        if (row["start"], row["end"]) == (1, 0)
-    }
-    assert rising == {"lambda_sgd": True, "lambda_adaptive": False}
 
 
 def tensor(flat, shape, dtype):
@@ -156,16 +138,8 @@ def build(family, hyper, params):
         ours["spatial_average"] = averages[blocks and tuple(blocks)]
     elif hyper.get("average_conv_kernel"):
         ours["spatial_average"] = "kernel"
-    constructors = {
-        "atmo": methods.atmo,
-        "padam": methods.padam,
-        "padam_sgd": methods.padam_sgd,
-        "adahessian": methods.adahessian,
-        "adahessian_ag": methods.adahessian,
-        "adahessian_dense": methods.adahessian,
-        "adasgd": methods.adasgd,
-    }
-    return constructors[family](list(params), **ours)
+    name = "adahessian" if family.startswith("adahessian") else family
+    return getattr(methods, name)(list(params), **ours)
 
 
 def set_rates(optimizer, case, step):
@@ -191,9 +165,8 @@ def test_a_state_that_version_0_1_saved_goes_on(name, how):
     optimizer.load_state_dict(saved["state_dict"])
     for step in range(3, 6):
         draw = torch.Generator().manual_seed(100 + step)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=draw, dtype=p.dtype)
-        diag = [torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in params]
-        optimizer.step(hess_diag=diag)
-    for p, expected in zip(params, saved["at_6"]):
-        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
+        normal = [torch.randn(p.shape, generator=draw, dtype=p.dtype) for p in 2 * params]
+        for p, g in zip(params, normal):
+            p.grad = g
+        optimizer.step(hess_diag=normal[len(params) :])
+    assert_close([p.detach() for p in params], saved["at_6"])

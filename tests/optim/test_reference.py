@@ -143,8 +143,9 @@ class Case:
         self.maximize, self.γ_decoupled, self.foreach = maximize, γ_decoupled, foreach
         self.w, self.g = normal(), [normal() for _ in range(steps)]
         self.g[0][1][0] = 0.0  # a row of dead units
+        self.g[0][4] *= 0.0  # a tensor of them: a graft has no direction to go
         self.η = (10 ** -(1 + 2 * torch.rand(steps, generator=generator))).tolist()
-        self.λ = (1.5 * torch.rand(steps, n_rules, generator=generator)).tolist()
+        self.λ = (1.5 * torch.rand(steps, n_rules, generator=generator) - 0.3).relu().tolist()
         refreshed = torch.rand(steps, generator=generator) < 0.6
         self.D, self.given = [], []
         for t in range(steps):
@@ -167,14 +168,10 @@ class Case:
 
 def cases(n_rules, decoupled=False):
     return st.builds(
-        Case,
-        seed=st.integers(0, 2**32),
-        steps=st.integers(1, 6),
-        n_rules=st.just(n_rules),
-        maximize=st.booleans(),
-        foreach=st.booleans(),
-        γ_decoupled=st.sampled_from([0.0, 0.03]) if decoupled else st.just(0.0),
-    )
+        Case, seed=st.integers(0, 2**32), steps=st.integers(1, 6), n_rules=st.just(n_rules),
+        maximize=st.booleans(), foreach=st.booleans(),
+        γ_decoupled=st.sampled_from([0.0, 0.03] if decoupled else [0.0]),
+    )  # fmt: skip
 
 
 @st.composite
@@ -185,173 +182,76 @@ def sgd_letters(draw):
 
 
 decays = st.sampled_from([0.0, 5e-4, 0.1])
-betas = st.tuples(st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.0, 0.9, 0.999]))
-epsilons = st.sampled_from([1e-8, 1e-4, 0.1])
-powers = st.sampled_from([1 / 8, 1 / 4, 0.37, 1 / 2])
-averages = st.sampled_from([None, "kernel", "auto", 1, 2, 4, 5, 1000])
-readings = st.sampled_from(["released", "none", "consistent"])
-slow_is_fine = [HealthCheck.too_slow]  # on a busy machine
-random = settings(max_examples=50, deadline=None, suppress_health_check=slow_is_fine)
+ADAPTIVE = {
+    "betas": st.tuples(st.sampled_from([0.0, 0.5, 0.9]), st.sampled_from([0.0, 0.9, 0.999])),
+    "eps": st.sampled_from([1e-8, 1e-4, 0.1]), "weight_decay": decays, "amsgrad": st.booleans(),
+    "partial": st.sampled_from([1 / 8, 1 / 4, 0.37, 1 / 2]),
+    "bias_correction": st.sampled_from(["released", "none", "consistent"]),
+    "hessian_power": st.sampled_from([0.3, 0.5, 1.0]),
+    "spatial_average": st.sampled_from([None, "kernel", "auto", 1, 2, 4, 5, 1000]),
+    "signed_average": st.booleans(),
+}  # fmt: skip
+RULES = {  # the letters of each delta, and what they are called
+    Adam: (delta_adam, {"ε": "eps", "γ": "weight_decay", "amsgrad": "amsgrad"}),
+    Padam: (delta_padam, {"ε": "eps", "γ": "weight_decay", "amsgrad": "amsgrad", "p": "partial",
+                          "reading": "bias_correction"}),
+    AdaHessian: (delta_adahessian, {"ε": "eps", "k": "hessian_power"}),
+    Lion: (delta_lion, {}),
+}  # fmt: skip
+random = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def assert_same(ours, by_the_letter):
     assert ours == pytest.approx(by_the_letter, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", methods.METHODS)
 @random
-@given(cases(1), betas, epsilons, decays, st.booleans(), powers, readings)
-def test_algorithm_1_padam(case, betas, ε, γ, amsgrad, p, reading):
-    β1, β2 = betas
-    letters = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad, p=p, reading=reading)
-    ours = case.library(
-        methods.padam,
-        betas=betas,
-        eps=ε,
-        weight_decay=γ,
-        amsgrad=amsgrad,
-        partial=p,
-        bias_correction=reading,
-    )
-    assert_same(ours, reference(case, [(delta_padam, letters)]))
-
-
-@random
-@given(cases(2), betas, epsilons, sgd_letters(), st.booleans(), st.sampled_from(["both", "sgd"]))
-def test_algorithm_2_atmo(case, betas, ε, sgd, amsgrad, decayed_in):
-    """With weight_decay_in="sgd" as printed (γ in SGD alone), with "both" as released."""
-    β1, β2 = betas
-    γ = sgd["γ"] if decayed_in == "both" else 0.0
-    ours = case.library(
-        methods.atmo,
-        betas=betas,
-        eps=ε,
-        momentum=sgd["μ"],
-        dampening=sgd["d"],
-        nesterov=sgd["nesterov"],
-        weight_decay=sgd["γ"],
-        weight_decay_in=decayed_in,
-        amsgrad=amsgrad,
-    )
-    adam = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad)
-    assert_same(ours, reference(case, [(delta_adam, adam), (delta_sgd, sgd)]))
-
-
-@random
-@given(
-    cases(2),
-    betas,
-    epsilons,
-    sgd_letters(),
-    st.booleans(),
-    powers,
-    readings,
-    st.sampled_from(["both", "sgd"]),
-)
-def test_algorithm_2_with_padam_for_adam(case, betas, ε, sgd, amsgrad, p, reading, decayed_in):
-    β1, β2 = betas
-    γ = sgd["γ"] if decayed_in == "both" else 0.0
-    ours = case.library(
-        methods.padam_sgd,
-        betas=betas,
-        eps=ε,
-        momentum=sgd["μ"],
-        dampening=sgd["d"],
-        nesterov=sgd["nesterov"],
-        weight_decay=sgd["γ"],
-        weight_decay_in=decayed_in,
-        amsgrad=amsgrad,
-        partial=p,
-        bias_correction=reading,
-    )
-    padam = dict(β1=β1, β2=β2, ε=ε, γ=γ, amsgrad=amsgrad, p=p, reading=reading)
-    assert_same(ours, reference(case, [(delta_padam, padam), (delta_sgd, sgd)]))
-
-
-@random
-@given(
-    cases(1, decoupled=True),
-    betas,
-    epsilons,
-    st.sampled_from([0.3, 0.5, 1.0]),
-    averages,
-    st.booleans(),
-)
-def test_algorithm_3_adahessian(case, betas, ε, k, how, signed):
-    """With signed_average=True and a block size as printed; the mean of \\|D\\| as published."""
-    β1, β2 = betas
-    ours = case.library(
-        methods.adahessian,
-        betas=betas,
-        eps=ε,
-        weight_decay=case.γ_decoupled,
-        hessian_power=k,
-        spatial_average=how,
-        signed_average=signed,
-    )
-    letters = dict(β1=β1, β2=β2, ε=ε, k=k)
-    assert_same(ours, reference(case, [(delta_adahessian, letters)], how, signed))
-
-
-@random
-@given(
-    cases(2),
-    betas,
-    epsilons,
-    sgd_letters(),
-    st.sampled_from([0.3, 0.5, 1.0]),
-    averages,
-    st.sampled_from(["both", "sgd"]),
-)
-def test_algorithm_4_adasgd(case, betas, ε, sgd, k, how, decayed_in):
-    """With weight_decay_in="both" as printed (γ in both), with "sgd" as released."""
-    β1, β2 = betas
-    case.γ_decoupled = sgd["γ"] if decayed_in == "both" else 0.0
-    ours = case.library(
-        methods.adasgd,
-        betas=betas,
-        eps=ε,
-        momentum=sgd["μ"],
-        dampening=sgd["d"],
-        nesterov=sgd["nesterov"],
-        weight_decay=sgd["γ"],
-        weight_decay_in=decayed_in,
-        hessian_power=k,
-        spatial_average=how,
-    )
-    adahessian = dict(β1=β1, β2=β2, ε=ε, k=k)
-    deltas = [(delta_adahessian, adahessian), (delta_sgd, sgd)]
-    assert_same(ours, reference(case, deltas, how))
-
-
-@random
-@given(cases(2, decoupled=True), betas)
-def test_lion_and_its_hybrid(case, betas):
-    """Its weight decay is decoupled, that of SGD an L2 term."""
-    β1, β2 = betas
-    settings = dict(betas=betas, momentum=0.5, weight_decay=case.γ_decoupled)
-    ours = case.library(methods.lion_sgd, **settings)
-    lion, sgd = dict(β1=β1, β2=β2), dict(μ=0.5, d=0.0, nesterov=False, γ=case.γ_decoupled)
-    assert_same(ours, reference(case, [(delta_lion, lion), (delta_sgd, sgd)]))
+@given(st.data())
+def test_a_method_is_its_algorithm(name, data):
+    """With weight_decay_in="sgd" γ is in SGD alone, as Algorithm 2 is printed; with "both" it is
+    in both rules, as Algorithm 4 is."""
+    adaptive, hybrid = methods.METHODS[name].rules[0], methods.METHODS[name].is_hybrid
+    case, given, deltas = data.draw(cases(1 + hybrid)), {}, []
+    if hybrid or adaptive is SGD:
+        sgd = data.draw(sgd_letters())
+        given = {"momentum": sgd["μ"], "dampening": sgd["d"], "nesterov": sgd["nesterov"]}
+        given["weight_decay"] = sgd["γ"]
+        deltas = [(delta_sgd, sgd)]
+    if adaptive is not SGD:
+        delta, letters = RULES[adaptive]
+        fields = methods.METHODS[name].settings.keys() & ADAPTIVE.keys() - given.keys()
+        given |= {f: data.draw(ADAPTIVE[f]) for f in sorted(fields)}
+        (β1, β2), γ = given["betas"], given["weight_decay"]
+        if hybrid:
+            given["weight_decay_in"] = data.draw(st.sampled_from(["both", "sgd"]))
+            γ *= given["weight_decay_in"] == "both"
+        named = {"β1": β1, "β2": β2} | {letter: given[f] for letter, f in letters.items()}
+        if "γ" in named:
+            named["γ"] = γ
+        else:
+            case.γ_decoupled = γ
+        deltas.insert(0, (delta, named))
+    how, signed = given.get("spatial_average"), given.get("signed_average")
+    ours = case.library(getattr(methods, name), **given)
+    assert_same(ours, reference(case, deltas, how, signed))
 
 
 @random
 @given(cases(5, decoupled=True), st.sampled_from(sorted(MERGES)), st.integers(0, 4))
 def test_any_number_of_rules_merge_as_the_formula_says(case, merge, first):
-    rules = [
-        SGD(momentum=0.9, weight_decay=0.01),
-        AdaHessian(betas=(0.8, 0.9), eps=0.01, hessian_power=0.5),
-        Padam(betas=(0.5, 0.99), eps=1e-3, amsgrad=True, partial=0.25, bias_correction="none"),
-        Adam(betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1),
-        Lion(betas=(0.9, 0.5)),
-    ]
-    deltas = [
-        (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01)),
-        (delta_adahessian, dict(β1=0.8, β2=0.9, ε=0.01, k=0.5)),
-        (delta_padam, dict(β1=0.5, β2=0.99, ε=1e-3, γ=0, amsgrad=True, p=0.25, reading="none")),
-        (delta_adam, dict(β1=0.9, β2=0.95, ε=1e-4, γ=0.1, amsgrad=False)),
-        (delta_lion, dict(β1=0.9, β2=0.5)),
-    ]
-    rules, deltas = (listed[first:] + listed[:first] for listed in (rules, deltas))
+    pairs = [
+        (SGD(momentum=0.9, weight_decay=0.01),
+         (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01))),
+        (AdaHessian((0.8, 0.9), 0.01, 0.5),
+         (delta_adahessian, dict(β1=0.8, β2=0.9, ε=0.01, k=0.5))),
+        (Padam((0.5, 0.99), 1e-3, amsgrad=True, partial=0.25, bias_correction="none"),
+         (delta_padam, dict(β1=0.5, β2=0.99, ε=1e-3, γ=0, amsgrad=True, p=0.25, reading="none"))),
+        (Adam((0.9, 0.95), 1e-4, weight_decay=0.1),
+         (delta_adam, dict(β1=0.9, β2=0.95, ε=1e-4, γ=0.1, amsgrad=False))),
+        (Lion((0.9, 0.5)), (delta_lion, dict(β1=0.9, β2=0.5))),
+    ]  # fmt: skip
+    rules, deltas = zip(*pairs[first:], *pairs[:first])
     settings = dict(decoupled_weight_decay=case.γ_decoupled, merge=merge)
     ours = case.library(Hybrid, rules=rules, lambdas=(1, 1, 1, 1, 1), **settings)
     assert_same(ours, reference(case, deltas, merge=merge))

@@ -28,10 +28,7 @@ from hybrid_lib.optim.schedules import (
 unhurried = settings(deadline=None)  # a busy machine is no fault
 
 RAMPS = [Linear, Cosine, Step, Exponential, Sigmoid]
-EXAMPLES = [ramp((1, 0), (0.25, 0.75), 10) for ramp in RAMPS] + [
-    Constant((0.3, 0.7)),
-    Released(),
-]
+EXAMPLES = [*(ramp([1, 0, 2], (0.25, 0.75, 2), 10) for ramp in RAMPS), Constant([0.3]), Released()]
 
 weights = st.integers(0, 50_000).map(lambda thousandths: thousandths / 1000)
 pairs = st.tuples(weights, weights)
@@ -74,25 +71,15 @@ def share_done(ramp, epoch):
     return share
 
 
-@unhurried
-@given(ramps())
-def test_weights_that_sum_to_one_keep_doing_so(ramp):
-    ramp = dataclasses.replace(ramp, start=(0.9, 0.1), end=(0.2, 0.8))
-    for epoch in range(0, ramp.epochs + 2, max(1, ramp.epochs // 7)):
-        assert sum(ramp(epoch)) == pytest.approx(1, abs=1e-12)
+IN_BETWEEN = [  # after a quarter and after half of the way
+    (Linear(epochs=8), 0.25, 0.5), (Cosine(epochs=8), (1 - math.sqrt(0.5)) / 2, 0.5),
+    (Step(epochs=8), 0, 0),
+    (Exponential(epochs=8, rate=2 * math.log(2)), (1 - 0.5**0.5) / 0.75, 0.5 / 0.75),
+    (Sigmoid(epochs=8, steepness=4), (1 - math.tanh(0.5) / math.tanh(1)) / 2, 0.5),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("ramp", "quarter", "half"),
-    [
-        (Linear(epochs=8), 0.25, 0.5),
-        (Cosine(epochs=8), (1 - math.sqrt(0.5)) / 2, 0.5),
-        (Step(epochs=8), 0, 0),
-        (Exponential(epochs=8, rate=2 * math.log(2)), (1 - 0.5**0.5) / 0.75, 0.5 / 0.75),
-        (Sigmoid(epochs=8, steepness=4), (1 - math.tanh(0.5) / math.tanh(1)) / 2, 0.5),
-    ],
-    ids=lambda value: type(value).__name__,
-)
+@pytest.mark.parametrize(("ramp", "quarter", "half"), IN_BETWEEN)
 def test_the_shapes_in_between(ramp, quarter, half):
     assert ramp(2) == pytest.approx((1 - quarter, quarter), abs=1e-12)
     assert ramp(4) == pytest.approx((1 - half, half), abs=1e-12)
@@ -104,17 +91,6 @@ def test_the_report_s_direction_is_the_default():
     assert [Linear()(e - 1) for e in (1, 51, 101)] == [(1, 0), (0.5, 0.5), (0, 1)]
 
 
-def test_any_number_of_weights():
-    assert Linear((1, 0, 2), (0, 1, 2), 4)(1) == (0.75, 0.25, 2)
-    assert Constant([1])(0) == (1.0,)
-
-
-@unhurried
-@given(pairs, st.integers(0, 10**6))
-def test_constant_is_constant(pair, epoch):
-    assert Constant(pair)(epoch) == pair
-
-
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=lambda schedule: type(schedule).__name__)
 def test_schedules_are_values(schedule):
     twin = pickle.loads(pickle.dumps(schedule))
@@ -123,16 +99,10 @@ def test_schedules_are_values(schedule):
     assert eval(repr(schedule), vars(schedules)) == schedule
     assert [schedule(7), schedule(2), schedule(7)] == [twin(7), twin(2), twin(7)]  # no memory
     assert type(schedule(2)) is tuple
+    assert len({*EXAMPLES, *EXAMPLES}) == len(EXAMPLES)
     field = dataclasses.fields(schedule)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(schedule, field, getattr(schedule, field))
-
-
-def test_lists_and_integers_are_the_same_value():
-    assert Linear([1, 0], [0, 1], 10) == Linear((1.0, 0.0), (0.0, 1.0), 10)
-    assert hash(Constant([1, 0])) == hash(Constant((1.0, 0.0)))
-    assert len({*EXAMPLES, *EXAMPLES}) == len(EXAMPLES)
-    assert Linear(epochs=10) != Cosine(epochs=10)
 
 
 BAD_WEIGHTS = [(-0.1, 1), (math.nan, 1), (math.inf, 0), (), 0.5, "ab", None, (1, "x"), (1, None)]
@@ -176,10 +146,3 @@ def test_released_is_one_epoch_of_its_own_and_then_the_ramp(epochs, start, end, 
     assert schedule(0) == first
     expected = Linear(start, end, epochs)(epoch)
     assert schedule(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-
-def test_released_runs_the_report_s_weights_backwards():
-    """Epoch 1 purely adaptive, epoch 2 almost purely SGD, and back by epoch 101."""
-    one_to_three = [Released()(epoch) for epoch in range(3)]
-    assert one_to_three == [pytest.approx(pair) for pair in ((1, 0), (0.01, 0.99), (0.02, 0.98))]
-    assert Released()(100) == Released()(1000) == (1, 0)

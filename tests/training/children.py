@@ -5,8 +5,7 @@ safe to fork. A child that is to be hit at a certain moment makes a file there a
 """
 
 import contextlib
-import hashlib
-import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import hybrid_lib
 from hybrid_lib.study import __main__ as commands
 from hybrid_lib.study import notebooks
 from hybrid_lib.training import data, loop
@@ -103,22 +101,6 @@ def notebook_head(parameters: dict) -> None:
         exec(cell, known)
 
 
-def papermill(parameters: dict, executed: Path) -> None:
-    """10_train_one, executed in a kernel of its own."""
-    import papermill
-
-    papermill.execute_notebook(
-        TRAIN_ONE, executed, parameters, progress_bar=False, cwd=TRAIN_ONE.parent,
-        kernel_manager_class=notebooks.PrivateKernelManager,
-    )  # fmt: skip
-
-
-def old_torch() -> None:
-    """The library is imported beside a torch that says it is old."""
-    torch.__version__ = "2.5.1"
-    importlib.reload(hybrid_lib)
-
-
 # --- What goes wrong. ---
 
 
@@ -141,7 +123,6 @@ MOMENTS = {
     "step": (torch.nn.functional, "cross_entropy", 5),  # twice and a test before
     "evaluation": (loop, "_test", 2),
     "checkpoint write": (os, "fsync", 4),  # the owner's name, checkpoint and history before
-    "history write": (os, "fsync", 5),
     "report": (notebooks, "report", 1),
 }
 
@@ -156,26 +137,6 @@ def waits_in(moment: str, ready: Path) -> None:
     at_call(*MOMENTS[moment], wait)
 
 
-PHASES = ["start-up", "restoring", "training", "evaluation", "checkpoint write", "history write"]
-
-
-def tells_its_phase(phase) -> None:
-    """Shared memory holds the index, in PHASES, of what the process does."""
-    for owner, name, index in [
-        (loop, "restore_checkpoint", 1), (loop, "_train", 2), (loop, "_test", 3),
-        (loop, "save_checkpoint", 4), (loop.History, "save", 5),
-    ]:  # fmt: skip
-        setattr(owner, name, _telling(getattr(owner, name), phase, index))
-
-
-def _telling(called, phase, index):
-    def told(*args, **kwargs):
-        phase.value = index
-        return called(*args, **kwargs)
-
-    return told
-
-
 def kills_itself(name: str, count: int) -> None:
     """Signal 9 at the ``count``-th call of a function of os."""
     at_call(os, name, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -186,20 +147,6 @@ def as_nobody() -> None:
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
-
-
-def fills_up(disk: Path) -> None:
-    """Nothing is left on a disk before the second epoch is written."""
-
-    def fill():
-        with open(disk / "filler", "wb", buffering=0) as stream:
-            try:
-                while True:
-                    stream.write(bytes(4096))
-            except OSError:
-                pass
-
-    at_call(loop, "save_checkpoint", 2, fill)
 
 
 def vanishes(folder: Path) -> None:
@@ -218,19 +165,8 @@ def out_of_memory() -> None:
 
 def clock_goes_back() -> None:
     """An hour at every look."""
-    now = [time.time()]
-
-    def earlier():
-        now[0] -= 3600
-        return now[0]
-
-    time.time = earlier
-
-
-def diverges(name: str) -> None:
-    """The second epoch of a method has a rate that no network survives."""
-    rates = Experiment.learning_rates
-    Experiment.learning_rates = lambda self: [self.lr, 1e30] if self.name == name else rates(self)
+    hours = itertools.count(time.time(), -3600)
+    time.time = lambda: next(hours)
 
 
 def offline(downloads: Path) -> None:
@@ -241,15 +177,6 @@ def offline(downloads: Path) -> None:
 
     socket.getaddrinfo = refuse
     os.environ["HYBRID_DATA"] = str(downloads)
-
-
-def trusts_the_archive(downloads: Path) -> None:
-    """CIFAR-10's archive has the expected checksum, whatever is in it."""
-    from torchvision import datasets
-
-    offline(downloads)
-    archive = downloads / datasets.CIFAR10.filename
-    datasets.CIFAR10.tgz_md5 = hashlib.md5(archive.read_bytes()).hexdigest()
 
 
 def without(package: str) -> None:

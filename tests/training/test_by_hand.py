@@ -7,22 +7,21 @@ Comparing a run with itself, interrupted or not, would not notice weights that n
 
 import hashlib
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import toy, trained
 
-from hybrid_lib import EXPERIMENTS, Hybrid, hessian_diagonal, run
+from hybrid_lib import hessian_diagonal
 from hybrid_lib.training import data
 from hybrid_lib.training.tasks import image_model
 
-SIZE, N, TESTED, EPOCHS = 16, 40, 30, 4
+SIZE, N, TESTED = 16, 40, 30  # of a toy
 
 
 def small(name, **changes):
-    sizes = dict(dataset="digits", width=2, batch_size=SIZE, train_limit=N, test_limit=TESTED)
-    return replace(EXPERIMENTS[name].scaled(EPOCHS), seed=3, **{**sizes, **changes})
+    return toy(name, epochs=4, seed=3, **changes)
 
 
 def stream(purpose, epoch, seed=3):
@@ -99,7 +98,7 @@ def by_hand(e):
 CASES = {
     "sgd": small("sgd"),
     "cosine, dynamic": small("dyn_atmo"),
-    "milestones, dynamic, augmented": small("dyn_padam_sgd", augment=True),
+    "milestones, dynamic, augmented": small("dyn_padam_sgd", augment=True, lr_gamma=0.5),
     "second order, two probes": small("adasgd", hessian_samples=2),
     "as released": small("padam_sgd", protocol="released"),
     "restarted": small("adahessian", restart_epoch=3),
@@ -108,31 +107,9 @@ CASES = {
 
 @pytest.mark.parametrize("e", CASES.values(), ids=CASES)
 def test_a_run_is_the_plain_loop(e):
-    rows = run(e, device="cpu", progress=False).rows
+    rows = trained(e).rows
     for ours, theirs in zip(rows, by_hand(e), strict=True):
         assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=2e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", ["dyn_atmo", "dyn_padam_sgd", "adasgd"])
-def test_rows_say_what_the_optimizer_was_given(name, monkeypatch):
-    """At every step, not what a schedule says that it should have been given."""
-    given, step = [], Hybrid.step
-
-    def noted(self, *args, **hess_diag):
-        (group,) = self.param_groups
-        given.append((group["lr"], tuple(group["lambdas"])))
-        return step(self, *args, **hess_diag)
-
-    monkeypatch.setattr(Hybrid, "step", noted)
-    rows = run(small(name), device="cpu", progress=False).rows
-    per_epoch = math.ceil(N / SIZE)
-    assert given == [(row["lr"], row["lambdas"]) for row in rows for _ in range(per_epoch)]
-    assert len({weights for _, weights in given}) > 1
-
-
-def test_another_seed_sees_another_order():
-    orders = [data.order(N, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
 def test_training_seconds_are_without_the_test_pass(monkeypatch):
@@ -153,5 +130,5 @@ def test_training_seconds_are_without_the_test_pass(monkeypatch):
     monkeypatch.setattr(task, "training_batches", ticking(task.training_batches, 1))
     monkeypatch.setattr(task, "test_batches", ticking(task.test_batches, 100))
     monkeypatch.setattr(loop, "now", lambda device: clock[0])
-    (row, *_) = run(small("sgd"), device="cpu", progress=False).rows
+    (row, *_) = trained(small("sgd")).rows
     assert (row["train_seconds"], row["test_seconds"]) == (math.ceil(N / SIZE), 100)

@@ -8,6 +8,7 @@ import hashlib
 import pickle
 import socket
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from toys import image_folder
 
 from hybrid_lib.training import data
-from hybrid_lib.training.data import augmented, batches, generator, load, normalised, order
+from hybrid_lib.training.data import augmented, generator, load, normalised, order
 
 JPEG_COPY = data.PROJECT / "data" / "cifar10-jpeg"
 quick = settings(max_examples=50, deadline=None)
@@ -41,14 +43,8 @@ def test_digits_are_1797_grey_images_of_8x8():
 
 
 def test_the_checksum_pins_images_and_labels():
-    assert load("digits").checksum == "abaafa7197d0eff2"
+    assert load("digits").checksum == load("digits", 1200, 597).checksum == "abaafa7197d0eff2"
     assert load("digits", train_limit=1199).checksum != load("digits").checksum
-
-
-def test_moving_the_data_moves_every_tensor():
-    moved = load("digits").to("meta")
-    assert all(t.is_meta for t in vars(moved).values() if isinstance(t, torch.Tensor))
-    assert moved.checksum == load("digits").checksum
 
 
 # --- Limits: a part of a data set, class-balanced. ---
@@ -77,10 +73,6 @@ def test_limits_reach_both_parts():
     assert sorted(d.test_labels.bincount().tolist()) == [3] * 9 + [4]
 
 
-def test_a_limit_of_everything_is_no_limit():
-    assert load("digits", 1200, 597).checksum == load("digits").checksum
-
-
 @pytest.mark.parametrize("limit", [0, -1, 1201])
 def test_impossible_limits_are_named(limit):
     with pytest.raises(ValueError, match=rf"train_limit={limit}.*1200"):
@@ -107,39 +99,20 @@ def test_a_channel_without_contrast_stays_at_zero(tmp_path):
     assert x[:, 1].std() > 0.5
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 1200])
-def test_batches_visit_every_image_once_in_order(size):
-    d = load("digits")
-    index = order(1200, seed=1, epoch=2)
-    parts = list(batches(d.train_images, d.train_labels, index, size))
-    assert [len(y) for _, y in parts[:-1]] == [size] * (len(parts) - 1)
-    assert torch.cat([x for x, _ in parts]).equal(d.train_images[index])
-    assert torch.cat([y for _, y in parts]).equal(d.train_labels[index])
-
-
 @quick
 @given(st.integers(1, 300), st.integers(0, 2**63 - 1), st.integers(0, 500))
 def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(n, seed, epoch):
-    before = torch.random.get_rng_state()
     index = order(n, seed, epoch)
     assert sorted(index.tolist()) == list(range(n))
     assert index.equal(order(n, seed, epoch))
-    assert torch.random.get_rng_state().equal(before)
 
 
-def test_orders_differ_between_epochs_and_seeds():
+def test_each_purpose_seed_and_epoch_has_a_stream_of_its_own():
+    keys = list(product(("order", "augmentation", "probes"), range(12), range(12)))
+    draws = {torch.randint(0, 2**62, (1,), generator=generator(*key)).item() for key in keys}
+    assert len(draws) == len(keys)  # seed 1, epoch 11 is not seed 11, epoch 1
     orders = {tuple(order(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(20)}
     assert len(orders) == 100
-
-
-def test_each_purpose_has_a_stream_of_its_own():
-    draws = {
-        torch.randint(0, 2**62, (1,), generator=generator(purpose, seed, epoch)).item()
-        for purpose in ("order", "augmentation", "probes")
-        for seed in range(12)
-        for epoch in range(12)
-    }
-    assert len(draws) == 3 * 12 * 12  # seed 1, epoch 11 is not seed 11, epoch 1
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 32), (4, 1, 28, 28), (6, 2, 16, 24), (3, 1, 7, 7)])
@@ -159,30 +132,7 @@ def test_augmented_is_crop_and_flip_one_by_one(shape):
         assert np.array_equal(fast[i].numpy(), crop[:, :, ::-1] if flip[i] else crop)
 
 
-def test_every_shift_and_both_sides_are_equally_likely():
-    n, marker = 6000, torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    marker[0, 0, 4, 2] = 1  # off the middle: a mirrored image is told from a shifted one
-    moved = augmented(marker.expand(n, 1, 8, 8), generator("draws", 0, 0))
-    places = Counter(moved.flatten(1).argmax(dim=1).tolist())
-    assert len(places) == 3 * 3 * 2
-    expected = n / 18
-    assert all(abs(count - expected) < 5 * expected**0.5 for count in places.values())
-
-
 # --- Folders of images. ---
-
-
-def image_folder(root: Path, pixels=None, classes=("cat", "dog"), n=3, suffix=".png") -> Path:
-    """Images in root/train/CLASS and root/test/CLASS; ``pixels(part, label, i)`` draws them."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for label, name in enumerate(classes):
-            (root / part / name).mkdir(parents=True)
-            for i in range(n):
-                drawn = pixels and pixels(part, label, i)
-                image = rng.integers(0, 256, (8, 8, 3), "u1") if drawn is None else drawn
-                Image.fromarray(image).save(root / part / name / f"{i}{suffix}")
-    return root
 
 
 @pytest.fixture
@@ -191,9 +141,8 @@ def colour_folder(tmp_path):
 
 
 def test_a_folder_becomes_images_labels_and_a_title(tmp_path):
-    root = image_folder(
-        tmp_path / "zoo", lambda part, label, i: np.full((5, 6, 3), label * 9 + i, "u1")
-    )
+    grey = lambda part, label, i: np.full((5, 6, 3), label * 9 + i, "u1")  # noqa: E731
+    root = image_folder(tmp_path / "zoo", grey)
     d = load(f"folder:{root}")
     assert d.title == "folder zoo"
     assert d.classes == ("cat", "dog")
@@ -271,64 +220,34 @@ def test_images_added_later_are_seen(colour_folder):
     assert len(load(f"folder:{colour_folder}").train_images) == 7
 
 
-def _other_size(root):
-    Image.new("RGB", (9, 8)).save(root / "train" / "dog" / "1.png")
+def at_dog(spoil):
+    return lambda root: spoil(root / "train/dog/1.png")
 
 
-def _no_test(root):
-    (root / "test").rename(root / "validation")
+def moved(*names):
+    return lambda root: [(root / a).rename(root / b) for a, b in zip(names[::2], names[1::2])]
 
 
-def _one_class(root):
-    for part in ("train", "test"):
-        (root / part / "dog").rename(root / f"{part} dog")
+UNREADABLE = r"dog.1\.png: not a readable image"
+FAULTY = [
+    (at_dog(lambda file: Image.new("RGB", (9, 8)).save(file)),
+     r"dog.1\.png has 8x9 pixels, .*cat.0\.png has 8x8.*one size"),
+    (at_dog(lambda file: file.write_bytes(b"GIF? no")), UNREADABLE),
+    (at_dog(lambda file: file.write_bytes(b"")), UNREADABLE),
+    (at_dog(lambda file: file.write_bytes(file.read_bytes()[:-60])), UNREADABLE),
+    (moved("test", "validation"), r"expected images as .*test/CLASS.*train: cat, dog, test: none"),
+    (moved("test/dog", "test/wolf"), r"train: cat, dog, test: cat, wolf"),
+    (moved("train/dog", "dogs", "test/dog", "more"), r"two or more classes.*train: cat, test: cat"),
+    (moved("train", "x", "test", "y"), r"train: none, test: none"),
+    (moved(".", "../elsewhere"), r"colours: no such folder.*train/CLASS"),
+    (lambda root: [f.unlink() for f in (root / "test/dog").iterdir()], r"no image in .*test.dog"),
+]  # fmt: skip
 
 
-def _classes_differ(root):
-    (root / "test" / "dog").rename(root / "test" / "wolf")
-
-
-def _empty_class(root):
-    for file in (root / "test" / "dog").iterdir():
-        file.unlink()
-
-
-def _not_an_image(root):
-    (root / "train" / "dog" / "1.png").write_bytes(b"GIF? no")
-
-
-def _empty_file(root):
-    (root / "train" / "dog" / "1.png").write_bytes(b"")
-
-
-def _truncated(root):
-    file = root / "train" / "dog" / "1.png"
-    file.write_bytes(file.read_bytes()[:-60])
-
-
-def _flat(root):
-    for part in ("train", "test"):
-        for name in ("cat", "dog"):
-            (root / part / name).rename(root / f"{part}-{name}")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (_other_size, r"dog.1\.png has 8x9 pixels, .*cat.0\.png has 8x8.*one size"),
-        (_no_test, r"expected images as .*test/CLASS.*train: cat, dog, test: none"),
-        (_one_class, r"two or more classes.*train: cat, test: cat"),
-        (_classes_differ, r"train: cat, dog, test: cat, wolf"),
-        (_flat, r"expected images as .*train: none, test: none"),
-        (_empty_class, r"no image in .*test.dog"),
-        (_not_an_image, r"dog.1\.png: not a readable image"),
-        (_empty_file, r"dog.1\.png: not a readable image"),
-        (_truncated, r"dog.1\.png: not a readable image"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "message"), FAULTY)
 def test_a_faulty_folder_is_refused_by_name(colour_folder, spoil, message):
     spoil(colour_folder)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load(f"folder:{colour_folder}")
     assert "\n" not in str(caught.value)
 
@@ -347,11 +266,6 @@ def test_whatever_byte_is_damaged_the_file_is_named(tmp_path, suffix, step):
                 messages.append(str(error))
     assert len(messages) > len(content) / step / 2
     assert all(m.startswith(f"{file}: not a readable image (") for m in messages)
-
-
-def test_a_missing_folder_is_refused_with_the_form_expected(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder.*train/CLASS"):
-        load(f"folder:{tmp_path}/nowhere")
 
 
 @pytest.mark.parametrize("name", ["imagenet", "CIFAR10", "", " ", "folder", "folder:", "folder: "])
@@ -391,13 +305,11 @@ def downloads(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_cifar(root: Path, monkeypatch, kind: str) -> np.ndarray:
+def write_cifar(root: Path, monkeypatch, name: str, n_classes: int) -> np.ndarray:
     """Both parts of CIFAR-10 or CIFAR-100 with 20 images each; returns those of the test part."""
     from torchvision import datasets
 
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
-    fine = kind == "cifar100"
-    n_classes, key = (100, "fine_labels") if fine else (10, "labels")
+    cls = getattr(datasets, name)
     folder, rng, sums = root / cls.base_folder, np.random.default_rng(0), {}
     folder.mkdir()
 
@@ -405,26 +317,22 @@ def write_cifar(root: Path, monkeypatch, kind: str) -> np.ndarray:
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
 
-    files = {False: ["test"], True: ["train"]} if fine else {
-        False: ["test_batch"], True: [f"data_batch_{i}" for i in range(1, 6)]}  # fmt: skip
-    for train, names in files.items():
+    for part in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(cls, part)]
         for name in names:
             pixels = rng.integers(0, 256, (20 // len(names), 3072), "u1")
-            put(name, {"data": pixels, key: [i % n_classes for i in range(len(pixels))]})
-        monkeypatch.setattr(
-            cls, "train_list" if train else "test_list", [[n, sums[n]] for n in names]
-        )
-        if not train:
-            test_pixels = pixels.reshape(-1, 3, 32, 32)
-    names = [f"class {i}" for i in range(n_classes)]
-    put(cls.meta["filename"], {cls.meta["key"]: names})
-    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": sums[cls.meta["filename"]]})
-    return test_pixels
+            labels = [i % n_classes for i in range(len(pixels))]
+            put(name, {"data": pixels, "labels" if n_classes == 10 else "fine_labels": labels})
+        monkeypatch.setattr(cls, part, [[name, sums[name]] for name in names])
+    meta = cls.meta["filename"]
+    put(meta, {cls.meta["key"]: [f"class {i}" for i in range(n_classes)]})
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": sums[meta]})
+    return pixels.reshape(-1, 3, 32, 32)
 
 
-def write_mnist(root: Path, kind: str) -> np.ndarray:
+def write_mnist(root: Path, monkeypatch, name: str, n_classes: int) -> np.ndarray:
     """Both parts in the idx format, 20 images each; returns those of the test part."""
-    folder = root / {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[kind] / "raw"
+    folder = root / name / "raw"
     folder.mkdir(parents=True)
     for part in ("train", "t10k"):
         pixels = np.random.default_rng(len(part)).integers(0, 256, (20, 28, 28), "u1")
@@ -435,35 +343,28 @@ def write_mnist(root: Path, kind: str) -> np.ndarray:
     return pixels[:, None]
 
 
-@pytest.mark.parametrize(
-    ("kind", "title", "classes"), [("cifar10", "CIFAR-10", 10), ("cifar100", "CIFAR-100", 100)]
-)
-def test_cifar_is_read_from_its_own_files(downloads, monkeypatch, kind, title, classes):
-    test_pixels = write_cifar(downloads, monkeypatch, kind)
-    d = load(kind)
-    assert d.title == title
-    assert len(d.classes) == classes
-    assert d.train_images.shape == (20, 3, 32, 32)
+FORMATS = {  # title, who writes it, torchvision's name, classes, shape
+    "cifar10": ("CIFAR-10", write_cifar, "CIFAR10", 10, (3, 32, 32)),
+    "cifar100": ("CIFAR-100", write_cifar, "CIFAR100", 100, (3, 32, 32)),
+    "mnist": ("MNIST", write_mnist, "MNIST", 10, (1, 28, 28)),
+    "fashion-mnist": ("Fashion-MNIST", write_mnist, "FashionMNIST", 10, (1, 28, 28)),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_data_set_is_read_from_its_own_files(downloads, monkeypatch, kind):
+    title, write, name, n_classes, shape = FORMATS[kind]
+    test_pixels = write(downloads, monkeypatch, name, n_classes)
+    d = load(kind, train_limit=10)
+    assert (d.title, len(d.classes)) == (title, n_classes)
+    assert d.train_images.shape == (10, *shape)
     assert np.array_equal(d.test_images.numpy(), test_pixels)
     assert d.test_images.is_contiguous()
-    assert d.test_labels.tolist() == [i % classes for i in range(20)]
-    assert d.test_labels.dtype == torch.int64
+    assert d.test_labels.tolist() == [i % n_classes for i in range(20)]
+    assert d.train_labels.dtype == d.test_labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize(
-    ("kind", "title"), [("mnist", "MNIST"), ("fashion-mnist", "Fashion-MNIST")]
-)
-def test_mnist_is_read_from_its_own_files(downloads, kind, title):
-    test_pixels = write_mnist(downloads, kind)
-    d = load(kind, train_limit=10)
-    assert d.title == title
-    assert len(d.classes) == 10
-    assert d.train_images.shape == (10, 1, 28, 28)
-    assert np.array_equal(d.test_images.numpy(), test_pixels)
-    assert d.train_labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize("kind", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_absent_and_offline_says_what_to_do(downloads, kind):
     with pytest.raises(FileNotFoundError, match=r"network.*HYBRID_DATA.*folder:PATH") as caught:
         load(kind)
@@ -472,18 +373,28 @@ def test_absent_and_offline_says_what_to_do(downloads, kind):
     assert not [f for f in downloads.rglob("*") if f.is_file()]
 
 
-def test_a_truncated_cifar_file_is_not_trained_on(downloads, monkeypatch):
-    write_cifar(downloads, monkeypatch, "cifar10")
-    file = downloads / "cifar-10-batches-py" / "data_batch_3"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not complete in .*cifar-10-batches"):
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("cifar10", "cifar-10-batches-py/data_batch_3"),
+        *[("mnist", f"MNIST/raw/train-{part}-ubyte") for part in ("images-idx3", "labels-idx1")],
+    ],
+)
+def test_a_file_that_is_cut_short_is_not_trained_on(downloads, monkeypatch, kind, file):
+    title, write, *rest, _ = FORMATS[kind]
+    write(downloads, monkeypatch, *rest)
+    (downloads / file).write_bytes((downloads / file).read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match=f"{title} is not complete in .*{file[:5]}"):
+        load(kind)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_an_archive_that_is_not_the_original_is_refused(downloads, monkeypatch, trusted):
+    """Its checksum tells; where that fits, the tar reader does."""
+    from torchvision import datasets
+
+    (downloads / datasets.CIFAR10.filename).write_bytes(b"half of one")
+    if trusted:
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(b"half of one").hexdigest())
+    with pytest.raises(FileNotFoundError, match=r"CIFAR-10 is not complete in .*unpack the orig"):
         load("cifar10")
-
-
-@pytest.mark.parametrize("part", ["images-idx3", "labels-idx1"])
-def test_a_truncated_mnist_file_is_not_trained_on(downloads, part):
-    write_mnist(downloads, "mnist")
-    file = downloads / "MNIST" / "raw" / f"train-{part}-ubyte"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(FileNotFoundError, match="MNIST is not complete in"):
-        load("mnist")

@@ -47,15 +47,15 @@ def test_two_processes_take_the_steps_of_one(tmp_path, alone):
     assert distance(weights(2, tmp_path / "weights"), alone) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("mul_(len(mine) / batch)", "mul_(1 / dist.get_world_size())"),
-        ("in grads + hess_diag:", "in grads + [D.abs_() for D in hess_diag]:"),
-        ("manual_seed(step)", "manual_seed(step + 1000 * dist.get_rank())"),
-    ],
-    ids=["plain mean of uneven parts", "absolute values before the mean", "probes of one's own"],
-)
+NEEDED = {
+    "plain mean of uneven parts": ("mul_(len(mine) / batch)", "mul_(1 / dist.get_world_size())"),
+    "absolute values before the mean": (
+        "in grads + hess_diag:", "in grads + [D.abs_() for D in hess_diag]:"),
+    "probes of one's own": ("manual_seed(step)", "manual_seed(step + 1000 * dist.get_rank())"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("right", "wrong"), NEEDED.values(), ids=NEEDED)
 @pytest.mark.slow
 def test_each_rule_of_the_example_is_needed(right, wrong, tmp_path, alone):
     text = EXAMPLE.read_text("utf-8")
@@ -63,8 +63,3 @@ def test_each_rule_of_the_example_is_needed(right, wrong, tmp_path, alone):
     script = tmp_path / "wrong.py"
     script.write_text(text.replace(right, wrong), "utf-8")
     assert distance(weights(2, tmp_path / "weights", script), alone) > 1e-3
-
-
-def test_the_example_is_short():
-    body = EXAMPLE.read_text("utf-8").split("def main", 1)[1].split("if __name__", 1)[0]
-    assert len([line for line in body.splitlines() if line.strip()]) <= 25

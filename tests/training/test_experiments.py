@@ -4,9 +4,8 @@ The tables stand here once more as the report prints them; the optimizers that t
 build are held against them, not the fields that were typed in.
 """
 
-import contextlib
 import csv
-import dataclasses
+import hashlib
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hybrid_lib.optim import rules, schedules
@@ -24,8 +21,6 @@ from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, error_messa
 from hybrid_lib.training.tasks import image_model
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = ROOT.parent / "shared" / "reference"
-quick = settings(max_examples=50, deadline=None)
 BETAS = (0.9, 0.999)
 HALVES = (0.5, 0.5)
 
@@ -70,11 +65,6 @@ def split(group: dict):
 
 
 # --- Tables I and II. ---
-
-
-def test_the_report_s_eight_rows_in_its_order_and_padam_alone():
-    assert list(EXPERIMENTS) == [*TABLES, "padam"]
-    assert all(e.name == name for name, e in EXPERIMENTS.items())
 
 
 @every_row
@@ -125,15 +115,6 @@ def test_experiments_of_ones_own_are_called_by_their_name():
 # --- Values: frozen, checked, readable from text. ---
 
 
-def test_experiments_are_values():
-    e = EXPERIMENTS["atmo"]
-    assert replace(e) == e
-    assert hash(replace(e)) == hash(e)
-    assert eval(repr(e), {"Experiment": Experiment}) == e
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        e.lr = 1.0
-
-
 def test_text_from_a_command_line_is_read():
     e = replace(
         EXPERIMENTS["adasgd"], lr="1e-3", epochs="7", augment="false", betas="0.8 0.9",
@@ -165,6 +146,10 @@ BAD = [
     ("dampening", 2), ("weight_decay_in", "adam"), ("lr_milestones", (5, 3)),
     ("spatial_average", 0), ("spatial_average", "rows"),
     *[("restart_epoch", bad) for bad in (1, 351)],
+    *[("lambda_start", bad) for bad in
+      ((-0.5, 1), (nan, 1), (inf, 1), (1,), (1, 0, 0), 0.5, ("a", "b"))],
+    ("lambda_end", (0, -1)), *[("betas", bad) for bad in ((0.9, 1.0), (0.9,), (-0.1, 0.9))],
+    *[("lr_milestones", bad) for bad in ((0, 5), ("x",))],
 ]  # fmt: skip
 
 
@@ -173,78 +158,44 @@ def test_a_bad_value_is_refused_by_field_and_value(field, bad):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["atmo"], **{field: bad})
     lines = error_messages(caught.value)
-    assert any(line.startswith(f"{field}={bad!r}") for line in lines), lines
+    whole = f"{field}={bad!r}"
+    items = [f"{field}={item!r}" for item in bad] if isinstance(bad, tuple) else []
+    assert any(line.startswith((whole, *items)) for line in lines), lines
     assert not any("\n" in line for line in lines)
 
 
-PAIRS = [
-    ("lambda_start", (-0.5, 1), "-0.5"), ("lambda_start", (nan, 1), "nan"),
-    ("lambda_start", (inf, 1), "inf"), ("lambda_start", (1,), "(1,)"),
-    ("lambda_start", (1, 0, 0), "(1, 0, 0)"), ("lambda_start", 0.5, "0.5"),
-    ("lambda_start", "a,b", "'a'"), ("lambda_end", (0, -1), "-1"), ("betas", (0.9, 1), "1.0"),
-    ("betas", (0.9,), "(0.9,)"), ("betas", (-0.1, 0.9), "-0.1"), ("lr_milestones", (0, 5), "0"),
-    ("lr_milestones", ("x",), "'x'"),
+TOGETHER = [  # the experiment, what is changed, the line that refuses it
+    ("atmo", {"batch_size": 256, "train_limit": 255}, r"batch_size=256 .*train_limit=255"),
+    ("atmo", {"lr_schedule": "multistep"}, r"lr_milestones=\(\).*'multistep'"),
+    ("atmo", {"lr_milestones": (5,)}, r"lr_milestones=\(5,\).*'constant'"),
+    ("atmo", {"lr_schedule": "multistep", "lr_milestones": (5, 5)}, r"=\(5, 5\).*increase"),
+    ("atmo", {"nesterov": True, "dampening": 0.5}, r"nesterov=True.*dampening=0.5"),
+    ("atmo", {"nesterov": True, "momentum": 0}, r"nesterov=True.*momentum=0"),
+    ("atmo", {"learning_rate": 0.1}, r"learning_rate.*[Uu]nexpected"),
+    ("atmo", {"lambda_rate": 2.0}, "lambda_rate.*'constant'"),
+    ("dyn_atmo", {"lambda_schedule": "exponential", "lambda_steepness": 40}, "lambda_steepness"),
+    ("dyn_atmo", {"protocol": "released", "lambda_schedule": "step"}, "lambda_schedule='step'"),
+    # Settings that the optimizer does not have, or that nothing would use.
+    *[(name, {field: value}, f"^{field}={re.escape(repr(value))}: {name} has ")
+      for name, field, value in [
+        ("sgd", "betas", (0.9, 0.99)), ("sgd", "eps", 1e-3), ("sgd", "amsgrad", True),
+        ("sgd", "weight_decay_in", "sgd"), ("adam", "momentum", 0.9), ("adam", "nesterov", True),
+        ("adam", "hessian_power", 1.0), ("atmo", "partial", 0.25),
+        ("padam_sgd", "spatial_average", "kernel"), ("adahessian", "amsgrad", True),
+        ("adahessian", "bias_correction", "none"), ("adam", "lambda_schedule", "linear"),
+        ("adam", "lambda_start", (0.2, 0.8)), ("sgd", "lambda_end", (0.5, 0.5)),
+        ("adahessian", "lambda_epochs", 5), ("sgd", "lambda_direction", "released"),
+        ("sgd", "merge", "sum")]],
+    *[(name, {field: value}, f"^{field}={value}: {name} needs no Hessian") for name, field, value in
+      [("sgd", "hessian_every", 10), ("atmo", "hessian_fraction", 0.5),
+       ("padam_sgd", "hessian_samples", 2)]],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "bad", "shown"), PAIRS)
-def test_a_bad_item_is_refused_by_field_and_value(field, bad, shown):
+@pytest.mark.parametrize(("name", "changes", "message"), TOGETHER)
+def test_values_that_do_not_go_together_are_refused(name, changes, message):
     with pytest.raises(ValidationError) as caught:
-        replace(EXPERIMENTS["dyn_atmo"], **{field: bad})
-    assert any(
-        line.startswith(f"{field}=") and shown in line for line in error_messages(caught.value)
-    )
-
-
-FOREIGN = [
-    ("sgd", "betas", (0.9, 0.99)), ("sgd", "eps", 1e-3), ("sgd", "amsgrad", True),
-    ("sgd", "weight_decay_in", "sgd"), ("adam", "momentum", 0.9), ("adam", "nesterov", True),
-    ("adam", "hessian_power", 1.0), ("adam", "partial", 0.25), ("atmo", "partial", 0.25),
-    ("atmo", "hessian_power", 1.0), ("padam_sgd", "spatial_average", "kernel"),
-    ("adahessian", "momentum", 0.9), ("adahessian", "amsgrad", True),
-    ("adahessian", "bias_correction", "none"), ("adasgd", "partial", 0.25),
-    ("adam", "lambda_schedule", "linear"), ("padam", "lambda_schedule", "step"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "field", "value"), FOREIGN)
-def test_settings_of_another_optimizer_are_refused(name, field, value):
-    with pytest.raises(ValidationError) as caught:
-        replace(EXPERIMENTS[name], **{field: value})
-    (line,) = error_messages(caught.value)
-    assert line.startswith(f"{field}={value!r}: {name} has ")
-
-
-WITHOUT_EFFECT = [
-    ("adam", {"lambda_start": (0.2, 0.8)}), ("sgd", {"lambda_end": (0.5, 0.5)}),
-    ("adahessian", {"lambda_epochs": 5}), ("sgd", {"lambda_direction": "released"}),
-    ("sgd", {"hessian_every": 10}), ("atmo", {"hessian_fraction": 0.5}),
-    ("padam_sgd", {"hessian_samples": 2}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "changes"), WITHOUT_EFFECT)
-def test_settings_that_nothing_would_use_are_refused(name, changes):
-    (field,) = changes
-    with pytest.raises(ValidationError, match=field):
         replace(EXPERIMENTS[name], **changes)
-
-
-TOGETHER = [
-    ({"batch_size": 256, "train_limit": 255}, r"batch_size=256 .*train_limit=255"),
-    ({"lr_schedule": "multistep"}, r"lr_milestones=\(\).*'multistep'"),
-    ({"lr_milestones": (5,)}, r"lr_milestones=\(5,\).*'constant'"),
-    ({"lr_schedule": "multistep", "lr_milestones": (5, 5)}, r"lr_milestones=\(5, 5\).*increase"),
-    ({"nesterov": True, "dampening": 0.5}, r"nesterov=True.*dampening=0.5"),
-    ({"nesterov": True, "momentum": 0}, r"nesterov=True.*momentum=0"),
-    ({"learning_rate": 0.1}, r"learning_rate.*[Uu]nexpected"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), TOGETHER)
-def test_values_that_do_not_go_together_are_refused(changes, message):
-    with pytest.raises(ValidationError) as caught:
-        replace(EXPERIMENTS["atmo"], **changes)
     (line,) = error_messages(caught.value)
     assert re.search(message, line)
 
@@ -259,86 +210,37 @@ def test_all_faults_come_at_once_and_each_once():
 # --- Learning rates. ---
 
 
+@pytest.mark.parametrize("epochs", [2, 7, 350])
 @every_name
-def test_learning_rates_are_torch_s_schedulers_stepped_by_hand(name):
-    e = EXPERIMENTS[name]
-    optimizer = e.build_optimizer([torch.zeros(1, requires_grad=True)])
-    scheduler = {
-        "constant": lambda: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 1),
-        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, e.epochs),
-        "multistep": lambda: torch.optim.lr_scheduler.MultiStepLR(optimizer, e.lr_milestones, 0.1),
-    }[e.lr_schedule]()
-    expected = []
-    for _ in range(e.epochs):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert e.learning_rates() == expected
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 7, 350])
-def test_cosine_is_equation_one(epochs):
-    e = replace(EXPERIMENTS["dyn_atmo"], epochs=epochs)
-    equation = [e.lr / 2 * (1 + math.cos(t / epochs * math.pi)) for t in range(epochs)]
-    assert e.learning_rates() == pytest.approx(equation, rel=1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize("name", ["padam_sgd", "adahessian", "adasgd"])
-def test_multistep_divides_by_ten_after_each_milestone(name):
-    e = EXPERIMENTS[name]
-    by_hand = [e.lr * 0.1 ** sum(m <= epoch for m in e.lr_milestones) for epoch in range(e.epochs)]
-    assert e.learning_rates() == pytest.approx(by_hand)
+def test_learning_rates_are_the_formula(name, epochs):
+    """Equation 1 of the report; a tenth after each milestone, counted in finished epochs."""
+    e = EXPERIMENTS[name].scaled(epochs)
+    by_hand = [e.lr * 0.1 ** sum(m <= epoch for m in e.lr_milestones) for epoch in range(epochs)]
+    if e.lr_schedule == "cosine":
+        by_hand = [e.lr / 2 * (1 + math.cos(t / epochs * math.pi)) for t in range(epochs)]
+    assert e.learning_rates() == pytest.approx(by_hand, rel=1e-6, abs=1e-9)
 
 
 # --- Weights (adaptive, SGD) of every row under both protocols, epochs counted from 1. ---
 
 
-def weights(name: str, protocol: str):
-    schedule = replace(EXPERIMENTS[name], protocol=protocol).lambdas()
-    return lambda epoch: pytest.approx(schedule(epoch - 1), abs=1e-12)
+HORIZONS = {"dyn_atmo": 350, "dyn_padam_sgd": 100, "adasgd": 200}
 
 
 @pytest.mark.parametrize("protocol", ["clean", "released"])
 @every_name
-def test_constant_weights(name, protocol):
-    constant = {"atmo": HALVES, "padam_sgd": HALVES}.get(name, (1,))
-    e = EXPERIMENTS[name]
-    if e.lambda_schedule == "constant":
-        w = weights(name, protocol)
-        assert all(constant == w(epoch) for epoch in range(1, e.epochs + 1))
-    else:
-        assert name in ("dyn_atmo", "dyn_padam_sgd", "adasgd")
-
-
-@pytest.mark.parametrize(
-    ("name", "protocol", "horizon"),
-    [
-        ("dyn_atmo", "clean", 350),
-        ("dyn_padam_sgd", "clean", 100),
-        ("adasgd", "clean", 200),
-        ("adasgd", "released", 200),  # its own scheduler goes as the report says
-    ],
-)
-def test_as_written_from_the_adaptive_rule_to_sgd(name, protocol, horizon):
-    w = weights(name, protocol)
-    for epoch in range(1, EXPERIMENTS[name].epochs + 1):
-        sgd = min((epoch - 1) / horizon, 1)
-        assert (1 - sgd, sgd) == w(epoch)
-
-
-@pytest.mark.parametrize(("name", "horizon"), [("dyn_atmo", 350), ("dyn_padam_sgd", 100)])
-def test_as_released_almost_all_sgd_and_then_back(name, horizon):
-    w = weights(name, "released")
-    assert w(1) == (1, 0)
-    for epoch in range(2, EXPERIMENTS[name].epochs + 1):
-        sgd = max(1 - (epoch - 1) / horizon, 0)
-        assert (1 - sgd, sgd) == w(epoch)
-
-
-def test_the_released_dyn_padam_sgd_in_numbers():
-    w = weights("dyn_padam_sgd", "released")
-    assert [w(2), w(3), w(100)] == [(0.01, 0.99), (0.02, 0.98), (0.99, 0.01)]
-    assert [w(101), w(200)] == [(1, 0)] * 2
+def test_weights_of_every_epoch(name, protocol):
+    """As written from the adaptive rule to SGD; as released almost all SGD and then back, but for
+    AdaSGD, whose own scheduler goes as the report says."""
+    e = replace(EXPERIMENTS[name], protocol=protocol)
+    assert built(e)["lambdas"] == e.lambdas()(0)
+    for epoch in range(e.epochs):
+        done = min(epoch / HORIZONS.get(name, 1), 1)
+        weights = {"atmo": HALVES, "padam_sgd": HALVES}.get(name, (1,))
+        if name in HORIZONS:
+            backwards = protocol == "released" and name != "adasgd" and epoch > 0
+            weights = (done, 1 - done) if backwards else (1 - done, done)
+        assert e.lambdas()(epoch) == pytest.approx(weights, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["dyn_atmo", "dyn_padam_sgd", "adasgd"])
@@ -349,90 +251,48 @@ def test_the_direction_can_be_chosen_apart_from_the_protocol(name, protocol):
     assert replace(e, lambda_direction="released").lambdas()(1)[1] > 0.98
 
 
-@pytest.mark.parametrize("shape", ["cosine", "step", "exponential", "sigmoid"])
-def test_the_released_direction_keeps_the_shape_that_was_asked_for(shape):
-    linear = replace(EXPERIMENTS["dyn_atmo"], protocol="released")
-    with contextlib.suppress(ValidationError):  # to refuse the pair is honest, too
-        asked = replace(linear, lambda_schedule=shape)
-        assert asked.lambdas()(87) != pytest.approx(linear.lambdas()(87), abs=0.01)
-
-
-def test_a_shape_s_own_setting_reaches_it_and_no_other():
+def test_a_shape_s_own_setting_reaches_it():
     steep = replace(EXPERIMENTS["adasgd"], lambda_schedule="sigmoid", lambda_steepness=40.0)
     assert steep.lambdas() == schedules.Sigmoid((1, 0), (0, 1), 200, steepness=40.0)
-    with pytest.raises(ValidationError, match="lambda_steepness"):
-        replace(steep, lambda_schedule="exponential")
-    with pytest.raises(ValidationError, match="lambda_rate"):
-        replace(EXPERIMENTS["atmo"], lambda_rate=2.0)
-
-
-@every_name
-def test_the_optimizer_starts_with_the_first_epoch_s_weights(name):
-    e = EXPERIMENTS[name]
-    assert built(e)["lambdas"] == e.lambdas()(0)
 
 
 # --- Shorter and longer runs. ---
 
 
-@every_name
-def test_scaled_by_one_is_the_same(name):
-    assert EXPERIMENTS[name].scaled(EXPERIMENTS[name].epochs) == EXPERIMENTS[name]
-
-
 @pytest.mark.parametrize(
     ("name", "epochs", "milestones", "horizon"),
     [
-        ("padam_sgd", 20, (10, 15), None),
-        ("dyn_padam_sgd", 20, (10, 15), 10),
-        ("dyn_padam_sgd", 400, (200, 300), 200),
-        ("adahessian", 16, (8, 12), None),
-        ("adasgd", 10, (5, 7, 9), None),
-        ("dyn_atmo", 35, (), None),
+        ("padam_sgd", 20, (10, 15), None), ("dyn_padam_sgd", 20, (10, 15), 10),
+        ("dyn_padam_sgd", 400, (200, 300), 200), ("adahessian", 16, (8, 12), None),
+        ("adasgd", 10, (5, 7, 9), None), ("dyn_atmo", 35, (), None), ("adasgd", 2, (1, 2), None),
+        ("dyn_padam_sgd", 1, (1,), 1), ("adahessian", 160, (80, 120), None),
     ],
-)
+)  # fmt: skip
 def test_scaled_keeps_shares(name, epochs, milestones, horizon):
     e = EXPERIMENTS[name]
     short = e.scaled(epochs)
-    assert (short.epochs, short.lr_milestones, short.lambda_epochs) == (
-        epochs, milestones, horizon)  # fmt: skip
-    for share in (0, 0.2, 0.4, 0.8):  # the same rate and the same weights at the same share
+    ours = short.epochs, short.lr_milestones, short.lambda_epochs
+    assert ours == (epochs, milestones, horizon)
+    for share in (0, 0.2, 0.4, 0.8) if epochs > 9 else ():  # as at the same share of the long run
         long_epoch, short_epoch = round(e.epochs * share), round(epochs * share)
         assert short.lambdas()(short_epoch) == pytest.approx(e.lambdas()(long_epoch))
-        assert short.learning_rates()[short_epoch] == pytest.approx(
-            e.learning_rates()[long_epoch], rel=1e-6
-        )
-
-
-@quick
-@given(st.sampled_from(list(EXPERIMENTS)), st.integers(1, 500))
-def test_any_length_is_a_valid_experiment(name, epochs):
-    short = EXPERIMENTS[name].scaled(epochs)
-    assert short.epochs == epochs
-    assert len(short.learning_rates()) == epochs
-    assert all(1 <= m <= max(epochs, 1) for m in short.lr_milestones)
-    assert short.lambda_epochs is None or 1 <= short.lambda_epochs <= epochs
+        rate = e.learning_rates()[long_epoch]
+        assert short.learning_rates()[short_epoch] == pytest.approx(rate, rel=1e-6)
 
 
 # --- Weights of the network. ---
 
 
-def test_initial_weights_are_a_function_of_the_seed():
-    before = torch.random.get_rng_state()
-    small = replace(EXPERIMENTS["sgd"], width=2, seed=5)
-    first, again = image_model(small, 10, 1), image_model(small, 10, 1)
-    other = image_model(replace(small, seed=6), 10, 1)
+def test_initial_weights_are_a_function_of_the_seed_in_several_threads_too():
+    def initial(seed=5):
+        model = image_model(replace(EXPERIMENTS["sgd"], width=8, seed=seed), 10, 1)
+        return torch.nn.utils.parameters_to_vector(model.parameters())
+
+    before, alone = torch.random.get_rng_state(), initial()
     assert torch.random.get_rng_state().equal(before)
-    assert all(p.equal(q) for p, q in zip(first.parameters(), again.parameters()))
-    assert not all(p.equal(q) for p, q in zip(first.parameters(), other.parameters()))
-
-
-def test_initial_weights_are_the_seed_s_in_several_threads_too():
-    small = replace(EXPERIMENTS["sgd"], width=8)
-    alone = torch.nn.utils.parameters_to_vector(image_model(small, 10, 1).parameters())
+    assert not initial(6).equal(alone)
     with ThreadPoolExecutor(8) as threads:
-        models = list(threads.map(lambda _: image_model(small, 10, 1), range(40)))
-    assert all(torch.nn.utils.parameters_to_vector(m.parameters()).equal(alone) for m in models)
+        assert all(w.equal(alone) for w in threads.map(initial, [5] * 40))
 
 
 # --- The report's numbers. ---
@@ -449,35 +309,9 @@ def test_table_three_is_the_report_s():
     assert list(rows) == list(TABLES)
 
 
-def test_the_authors_runs_end_where_table_three_says():
-    for row in table("runs.csv"):
-        final, best = float(row["final_test_accuracy"]), float(row["best_test_accuracy"])
-        assert final == TABLE_III[row["optimizer"]]
-        assert best >= final
-        assert best >= float(row["mean_last10_test_accuracy"])
-        assert float(row["min_test_loss"]) <= float(row["final_test_loss"])
-        assert int(row["epochs"]) == EXPERIMENTS[row["optimizer"]].epochs
-        assert 1 <= int(row["best_epoch"]) <= int(row["epochs"])
-    assert [row["optimizer"] for row in table("runs.csv")] == list(TABLES)
-
-
-def test_the_milestones_are_points_of_the_same_runs():
-    runs = {row["optimizer"]: row for row in table("runs.csv")}
-    last = {}
-    for row in table("milestones.csv"):
-        name, epoch, accuracy = row["optimizer"], int(row["epoch"]), float(row["test_accuracy"])
-        assert epoch > last.get(name, (0, 0))[0]
-        assert accuracy <= float(runs[name]["best_test_accuracy"])
-        last[name] = epoch, accuracy
-    assert last == {name: (TABLES[name][7], TABLE_III[name]) for name in TABLES}
-
-
-@pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason="the reference numbers are not beside the project"
-)
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [("runs.csv", "authors_runs.csv"), ("milestones.csv", "authors_milestones.csv")],
-)
-def test_the_numbers_are_the_reference_s(ours, theirs):
-    assert table(ours) == table(theirs, REFERENCE)
+def test_the_authors_runs_are_as_published():
+    runs, milestones = (ROOT / "data" / "paper" / f"{name}.csv" for name in ("runs", "milestones"))
+    text = runs.read_text("utf-8") + milestones.read_text("utf-8")
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "243cdfe82c3e660e"
+    finals = {row["optimizer"]: float(row["final_test_accuracy"]) for row in table("runs.csv")}
+    assert finals == TABLE_III
