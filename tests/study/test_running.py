@@ -149,10 +149,14 @@ def test_interrupted_or_killed_the_runs_stop_in_good_order(number, whom, tmp_pat
     first = subprocess.Popen([sys.executable, script, out], env=where, start_new_session=True,
                              stderr=subprocess.DEVNULL)  # fmt: skip
     folders = [run_folder(out, e) for e in toy_runs(2)]
-    waited_for(lambda: all((folder / FILE).exists() for folder in folders))
-    (os.killpg if whom == "all" else os.kill)(first.pid, number)
-    assert first.wait(60) != 0
-    waited_for(lambda: all(map(is_free, folders)), 20)
+    try:
+        waited_for(lambda: all((folder / FILE).exists() for folder in folders))
+        (os.killpg if whom == "all" else os.kill)(first.pid, number)
+        assert first.wait(60) != 0
+        waited_for(lambda: all(map(is_free, folders)), 20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
     assert [History.load(folder).status for folder in folders] == ["stopped", "stopped"]
 
 
