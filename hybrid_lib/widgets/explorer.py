@@ -19,7 +19,8 @@ from IPython.display import display
 from pydantic import ValidationError
 
 from hybrid_lib.optim import methods, schedules
-from hybrid_lib.study import figures, planning
+from hybrid_lib.study import planning
+from hybrid_lib.study.progress import is_interactive
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
@@ -353,7 +354,9 @@ class Explorer:
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
     """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None."""
-    if not figures.is_interactive():
+    if not is_interactive():
+        from hybrid_lib.study import figures  # imported where used: opening shall be quick
+
         figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
         return None
     explorer = Explorer(runs, method, **start)
