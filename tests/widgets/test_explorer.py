@@ -411,7 +411,7 @@ def colab(monkeypatch):
 
 
 def test_in_colab_start_trains_in_the_foreground_until_an_interrupt(tmp_path, colab, monkeypatch):
-    monkeypatch.setattr(module.figures, "is_interactive", lambda: True)
+    monkeypatch.setattr(module, "is_interactive", lambda: True)
     monkeypatch.setattr(module, "display", colab.append)
     explorer, real = explore(tmp_path / "runs", "padam_sgd", **TINY), hl.run
     assert colab[-1] is explorer.view
