@@ -28,8 +28,6 @@ from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import epochs, run
 from hybrid_lib.training.tasks import image_model
 
-every_experiment = pytest.mark.parametrize("name", EXPERIMENTS)
-
 
 def interrupt_after(steps: int):
     stop = after(steps)
@@ -45,7 +43,7 @@ def interrupt_after(steps: int):
 # --- What a run computes. ---
 
 
-@every_experiment
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_and_writes_a_row_per_epoch(name, tmp_path):
     e = toy(name)
     h = trained(e, tmp_path)
