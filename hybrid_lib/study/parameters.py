@@ -31,8 +31,10 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleN
     One ValueError names every fault: undeclared names, values of other types, what ``check`` found.
     """
     cells = [(source, _statements(source)) for source in namespace["In"]]
-    given = [ast.unparse(target) for source, body in cells if source.startswith(INJECTED)
-             for node in body for target in getattr(node, "targets", ())]  # fmt: skip
+    injected = [node for source, body in cells if source.startswith(INJECTED) for node in body]
+    if not all(isinstance(node, ast.Assign) for node in injected):  # papermill does not quote names
+        raise ValueError("papermill's cell holds more than values: give declared names")
+    given = [ast.unparse(target) for node in injected for target in node.targets]
     declared = next(filter(None, (_declared(body) for _, body in cells)), {})
     messages = [f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
                 for name in given if name not in declared]  # fmt: skip

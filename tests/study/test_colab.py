@@ -4,7 +4,6 @@ The cell runs in a kernel that cannot see hybrid_lib, in an empty folder, withou
 own list of packages is resolved with ours; Colab itself was not run.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -72,9 +71,9 @@ def project(tmp_path_factory):
 @pytest.fixture
 def python(project, tmp_path):
     """Runs a Python that has all that is installed here but hybrid_lib, in an empty folder."""
-    has_pip = importlib.util.find_spec("pip")  # an environment made by uv has none
-    venv.create(tmp_path / "python", symlinks=os.name != "nt", with_pip=not has_pip)
     packages = sysconfig.get_path("purelib")  # from PYTHONPATH an editable package is not seen
+    has_pip = Path(packages, "pip").is_dir()  # an environment made by uv has none
+    venv.create(tmp_path / "python", symlinks=os.name != "nt", with_pip=not has_pip)
     pins = [f"{d.name}=={d.version}\n" for d in metadata.distributions(path=[packages])]
     (tmp_path / "pins.txt").write_text("".join(pins), "utf-8")
     (tmp_path / "content").mkdir()

@@ -185,10 +185,8 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
         ("adahessian", "bias_correction", "none"), ("adam", "lambda_schedule", "linear"),
         ("adam", "lambda_start", (0.2, 0.8)), ("sgd", "lambda_end", (0.5, 0.5)),
         ("adahessian", "lambda_epochs", 5), ("sgd", "lambda_direction", "released"),
-        ("sgd", "merge", "sum")]],
-    *[(name, {field: value}, f"^{field}={value}: {name} needs no Hessian") for name, field, value in
-      [("sgd", "hessian_every", 10), ("atmo", "hessian_fraction", 0.5),
-       ("padam_sgd", "hessian_samples", 2)]],
+        ("sgd", "merge", "sum"), ("sgd", "hessian_every", 10), ("atmo", "hessian_fraction", 0.5),
+        ("padam_sgd", "hessian_samples", 2)]],
 ]  # fmt: skip
 
 
