@@ -119,6 +119,7 @@ def test_the_stamped_repository(python, tmp_path):
     assert str(tmp_path / "python") in re.search("home (.*)", said)[1]
 
 
+@pytest.mark.slow
 def test_an_uploaded_wheel_is_preferred_and_installed_once(python, project, tmp_path):
     wheel = ["-m", "pip", "wheel", "--no-deps", str(shutil.copytree(project, tmp_path / "p"))]
     assert python(*wheel).returncode == 0

@@ -108,6 +108,7 @@ def test_processes_compute_the_same_whoever_is_killed_and_leave_the_failures_alo
     assert {h.environment["cpu_threads"] for h in found} == {1}
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_is_killed_again_and_again_is_given_up(tmp_path, monkeypatch):
     experiments, killed = toy_runs(2, epochs=2000), set()
     folders = [run_folder(tmp_path, e) for e in experiments]
@@ -140,8 +141,10 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 @pytest.mark.parametrize(
-    ("number", "whom"), [(signal.SIGINT, "all"), (signal.SIGKILL, "first")], ids=["Ctrl-C", "kill"]
-)
+    ("number", "whom"),
+    [pytest.param(signal.SIGINT, "all", id="Ctrl-C", marks=pytest.mark.slow),
+     pytest.param(signal.SIGKILL, "first", id="kill")],
+)  # fmt: skip
 def test_interrupted_or_killed_the_runs_stop_in_good_order(number, whom, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)

@@ -205,6 +205,7 @@ WITHOUT_COMPILER = """
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_auto_trains_eagerly_and_says_why_and_a_demand_is_refused(tmp_path):
     environment = {
         **os.environ, "CXX": str(tmp_path / "no-compiler"), "PATH": str(tmp_path),
