@@ -2,6 +2,8 @@
 #              runs/demo/report.html; more options: make study STUDY="--only sgd,atmo"
 # make test    lint, and the default tests
 # make lab     opens the notebooks in JupyterLab
+# make site    writes build/site/index.html: playground, executed notebooks, results, reference
+# make copies  executes all notebooks on the published runs again: data/results/reading
 # make colab   writes git's origin, or REPO=https://github.com/..., into the notebooks and puts "Open
 #              in Colab" badges there and in the README; make colab REPO= takes them out
 # Each builds .venv on first use, with uv where it is installed, else with python3 -m venv and pip.
@@ -11,7 +13,7 @@ STUDY ?=
 TESTS ?=
 BIN := .venv/bin
 
-.PHONY: study test browser lab colab clean
+.PHONY: study test browser lab site copies colab clean
 
 study: .venv/.lab
 	$(BIN)/hybrid-study --scale demo --seeds 0-2 $(STUDY)
@@ -29,6 +31,12 @@ browser: .venv/.test
 lab: .venv/.lab
 	$(BIN)/jupyter lab notebooks
 
+site: .venv/.site
+	$(BIN)/python notebooks/publish.py site
+
+copies: .venv/.site
+	$(BIN)/python notebooks/publish.py copies
+
 colab:
 	@"$(PYTHON)" notebooks/stamp_colab.py $(if $(filter command,$(firstword $(origin REPO))),$(or $(REPO),--clear),$(REPO))
 
@@ -36,7 +44,7 @@ clean:
 	rm -rf .venv
 
 # Rebuilt when pyproject.toml changes; a half-built environment has no stamp and is tried again.
-.venv/.lab .venv/.test: .venv/.%: pyproject.toml
+.venv/.lab .venv/.site .venv/.test: .venv/.%: pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@if command -v uv >/dev/null; then \

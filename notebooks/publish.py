@@ -1,15 +1,18 @@
 """Reading copies of the notebooks, executed on the published runs, and the site made of them.
 
 python notebooks/publish.py copies   # data/results/reading/*.ipynb; minutes
-python notebooks/publish.py site     # build/site/index.html, from what is committed; seconds
+python notebooks/publish.py site     # build/site/index.html, from what is committed; a minute
 """
 
 import argparse
+import html
+import json
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -20,63 +23,133 @@ from hybrid_lib.widgets import playground
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "data" / "results" / "reading"
-STUDY = {"out": str(ROOT / "data/results/cpu-scale/clean"), "seeds": "0-3", "train": False}
 SITE = ROOT / "build" / "site"
+STUDY = {"out": "../data/results/cpu-scale/clean", "seeds": "0-3", "train": False}
+TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "data/README.md",
+         "data/results/README.md", "data/results/cpu-scale/TABLES.md")  # fmt: skip
+PICTURES = ("notebooks/*.gif", "data/results/**/*.png")
 
 
-def copies() -> int:
+def sources() -> list[Path]:
+    return sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def copies() -> list[str]:
     """Execute all notebooks; those that read a study read the published one."""
-    jobs = {}
-    for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        text = source.read_text("utf-8")
-        jobs[source] = {k: v for k, v in STUDY.items() if '"seeds: str' in text}
+    os.chdir(ROOT / "notebooks")  # their paths start there, on every machine
+    jobs = {s: STUDY if '"seeds: str' in s.read_text("utf-8") else {} for s in sources()}
+    COPIES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as out:
-        executed, failed = notebooks.execute(jobs, Path(out))
-        COPIES.mkdir(exist_ok=True)
+        executed, failures = notebooks.execute(jobs, Path(out))
         for file in executed:
-            shutil.copy(file, COPIES)
-    print("\n".join(failed))
-    return len(failed)
+            (COPIES / file.name).write_text(lighter(nbformat.read(file, 4)), "utf-8")
+    return failures
 
 
-def site() -> int:
+def lighter(notebook: nbformat.NotebookNode) -> str:
+    """An executed notebook's text, the same wherever it was executed."""
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        for output in cell.get("outputs", []):
+            if table := output.get("data", {}).get("text/html"):  # ids of cells without a style
+                used = lambda found, table=table: found[0] * (f"#{found[1]}" in table)  # noqa: E731
+                output["data"]["text/html"] = re.sub(r' id="(T_\w+)"', used, table)
+    text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
+    return text.replace(f"{ROOT}{os.sep}", "") + "\n"
+
+
+def site() -> list[str]:
     """Front page, playground, notebooks with live figures, results, and docstrings as reference."""
     shutil.rmtree(SITE, ignore_errors=True)
-    for folder in ("notebooks", "data/results/cpu-scale"):
-        (SITE / folder).mkdir(parents=True)
+    SITE.mkdir(parents=True)
     (SITE / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), "utf-8")
     (SITE / "playground.html").write_text(playground.page(), "utf-8")
-    for picture in ("notebooks/playground.gif", *ROOT.glob("data/results/**/*.png")):
-        shutil.copy(ROOT / picture, SITE / (ROOT / picture).relative_to(ROOT))
+    for picture in (file for pattern in PICTURES for file in ROOT.glob(pattern)):
+        copy = SITE / picture.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, copy)
     for copy in sorted(COPIES.glob("*.ipynb")):
-        page = SITE / "notebooks" / f"{copy.stem}.html"
-        notebooks.write_page(page, copy.stem, copy, js="../plotly.min.js")
-    for text, page in {"README.md": "index", "data/results/README.md": "data/results/index",
-                       "data/results/cpu-scale/TABLES.md": "data/results/cpu-scale/TABLES",
-                       "CONTRIBUTING.md": "CONTRIBUTING"}.items():  # fmt: skip
-        prose = SITE / f"{page}.ipynb"
-        cell = nbformat.v4.new_markdown_cell(linked((ROOT / text).read_text("utf-8")))
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), prose)
-        up = "../" * page.count("/")
-        notebooks.write_page(
-            prose.with_suffix(".html"), "hybrid-lib", prose, js=f"{up}plotly.min.js"
-        )
-        prose.unlink()
-    reference = [sys.executable, "-m", "pdoc", "-d", "google", "-o", SITE / "reference"]
-    return subprocess.run([*reference, "hybrid_lib"], cwd=ROOT).returncode
+        write(f"notebooks/{copy.stem}.html", copy.stem, copy)
+    with tempfile.TemporaryDirectory() as folder:
+        for text in TEXTS:
+            cell = nbformat.v4.new_markdown_cell(linked(text))
+            prose = Path(folder, "prose.ipynb")
+            nbformat.write(nbformat.v4.new_notebook(cells=[cell]), prose)
+            write(page(text), cell.source.partition("\n")[0].lstrip("# "), prose)
+    reference()
+    return []
+
+
+def page(text: str) -> str:
+    """Where a text of the repository is on the site.
+
+    >>> page("data/results/README.md"), page("CONTRIBUTING.md")
+    ('data/results/index.html', 'CONTRIBUTING.html')
+    """
+    return re.sub("README$", "index", text.removesuffix(".md")) + ".html"
 
 
 def linked(text: str) -> str:
-    """Links of the repository's texts, as they are on the site; what is not there is no link."""
-    text = re.sub(r"\]\(data/results/README\.md\)", "](data/results/index.html)", text)
-    text = re.sub(
-        r"\]\((?:\.\./)*data/results/reading/(\w+)\.ipynb\)", r"](notebooks/\1.html)", text
-    )
-    text = re.sub(r"\]\((CONTRIBUTING|(?:cpu-scale/)?TABLES)\.md\)", r"](\1.html)", text)
-    return re.sub(r"(?<!!)\[([^][]*)\]\((?!https?:|#)[^)]*\.(?!html)\w+\)", r"\1", text)
+    """A text whose links lead to the site's pages; what is not on the site is no link."""
+    here = (ROOT / text).parent
+
+    def link(found: re.Match) -> str:
+        words, target = found.groups()
+        there = os.path.relpath(here / target, ROOT).replace(os.sep, "/")
+        if "://" in target or (SITE / there).is_file():
+            return found[0]
+        copy = SITE / "notebooks" / f"{Path(there).stem}.html"
+        if there in TEXTS or copy.is_file():
+            there = page(there) if there in TEXTS else f"notebooks/{copy.name}"
+            return f"[{words}]({os.path.relpath(ROOT / there, here)})"
+        return words
+
+    return re.sub(r"\[([^][]*)\]\(([^)#]+)\)", link, (ROOT / text).read_text("utf-8"))
+
+
+def write(name: str, title: str, notebook: Path) -> None:
+    up, file = "../" * name.count("/"), SITE / name
+    links = {"index": "hybrid-lib", "playground": "Playground", "data/results/index": "Results",
+             "reference/index": "Reference", "CONTRIBUTING": "Contributing"}  # fmt: skip
+    head = " · ".join(f'<a href="{up}{k}.html">{label}</a>' for k, label in links.items())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    notebooks.write_page(file, title, notebook, f"{up}plotly.min.js", f"<nav>{head}</nav>")
+    file.write_text(with_formulas(file.read_text("utf-8")), "utf-8")
+
+
+def with_formulas(page: str) -> str:
+    """A page whose formulas browsers draw by themselves, without a script."""
+    from latex2mathml.converter import convert  # only a site needs it: the extra site
+
+    def drawn(found: re.Match) -> str:
+        _, display, *inline = found.groups()
+        formula = html.unescape(display or inline[0] or inline[1] or "")
+        return convert(formula, display="block" if display else "inline") if formula else found[0]
+
+    verbatim = r"<(pre|code|script|style)\b.*?</\1>"
+    formulas = r"\$\$(.+?)\$\$|\\\((.+?)\\\)|(?<![\w$])\$([^$<>]+?)\$"
+    return re.sub(f"{verbatim}|{formulas}", drawn, page, flags=re.DOTALL)
+
+
+def reference() -> None:
+    """Docstrings as pages."""
+    import pdoc
+
+    pdoc.render.configure(docformat="google", show_source=False)
+    rooms = [f"hybrid_lib.{room}" for room in ("optim", "training", "study", "widgets")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of annotations that only others' classes have
+        pdoc.pdoc("hybrid_lib", *rooms, output_directory=SITE / "reference")
+    for file in (SITE / "reference").rglob("*.html"):
+        home = f'<a href="{os.path.relpath(SITE, file.parent)}/index.html">hybrid-lib</a>'
+        text = with_formulas(file.read_text("utf-8"))
+        file.write_text(text.replace("<h2>API Documentation</h2>", f"<h2>{home}</h2>"), "utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("copies", "site"))
-    sys.exit(globals()[parser.parse_args().what]())
+    failures = {"copies": copies, "site": site}[parser.parse_args().what]()
+    print("\n".join(failures))
+    sys.exit(len(failures))

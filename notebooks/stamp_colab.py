@@ -104,7 +104,7 @@ def stamped(text: str, slug: str, mark: str) -> str:
 
 def row(line: str, stem: str, mark: str) -> str:
     """A line of the README; if it is the table's row of the notebook, with the badge."""
-    if not line.startswith(f"| `{stem}`"):
+    if not line.startswith(f"| [`{stem}`]"):
         return line
     name, bar, rest = BADGE.sub("", line)[1:].partition("|")
     return f"| {' '.join(filter(None, [name.strip(), mark]))} {bar}{rest}"

@@ -2,6 +2,14 @@
 
 import os
 import signal
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import filelock
+import pytest
 
 # Read when torch is imported. Sums round otherwise with more threads, so no other number will do.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -9,3 +17,30 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Started in the background of a script, a process ignores Ctrl-C, and so do its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+FRONT_END = ("notebook", "ipywidgets", "ipykernel", "ipython", "jupyter_client", "traitlets",
+             "anywidget", "tornado", "pyzmq", "nbconvert", "numpy", "pandas")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory):
+    """A Python with Colab's versions of what shows widgets, and for the rest our packages.
+
+    TWIN in the environment names a folder in which it is kept, or is already.
+    """
+    home = tmp_path_factory.getbasetemp()
+    home = home.parent if "PYTEST_XDIST_WORKER" in os.environ else home
+    folder = Path(os.environ.get("TWIN", home / "twin"))
+    ours = (folder / "lib/python{}.{}/site-packages".format(*sys.version_info)) / "zz_ours.pth"
+    listed = Path(__file__).with_name("study") / "colab-packages.txt"
+    pins = [p for p in listed.read_text("utf-8").split() if p.partition("==")[0] in FRONT_END]
+    with filelock.FileLock(f"{folder}.lock"):
+        if not ours.exists():
+            venv.create(folder, with_pip=True)
+            pip = [folder / "bin/python", "-m", "pip", "install", "--quiet", *pins, "setuptools<81"]
+            done = subprocess.run(pip, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"pip cannot install Colab's versions: {done.stderr[-200:]}")
+            project = str(Path(__file__).parents[1])
+            ours.write_text("\n".join([*site.getsitepackages(), project]))
+    return folder / "bin/python"

@@ -237,10 +237,11 @@ def test_every_option_of_the_readme_s_commands_exists(capsys):
 
 
 @needs_readme
-def test_the_readme_names_every_notebook_and_every_module():
+def test_the_readme_names_every_notebook_and_contributing_every_module():
     text = README.read_text("utf-8")
     notebooks = {file.stem for file in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
     assert {name for name in notebooks if f"`{name}`" not in text} == set()
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     rooms = {f"`{name}.py`" for name in LIBRARY if "__" not in name}
     assert {name for name in rooms if name.split("/")[1] not in text} == set()
 

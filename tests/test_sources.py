@@ -1,13 +1,15 @@
-"""Notebook sources are committed without outputs, and the pre-commit hooks see to it."""
+"""Notebook sources are committed without outputs, copies to be read with them."""
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -88,3 +90,23 @@ def test_a_commit_of_an_executed_notebook_is_stopped(tmp_path):
     call("git", "add", source.name)
     second = call(sys.executable, "-m", "pre_commit", "run")
     assert second.returncode == 0, second.stdout + second.stderr
+
+
+# --- Reading copies. ---
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_copy_is_its_source_executed_with_figures_that_every_reader_shows(source):
+    stamp = runpy.run_path(ROOT / "notebooks" / "stamp_colab.py")
+    copy = ROOT / "data" / "results" / "reading" / source.name
+    notebook = nbformat.read(copy, 4)
+    given = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    cells = [c.source for c in notebook.cells if c not in given]
+    today = nbformat.reads(stamp["stamped"](source.read_text("utf-8"), "", ""), 4)
+    assert cells == [c.source for c in today.cells], "older than its source: make copies"
+    assert copy.stat().st_size <= 200 * 1024
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    assert not any(o.output_type == "error" for o in outputs)
+    data = [o.get("data", {}) for o in outputs]
+    assert any("image/png" in d for d in data)
+    assert all("image/png" in d for d in data if "application/vnd.plotly.v1+json" in d)

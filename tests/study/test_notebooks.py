@@ -5,10 +5,12 @@ process, for studies of every kind: of one method, of none of the report's, with
 """
 
 import ast
+import json
 import math
 import os
 import random
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,14 +287,18 @@ def toy_study(tmp_path_factory):
     return out
 
 
+def small(source: Path, folder: Path, toy_study: Path) -> dict:
+    """What is injected, for runs in ``folder``."""
+    given, known = {**SMALL, "out": str(folder / "run"), "runs": str(folder)}, declared(source)
+    if "seeds" in known:  # it reads a study
+        given |= {"out": str(toy_study), "epochs": None}
+    return {k: v for k, v in given.items() if k in known}
+
+
 def executed_by_papermill(source: Path, target: Path, toy_study: Path):
     import papermill
 
-    known = declared(source)
-    given = {**SMALL, "out": str(target.parent / "run"), "runs": str(target.parent)}
-    if "seeds" in known:  # it reads a study
-        given |= {"out": str(toy_study), "epochs": None}
-    given = {k: v for k, v in given.items() if k in known}
+    given = small(source, target.parent, toy_study)
     papermill.execute_notebook(
         source, target, given, progress_bar=False, cwd=source.parent, execution_timeout=90
     )
@@ -317,6 +323,26 @@ def test_it_runs_without_anyone_watching(source, tmp_path, toy_study, monkeypatc
     before = {f: f.stat().st_mtime_ns for f in source.parent.iterdir()}
     executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
     assert {f: f.stat().st_mtime_ns for f in source.parent.iterdir()} == before
+
+
+BESIDE = """
+import json, pathlib, sys
+from hybrid_lib.study import notebooks
+jobs = {pathlib.Path(source): given for source, given in json.load(sys.stdin).items()}
+print(*notebooks.execute(jobs, pathlib.Path(".")))
+"""
+
+
+@pytest.mark.slow
+def test_all_run_beside_the_versions_of_colab(tmp_path, toy_study, twin):
+    jobs = {str(s): small(s, tmp_path / s.stem, toy_study) for s in NOTEBOOKS}
+    environment = {**os.environ, "BROWSER_PATH": os.devnull}
+    done = subprocess.run([twin, "-c", BESIDE], input=json.dumps(jobs), capture_output=True,
+                          text=True, cwd=tmp_path, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    executed = [tmp_path / "notebooks" / source.name for source in NOTEBOOKS]
+    assert all(file.exists() for file in executed), done.stdout
+    assert all(map(checked_notebook, executed))
 
 
 @pytest.mark.slow

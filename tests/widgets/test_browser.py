@@ -57,6 +57,15 @@ def lab(tmp_path_factory):
         yield url
 
 
+@pytest.fixture(scope="module")
+def classic(twin, tmp_path_factory):
+    """The address of a classic notebook, the nearest twin of Colab's front end."""
+    home = tmp_path_factory.mktemp("classic")
+    shutil.copytree(NOTEBOOKS, home / "notebooks")
+    with serving([twin, "-m", "notebook", "--NotebookApp.token="], "NotebookApp", home, {}) as url:
+        yield url
+
+
 @contextlib.contextmanager
 def serving(command: list, app: str, home: Path, environment: dict):
     """The address of a notebook server that knows nothing of this machine's settings."""
@@ -101,8 +110,13 @@ def shots(tmp_path):
     return folder
 
 
-def test_the_playground_answers_in_jupyterlab(lab, browser, shots):
-    page, complaints = _open(lab, browser, "01_playground.ipynb")
+@pytest.mark.parametrize("front", ["lab", pytest.param("classic", marks=pytest.mark.slow)])
+def test_the_playground_answers_in_its_frame(front, browser, shots, request):
+    open_in, address = (
+        {"lab": _open, "classic": _open_classic}[front],
+        request.getfixturevalue(front),
+    )
+    page, complaints = open_in(address, browser, "01_playground.ipynb")
     page.locator("iframe[srcdoc]").wait_for(timeout=120_000)
     frame = page.frame_locator("iframe[srcdoc]")
     frame.locator("#story").filter(has_text="63 steps").wait_for(timeout=60_000)
@@ -114,10 +128,11 @@ def test_the_playground_answers_in_jupyterlab(lab, browser, shots):
     frame.get_by_role("button", name="Copy as Python").click()
     python = frame.get_by_label("Link to this state").input_value()
     assert python.startswith('playground.show(surface="beale", methods="sgd, adam, atmo", lr=0.01')
-    for theme, scheme in (("Light", "light"), ("Dark", "dark")):
+    for theme, scheme in {"Light": "light", "Dark": "dark"}.items() if front == "lab" else ():
         set_theme(page, theme)
         assert frame.locator("html").evaluate("html => html.style.colorScheme") == scheme
         page.screenshot(path=shots / f"playground-{scheme}.png")
+    page.screenshot(path=shots / f"playground-{front}.png")
     assert complaints == []
     page.close()
 
@@ -137,6 +152,17 @@ def _open(lab: str, browser, notebook: str):
     page.goto(f"{lab}/lab/tree/{notebook}?reset")  # no tabs of earlier pages
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
     page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
+    return page, complaints
+
+
+def _open_classic(address, browser, notebook: str):
+    page, complaints = browser.new_page(), []
+    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"{address}/notebooks/{notebook}")
+    page.wait_for_function("window.Jupyter?.notebook?.kernel?.is_connected()", timeout=60_000)
+    page.wait_for_timeout(6000)  # widgets made before the page has registered them are lost
+    page.evaluate("Jupyter.notebook.execute_all_cells()")
     return page, complaints
 
 
