@@ -111,7 +111,7 @@ def linked(text: str) -> str:
 def write(name: str, title: str, notebook: Path) -> None:
     up, file = "../" * name.count("/"), SITE / name
     links = {"index": "hybrid-lib", "playground": "Playground", "data/results/index": "Results",
-             "reference/index": "Reference", "CONTRIBUTING": "Contributing"}  # fmt: skip
+             "reference/hybrid_lib": "Reference", "CONTRIBUTING": "Contributing"}  # fmt: skip
     head = " · ".join(f'<a href="{up}{k}.html">{label}</a>' for k, label in links.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     notebooks.write_page(file, title, notebook, f"{up}plotly.min.js", f"<nav>{head}</nav>")
@@ -125,7 +125,11 @@ def with_formulas(page: str) -> str:
     def drawn(found: re.Match) -> str:
         _, display, *inline = found.groups()
         formula = html.unescape(display or inline[0] or inline[1] or "")
-        return convert(formula, display="block" if display else "inline") if formula else found[0]
+        formula = formula.replace("{aligned}", "{align*}")  # which is all the same to a reader
+        if not formula:
+            return found[0]
+        drawing = convert(formula, display="block" if display else "inline")
+        return drawing.replace('columnalign="', 'style="padding: 2px 0; text-align: ')
 
     verbatim = r"<(pre|code|script|style)\b.*?</\1>"
     formulas = r"\$\$(.+?)\$\$|\\\((.+?)\\\)|(?<![\w$])\$([^$<>]+?)\$"
@@ -141,6 +145,7 @@ def reference() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of annotations that only others' classes have
         pdoc.pdoc("hybrid_lib", *rooms, output_directory=SITE / "reference")
+    (SITE / "reference" / "index.html").unlink()  # it only leads on
     for file in (SITE / "reference").rglob("*.html"):
         home = f'<a href="{os.path.relpath(SITE, file.parent)}/index.html">hybrid-lib</a>'
         text = with_formulas(file.read_text("utf-8"))

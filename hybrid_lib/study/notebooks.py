@@ -42,7 +42,8 @@ h1, h2 {{ line-height: 1.2 }} h2 {{ margin-top: 2em }}
 table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; text-align: right }}
 table:not(.dataframe, [id^=T_]) :is(td, th) {{ text-align: left; vertical-align: top }}
 tbody tr {{ border-top: 1px solid #ccc }} .output_html {{ overflow-x: auto }}
-pre {{ overflow-x: auto }} .input_area pre {{ background: #f5f5f5; color: #222; padding: .5em }}
+pre {{ overflow-x: auto }} .highlight pre {{ background: #f5f5f5; color: #222; padding: .5em }}
+@media (prefers-color-scheme: dark) {{ .highlight pre {{ filter: invert(.9) hue-rotate(180deg) }} }}
 img {{ max-width: 100% }} .failed {{ border-left: 4px solid #D55E00; padding-left: 1em }}
 {css}
 </style>
