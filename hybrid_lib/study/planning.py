@@ -23,6 +23,8 @@ SCALES: dict[str, dict] = {
     "demo": {"epochs": 12, "width": 8, "batch_size": 32},
     "paper": {},  # GPU hours: as in the report
 }
+DEMO_TEXT = {"epochs": 6, "width": 32, "batch_size": 32, "train_limit": 2_000,
+             "test_limit": 500}  # fmt: skip
 DEMO_IMAGES = {"epochs": 10, "width": 16, "batch_size": 64, "train_limit": 10_000,
                "test_limit": 2_000}  # fmt: skip
 
@@ -46,8 +48,9 @@ def plan(
     """
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r}: must be one of {', '.join(SCALES)}")
-    small_images = scale != "demo" or dataset == "digits"
-    sizes = dict(SCALES[scale] if small_images else DEMO_IMAGES)
+    sizes = dict(SCALES[scale])
+    if scale == "demo" and dataset != "digits":
+        sizes = dict(DEMO_TEXT if dataset == "python-docs" else DEMO_IMAGES)
     if dataset.startswith("folder:"):  # a scale asks for that many images at most
         for part, n in data.folder_sizes(dataset).items():
             if 0 < n < sizes.get(f"{part}_limit", 0):

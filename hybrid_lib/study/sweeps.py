@@ -34,6 +34,7 @@ from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
 LAST = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")  # of the last epoch
+CHOOSING = ("validation_accuracy", "validation_loss")  # the same, where there is such a set
 MEASURED = ("seed", "status", "epochs done", *LAST, "best_test_accuracy", "train_seconds")
 Values = Annotated[list, Field(min_length=1)]
 
@@ -192,6 +193,7 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
             "status": h.status, "epochs done": len(h.rows), **{k: last.get(k) for k in LAST},
             "best_test_accuracy": best.get("test_accuracy"),
             "train_seconds": sum(row["train_seconds"] for row in h.rows),
+            **{k: last[k] for k in CHOOSING if k in last},
         })  # fmt: skip
     given = pd.DataFrame(settings, dtype=object).set_index("run")
     given = given.where(given.notna(), None)
@@ -203,14 +205,17 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per point of :func:`table`: mean test accuracy, ± (95 %, Student), and counts.
 
-    The best first; last those with a run that diverged, whose mean is that of the lucky seeds.
+    The best first, by validation accuracy where there is one; last those with a run that diverged,
+    whose mean is that of the lucky seeds.
     """
     groups = runs.assign(diverged=runs["status"] == "diverged").groupby("run", sort=False)
-    settings = [column for column in runs if column not in MEASURED]
+    settings = [column for column in runs if column not in (*MEASURED, *CHOOSING)]
     points, accuracies = groups[settings].first(), groups["test_accuracy"]
     points["test_accuracy"], points["±"] = accuracies.mean(), accuracies.agg(statistics.margin)
     points["seeds"], points["diverged"] = accuracies.count(), groups["diverged"].sum()
-    order = points.assign(lucky=points["diverged"] > 0, worst=-points["test_accuracy"])
+    chosen_by = CHOOSING[0] if CHOOSING[0] in runs else "test_accuracy"
+    points[chosen_by] = groups[chosen_by].mean()
+    order = points.assign(lucky=points["diverged"] > 0, worst=-points[chosen_by])
     return points.loc[order.sort_values(["lucky", "worst"]).index]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from torch import Tensor
 TITLES = {
     "digits": "handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
     "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST",
+    "python-docs": "Python {}.{}'s documentation".format(*sys.version_info),  # of training.text
 }  # fmt: skip
 NAMES = tuple(TITLES)
 # A copy of a known data set is named for what it is: never mistake it for the original.
@@ -35,12 +37,14 @@ PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test images with their labels."""
+    """Training, validation and test images with their labels."""
 
     title: str  # the name that figures and tables show
     classes: tuple[str, ...]  # label i is classes[i]
     train_images: Tensor  # uint8, (n, channels, height, width)
     train_labels: Tensor  # int64, (n,)
+    validation_images: Tensor  # none, unless asked for
+    validation_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     mean: Tensor  # of the training images scaled to [0, 1]; float32, (channels,)
@@ -74,7 +78,10 @@ def title(dataset: str) -> str:
     return FOLDER_TITLES.get(name, f"folder {name}")
 
 
-def load(dataset: str, train_limit: int | None = None, test_limit: int | None = None) -> Data:
+def load(
+    dataset: str, train_limit: int | None = None, test_limit: int | None = None,
+    validation_limit: int | None = None,
+) -> Data:  # fmt: skip
     """Load a data set, or a class-balanced part of it, into memory.
 
     Args:
@@ -83,6 +90,8 @@ def load(dataset: str, train_limit: int | None = None, test_limit: int | None = 
             into the folder named by the environment variable HYBRID_DATA), or "folder:PATH".
         train_limit, test_limit: keep that many images: of each class the first ones, as evenly
             as the classes allow. None: all.
+        validation_limit: take that many of them out of the training images: of each class the last
+            ones. None: there is no validation set.
 
     Raises:
         ValueError: for an unknown name, a limit that does not fit, or a folder of the wrong form.
@@ -90,13 +99,13 @@ def load(dataset: str, train_limit: int | None = None, test_limit: int | None = 
     """
     check_name(dataset)
     if dataset.startswith("folder:"):
-        return _folder(dataset, train_limit, test_limit)
+        return _folder(dataset, train_limit, test_limit, validation_limit)
     classes, *parts = _digits() if dataset == "digits" else _torchvision(dataset)
     for i, (name, limit) in enumerate((("train_limit", train_limit), ("test_limit", test_limit))):
         images, labels = parts[i]
         kept = _balanced(labels, limit, name)
         parts[i] = images[kept], labels[kept]
-    return _data(title(dataset), classes, *parts)
+    return _data(title(dataset), classes, *parts, validation_limit)
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
@@ -145,10 +154,18 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded.gather(2, index).view(images.shape)
 
 
-def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
-    (train_images, train_labels), (test_images, test_labels) = train, test
+def _data(
+    name: str, classes: list[str], train: tuple, test: tuple, validation_limit: int | None
+) -> Data:
+    held = torch.zeros(len(train[1]), dtype=torch.bool)
+    if validation_limit is not None:  # of each class the last ones
+        if validation_limit == len(held):
+            raise ValueError(f"validation_limit={validation_limit}: leaves no image to train on")
+        last = _balanced(train[1].flip(0), validation_limit, "validation_limit")
+        held[len(held) - 1 - last] = True
+    (train_images, train_labels), validation = ([x[part] for x in train] for part in (~held, held))
     digest = hashlib.sha256()
-    for tensor in (train_images, train_labels, test_images, test_labels):
+    for tensor in (train_images, train_labels, *test, *validation):
         digest.update(tensor.numpy().tobytes())
     # In float64, channel by channel: 50,000 images at once would need half a gigabyte.
     channels = train_images.transpose(0, 1)
@@ -156,7 +173,7 @@ def _data(name: str, classes: list[str], train: tuple, test: tuple) -> Data:
     std, mean = torch.stack(std).float(), torch.stack(mean).float()
     std = torch.where(std > 0, std, 1.0)  # a channel without contrast stays at zero
     return Data(
-        name, tuple(classes), train_images, train_labels, test_images, test_labels,
+        name, tuple(classes), train_images, train_labels, *validation, *test,
         mean, std, digest.hexdigest()[:16],
     )  # fmt: skip
 
@@ -229,7 +246,9 @@ def _files(part: Path) -> dict[str, list[Path]]:
     }  # fmt: skip
 
 
-def _folder(dataset: str, train_limit: int | None, test_limit: int | None) -> Data:
+def _folder(
+    dataset: str, train_limit: int | None, test_limit: int | None, validation_limit: int | None
+) -> Data:
     root = _root(dataset)
     layout = f"{dataset}/train/CLASS/* and test/CLASS/*"
     if not root.is_dir():
@@ -248,7 +267,7 @@ def _folder(dataset: str, train_limit: int | None, test_limit: int | None) -> Da
         labels = torch.tensor([i for i, c in enumerate(by_class.values()) for _ in c])
         kept = _balanced(labels, limit, f"{part}_limit")  # before decoding: a small part is quick
         parts.append((_decoded([files[i] for i in kept.tolist()]), labels[kept]))
-    return _data(title(dataset), list(train), *parts)
+    return _data(title(dataset), list(train), *parts, validation_limit)
 
 
 def _decoded(files: list[Path]) -> Tensor:

@@ -51,6 +51,9 @@ class Experiment:
     dataset: str = "cifar10"  # see training.data.load
     train_limit: Count | None = None  # keep that many images, class-balanced; None: all
     test_limit: Count | None = None
+    # Take that many images, class-balanced, out of those to train on: choices are then made by
+    # them, and the test set is left for what was chosen. None, as the report: no such set.
+    validation_limit: Count | None = None
     augment: bool = False  # random shifts and mirror images; the report has none
     width: Count = 64  # of resnet18, as stem
     stem: Literal["cifar", "imagenet"] = "cifar"
@@ -104,9 +107,13 @@ class Experiment:
         data.check_name(self.dataset)
         if len(self.method.rules) > 2:
             raise ValueError(f"optimizer={self.optimizer!r}: weights are scheduled for two rules")
-        if self.train_limit is not None and self.batch_size > self.train_limit:
-            limit = f"train_limit={self.train_limit}"
+        held = self.validation_limit or 0
+        if self.train_limit is not None and self.batch_size > self.train_limit - held:
+            limit = f"train_limit={self.train_limit}" + f" - validation_limit={held}" * bool(held)
             raise ValueError(f"batch_size={self.batch_size} is larger than {limit}: no full batch")
+        if self.validation_limit is not None and self.tests_in_training_mode:
+            ways = "evaluate in evaluation mode (test_mode='eval'), or leave it out"
+            raise ValueError(f"validation_limit={self.validation_limit}: {ways}")
         if any(a >= b for a, b in zip(self.lr_milestones, self.lr_milestones[1:])):
             raise ValueError(f"lr_milestones={self.lr_milestones}: must increase")
         if (self.lr_schedule == "multistep") != bool(self.lr_milestones):

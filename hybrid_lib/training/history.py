@@ -36,7 +36,8 @@ class History:
     """What a run has computed so far.
 
     A row per finished epoch has COLUMNS: ``epoch`` from 1; ``train_loss`` and ``train_accuracy``
-    are means over the epoch's batches, while training.
+    are means over the epoch's batches, while training. With a validation set there are also
+    ``validation_loss`` and ``validation_accuracy``.
     """
 
     experiment: Experiment
@@ -62,11 +63,12 @@ class History:
 
     @property
     def best(self) -> dict:
-        """The row of the highest test accuracy, the first if there are several.
+        """The row of the highest validation accuracy, the first if there are several.
 
-        The test set chose it: report it beside :attr:`final`, not instead.
+        Without a validation set, of the highest test accuracy: the test set then chose it, so
+        report it beside :attr:`final`, not instead.
         """
-        return max(self.rows, key=lambda row: row["test_accuracy"])
+        return max(self.rows, key=lambda row: row.get("validation_accuracy", row["test_accuracy"]))
 
     def frame(self):
         """The rows as a table of pandas (of the extra ``study``), indexed by epoch."""

@@ -140,6 +140,9 @@ def epochs(
             trained = now(task.device)
             row["test_loss"], row["test_accuracy"] = _test(model, task, epoch, layout)
             tested = now(task.device)
+            if experiment.validation_limit is not None:
+                measured = _test(model, task, epoch, layout, "validation")
+                row["validation_loss"], row["validation_accuracy"] = measured
         rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
         if folder is not None:
             save_checkpoint(folder, experiment, model, optimizer, rows)
@@ -177,19 +180,19 @@ def _train(
 
 
 @torch.no_grad()
-def _test(model, task, epoch: int, layout) -> tuple[float, float]:
-    """Mean loss and accuracy over the test set."""
+def _test(model, task, epoch: int, layout, part: str = "test") -> tuple[float, float]:
+    """Mean loss and accuracy over the test or the validation set."""
     model.train(task.experiment.tests_in_training_mode)
     loss_sum = torch.zeros((), device=task.device)
     correct, n = torch.zeros((), dtype=torch.long, device=task.device), 0
-    for x, y in task.test_batches(layout):
+    for x, y in getattr(task, f"{part}_batches")(layout):
         outputs = model(x)
         loss_sum += task.loss(outputs, y, reduction="sum")
         correct += task.right(outputs, y)
         n += y.numel()
     loss = loss_sum.item() / n
     if not math.isfinite(loss):
-        raise Diverged(f"test loss {loss} in epoch {epoch + 1}")
+        raise Diverged(f"{part} loss {loss} in epoch {epoch + 1}")
     return loss, correct.item() / n
 
 

@@ -6,8 +6,8 @@ The loop and its engines use these names of a task, and nothing else:
 - ``build_model()``: the network with its initial weights, a function ``model(x, statistics=None)``.
   Given a list, it appends what it would have written into its buffers, and ``model.absorb(list)``
   writes it afterwards (nothing, for a network without such buffers);
-- ``training_batches(epoch, layout)`` and ``test_batches(layout)``: (x, y), 4-D tensors in that
-  memory layout;
+- ``training_batches(epoch, layout)``, ``validation_batches(layout)`` (none, where there is no
+  validation set) and ``test_batches(layout)``: (x, y), 4-D tensors in that memory layout;
 - ``loss(outputs, y, reduction)`` and ``right(outputs, y)``: cross entropy, and how many of the
   ``y.numel()`` predictions are right.
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.models import ResNet18, resnet18, seeded
+from hybrid_lib.training.text import load_text
 
 TEST_BATCH = 1000  # in evaluation mode the batch size does not matter, but for memory
 
@@ -51,6 +52,7 @@ class ImageClassification:
             "dataset": self.data.title,
             "dataset_checksum": self.data.checksum,
             "train_images": self.n_train,
+            "validation_images": len(self.data.validation_images),
             "test_images": len(self.data.test_images),
         }
 
@@ -86,6 +88,11 @@ class ImageClassification:
         pairs = self.data.train_images, self.data.train_labels
         for x, y in data.batches(*pairs, order, e.batch_size):
             yield self._inputs(data.augmented(x, crops) if e.augment else x, layout), y
+
+    def validation_batches(self, layout: torch.memory_format) -> Iterator[tuple]:
+        images, labels = self.data.validation_images, self.data.validation_labels
+        for x, y in data.batches(images, labels, torch.arange(len(images)), TEST_BATCH):
+            yield self._inputs(x, layout), y
 
     def test_batches(self, layout: torch.memory_format) -> Iterator[tuple]:
         images, labels = self.data.test_images, self.data.test_labels
@@ -130,6 +137,9 @@ def load_task(experiment: Experiment, device: str | torch.device | None = None):
         raise ValueError(f"device={str(device)!r}: use cpu, cuda or cuda:N ({reason})") from None
     if experiment.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision='tf32' needs an NVIDIA GPU, not {device.type!r}; use float32")
-    images = data.load(experiment.dataset, experiment.train_limit, experiment.test_limit)
+    if experiment.dataset == "python-docs":
+        return load_text(experiment, device)
+    limits = experiment.train_limit, experiment.test_limit, experiment.validation_limit
+    images = data.load(experiment.dataset, *limits)
     ImageClassification(experiment, images).check()
     return ImageClassification(experiment, images.to(device))

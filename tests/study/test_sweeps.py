@@ -175,6 +175,15 @@ def test_points_are_means_over_seeds_with_failed_ones_last():
     assert points["±"].isna().all(), "one seed has no interval"
 
 
+def test_where_there_is_a_validation_set_it_chooses():
+    runs = [run(0, test, lr=lr) for lr, test in ((0.1, 0.9), (0.2, 0.8))]
+    for h, validated in zip(runs, (0.5, 0.6)):
+        h.rows[-1]["validation_accuracy"] = validated
+    points = sweeps.over_seeds(sweeps.table(runs))
+    assert points[["lr", "test_accuracy", "validation_accuracy"]].values.tolist() == [
+        [0.2, 0.8, 0.6], [0.1, 0.9, 0.5]]  # fmt: skip
+
+
 # --- Examples. ---
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("sweep*.yaml"))

@@ -46,7 +46,8 @@ def rate_of(e, epoch):
 
 
 def by_hand(e):
-    d, rows = data.load("digits", N, TESTED), []
+    d, rows = data.load("digits", N, TESTED, e.validation_limit), []
+    n = len(d.train_labels)
     model = image_model(e, 10, 1)
     params = list(model.parameters())
     optimizer = e.build_optimizer(params)
@@ -66,7 +67,7 @@ def by_hand(e):
         loss_sum = right = 0
         probes, crops = stream("probes", epoch), stream("augmentation", epoch)
         model.train()
-        for index in torch.randperm(N, generator=stream("order", epoch)).split(SIZE):
+        for index in torch.randperm(n, generator=stream("order", epoch)).split(SIZE):
             x, y = d.train_images[index], d.train_labels[index]
             logits = model(inputs(data.augmented(x, crops) if e.augment else x))
             loss, diag = F.cross_entropy(logits, y), None
@@ -79,7 +80,7 @@ def by_hand(e):
             optimizer.step(hess_diag=diag)
             loss_sum += loss.item() * len(y)
             right += (logits.argmax(1) == y).sum().item()
-        row = {"train_loss": loss_sum / N, "train_accuracy": right / N}
+        row = {"train_loss": loss_sum / n, "train_accuracy": right / n}
         model.train(released)
         order = torch.arange(TESTED)
         if released:
@@ -91,7 +92,13 @@ def by_hand(e):
                 logits = model(inputs(d.test_images[index]))
                 loss_sum += F.cross_entropy(logits, y).item() * len(y)
                 right += (logits.argmax(1) == y).sum().item()
-        rows.append(row | {"test_loss": loss_sum / TESTED, "test_accuracy": right / TESTED})
+        row |= {"test_loss": loss_sum / TESTED, "test_accuracy": right / TESTED}
+        if e.validation_limit:
+            with torch.no_grad():
+                logits, y = model(inputs(d.validation_images)), d.validation_labels
+            row["validation_loss"] = F.cross_entropy(logits, y).item()
+            row["validation_accuracy"] = (logits.argmax(1) == y).double().mean().item()
+        rows.append(row)
     return rows
 
 
@@ -102,6 +109,7 @@ CASES = {
     "second order, two probes": small("adasgd", hessian_samples=2),
     "as released": small("padam_sgd", protocol="released"),
     "restarted": small("adahessian", restart_epoch=3),
+    "validated": small("adam", validation_limit=20),
 }
 
 

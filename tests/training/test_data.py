@@ -79,6 +79,21 @@ def test_impossible_limits_are_named(limit):
         load("digits", train_limit=limit)
 
 
+def test_a_validation_set_is_the_last_images_of_each_class_taken_out_of_the_training_set():
+    whole, d = load("digits", train_limit=700), load("digits", 700, None, 105)
+    assert sorted(d.validation_labels.bincount().tolist()) == [10] * 5 + [11] * 5
+    for c in range(10):
+        parts = d.train_images[d.train_labels == c], d.validation_images[d.validation_labels == c]
+        assert torch.equal(torch.cat(parts), whole.train_images[whole.train_labels == c])
+    assert torch.equal(d.test_images, whole.test_images)
+    pixels = d.train_images.double() / 255
+    assert d.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
+    assert d.checksum != whole.checksum
+    for limit in (0, 700, 701):
+        with pytest.raises(ValueError, match=rf"validation_limit={limit}\b"):
+            load("digits", 700, None, limit)
+
+
 # --- From uint8 to batches. ---
 
 

@@ -175,6 +175,8 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
     ("atmo", {"lambda_rate": 2.0}, "lambda_rate.*'constant'"),
     ("dyn_atmo", {"lambda_schedule": "exponential", "lambda_steepness": 40}, "lambda_steepness"),
     ("dyn_atmo", {"protocol": "released", "lambda_schedule": "step"}, "lambda_schedule='step'"),
+    ("atmo", {"train_limit": 300, "validation_limit": 50}, "=256 is larger than.*300 - .*=50"),
+    ("atmo", {"protocol": "released", "validation_limit": 50}, "test_mode='eval'"),
     # Settings that the optimizer does not have, or that nothing would use.
     *[(name, {field: value}, f"^{field}={re.escape(repr(value))}: {name} has ")
       for name, field, value in [

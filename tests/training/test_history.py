@@ -75,6 +75,8 @@ def test_final_best_and_the_table():
     h = History(EXPERIMENTS["sgd"], rows)
     assert h.final["epoch"] == 5
     assert h.best["epoch"] == 2, "the first of several"
+    h.rows = [row | {"validation_accuracy": i / 9} for i, row in enumerate(h.rows)]
+    assert h.best is h.rows[-1], "not the test set's choice where another can choose"
     assert h.frame()["test_accuracy"].to_dict() == {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.8}
     empty = History(EXPERIMENTS["sgd"], [], status="diverged").frame()
     assert (len(empty), empty.index.name) == (0, "epoch")
