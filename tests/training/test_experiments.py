@@ -175,6 +175,7 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
     ("atmo", {"lambda_rate": 2.0}, "lambda_rate.*'constant'"),
     ("dyn_atmo", {"lambda_schedule": "exponential", "lambda_steepness": 40}, "lambda_steepness"),
     ("dyn_atmo", {"protocol": "released", "lambda_schedule": "step"}, "lambda_schedule='step'"),
+    ("atmo", {"optimizer": "adam+padam+sgd"}, "adam.padam.sgd.*two rules"),
     # Settings that the optimizer does not have, or that nothing would use.
     *[(name, {field: value}, f"^{field}={re.escape(repr(value))}: {name} has ")
       for name, field, value in [
