@@ -70,8 +70,8 @@ class Method:
 
         Weight decay is an L2 term in the rules that have one, decoupled for those that do not.
         """
-        bound = self.signature.bind(*arguments, **settings).arguments
-        given = {"lr": 0.01, "weight_decay": 0.0, **self.defaults, **bound}
+        bound = self.signature.bind(*arguments, **settings)
+        given = {"weight_decay": 0.0, **self.defaults, **bound.arguments}
         decay, where = given["weight_decay"], given.get("weight_decay_in", "both")
         if where not in ("both", "sgd"):
             raise ValueError(f'weight_decay_in={where!r}: must be "both" or "sgd"')
@@ -85,9 +85,9 @@ class Method:
             else:
                 decoupled = share
             made.append(rule(**own))
-        around = {name: given[name] for name in _AROUND.keys() & given.keys()}
-        lambdas = given.get("lambdas", (1 / len(made),) * len(made))
-        return Hybrid(given["params"], made, given["lr"], lambdas, decoupled, **around)
+        bound.apply_defaults()
+        around = {n: v for n, v in bound.arguments.items() if n in ("lr", "lambdas", *_AROUND)}
+        return Hybrid(given["params"], made, decoupled_weight_decay=decoupled, **around)
 
     def constructor(self, name: str) -> Callable[..., Hybrid]:
         """The function ``name(params, lr=…, …)``."""

@@ -55,9 +55,8 @@ def sweep(arguments: list[str] | None = None) -> int:
 
     def plan(args) -> tuple:
         experiments, refused = sweeps.read(args.space).plan()
-        first = experiments[0]
         with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
-            data.load(first.dataset, first.train_limit, first.test_limit)
+            load_task(experiments[0], args.device)
         return experiments, refused, sweeps.default_out(args.space)
 
     def results(args, found, out: Path) -> tuple:

@@ -25,6 +25,11 @@ def test_a_function_that_cannot_be_compiled_is_named_in_one_line():
     assert refused.value.__cause__ is not None
 
 
+def test_a_function_follows_its_numbers_where_nothing_was_promised():
+    twice = compiled(lambda x, plus: x + 1 if plus else x - 1, "a test function")
+    assert [twice(torch.zeros(1), plus).item() for plus in (True, False)] == [1.0, -1.0]
+
+
 @pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
 def test_a_compiler_that_is_switched_off_is_none(monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
