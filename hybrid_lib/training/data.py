@@ -155,7 +155,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _data(
-    name: str, classes: list[str], train: tuple, test: tuple, validation_limit: int | None
+    name: str, classes: list[str], train: tuple, test: tuple, validation_limit: int | None = None
 ) -> Data:
     held = torch.zeros(len(train[1]), dtype=torch.bool)
     if validation_limit is not None:  # of each class the last ones
