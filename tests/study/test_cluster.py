@@ -101,6 +101,7 @@ def joined(tmp_path_factory):
     there.stop()
 
 
+@pytest.mark.slow
 def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(tmp_path, joined):
     experiments, out, killed = with_failures(8), tmp_path / "out", {}
     experiments[0] = experiments[0].scaled(40)
