@@ -316,3 +316,14 @@ def test_the_authors_runs_are_as_published():
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "243cdfe82c3e660e"
     finals = {row["optimizer"]: float(row["final_test_accuracy"]) for row in table("runs.csv")}
     assert finals == TABLE_III
+
+
+def test_the_row_that_is_not_in_the_tables_is_padam_s_own_paper_s():
+    e = EXPERIMENTS["padam"]
+    assert (e.lr, e.weight_decay, e.batch_size, e.epochs) == (0.1, 5e-4, 128, 200)
+    assert (e.lr_milestones, e.lr_gamma, e.partial) == ((100, 150), 0.1, None)
+
+
+def test_a_restart_keeps_its_share_of_a_shorter_run():
+    whole = replace(EXPERIMENTS["adahessian"], restart_epoch=146)
+    assert [whole.scaled(epochs).restart_epoch for epochs in (160, 16, 2)] == [146, 15, 2]
