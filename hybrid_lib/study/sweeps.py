@@ -24,7 +24,7 @@ from zlib import crc32
 import pandas as pd
 import yaml
 from pydantic import BaseModel, Field, model_validator
-from scipy import stats
+from scipy.stats import qmc
 
 from hybrid_lib.study import planning, statistics
 from hybrid_lib.study.parameters import did_you_mean, reason, seed_list
@@ -52,13 +52,17 @@ class Range(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"low={self.low}, high={self.high}: low < high, and above 0 for log")
         return self
 
-    def rvs(self, random_state):
-        """A draw, by the name under which scikit-learn looks for one."""
+    def at(self, share: float) -> float:
+        """The value below which that share of the range lies.
+
+        >>> Range(low=1, high=100, log=True).at(0.5), Range(low=1, high=4).at(0.99)
+        (10.0, 4)
+        """
         if self.log:
-            return stats.loguniform.rvs(self.low, self.high, random_state=random_state)
+            return self.low * (self.high / self.low) ** share
         if isinstance(self.low, int) and isinstance(self.high, int):
-            return stats.randint.rvs(self.low, self.high + 1, random_state=random_state)
-        return stats.uniform.rvs(self.low, self.high - self.low, random_state=random_state)
+            return self.low + int(share * (self.high + 1 - self.low))
+        return self.low + share * (self.high - self.low)
 
 
 class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
@@ -72,7 +76,8 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
             ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule.
         grid: lists of values; every combination is run.
         random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), and how
-            many combinations to draw of them. With a grid, each draw runs at each of its points.
+            many combinations to draw of them, evenly spread (Halton). With a grid, each draw runs
+            at each of its points.
     """
 
     optimizer: str = "sgd"
@@ -111,11 +116,13 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
         >>> Sweep(grid={"lr": [0.1, 0.2], "width": [4]}).points()
         [{'lr': 0.1, 'width': 4}, {'lr': 0.2, 'width': 4}]
         """
-        from sklearn.model_selection import ParameterGrid, ParameterSampler
+        from sklearn.model_selection import ParameterGrid
 
-        drawn = [{}]
-        if self.random:
-            drawn = ParameterSampler(self.random, self.draws, random_state=self.draw_seed)
+        drawn: list[dict] = [{}]
+        if self.random:  # evenly spread: few draws leave no corner out, as independent ones do
+            shares = qmc.Halton(len(self.random), rng=self.draw_seed).random(self.draws)
+            drawn = [dict(zip(self.random, map(_at, self.random.values(), of_one)))
+                     for of_one in shares.tolist()]  # fmt: skip
         return [{**point, **draw} for draw in drawn for point in ParameterGrid(self.grid)]
 
     def plan(self) -> tuple[list[Experiment], list[str]]:
@@ -217,6 +224,10 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     points[chosen_by] = groups[chosen_by].mean()
     order = points.assign(lucky=points["diverged"] > 0, worst=-points[chosen_by])
     return points.loc[order.sort_values(["lucky", "worst"]).index]
+
+
+def _at(values: list | Range, share: float):
+    return values.at(share) if isinstance(values, Range) else values[int(share * len(values))]
 
 
 def _name(optimizer: str, point: dict) -> str:

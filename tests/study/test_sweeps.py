@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,17 @@ def test_draws_lie_in_their_range_repeat_and_run_at_each_point_of_the_grid(low, 
     assert all(low * 0.999999 <= p["lr"] <= low * factor * 1.000001 for p in points)
     assert points == Sweep(**spec).points()
     assert points != Sweep(**{**spec, "draw_seed": seed + 1}).points()
+
+
+def test_few_draws_are_spread_over_all_settings_at_once():
+    """Of 16 draws, every quarter of either range has 3 to 5; independent draws rarely manage."""
+    ranges = {"lr": {"low": 1e-4, "high": 1, "log": True}, "momentum": {"low": 0.0, "high": 0.8}}
+    for seed in range(5):
+        points = Sweep(random=ranges, draws=16, draw_seed=seed).points()
+        for shares in ([math.log10(p["lr"]) / 4 + 1 for p in points],
+                       [p["momentum"] / 0.8 for p in points]):  # fmt: skip
+            counts = Counter(int(4 * share) for share in shares)
+            assert all(3 <= counts[quarter] <= 5 for quarter in range(4))
 
 
 def test_draws_are_even_in_the_logarithm_where_asked_and_whole_between_whole_numbers():
