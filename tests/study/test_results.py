@@ -45,6 +45,32 @@ def test_the_matrix_has_every_row_and_audits_that_change_one_setting_of_a_row(sc
     assert restarted == (15 if scale == "cpu" else 146)
 
 
+def test_every_contestant_has_the_same_budget_and_shares_its_draws():
+    """So that nobody has the luckier rates: the same shares of equally wide ranges."""
+    fair, seen = script("fair"), {}
+    for folder, experiments in fair.studies():
+        contestant, study, _ = experiments[0].name.split("-")
+        assert len({e.name for e in experiments}) == len(experiments) == 5
+        kept = {(e.dataset, e.lr_schedule, e.epochs, e.batch_size, e.train_limit,
+                 e.validation_limit, e.seed, e.lr_milestones) for e in experiments}  # fmt: skip
+        assert len(kept) == 1
+        low, high = fair.CONTESTANTS[contestant][1]
+        assert high / low == pytest.approx(1000)
+        shares = tuple(round(np.log10(e.lr / low) / 3, 6) for e in experiments)
+        seen.setdefault((folder, study), []).append((contestant, kept, shares))
+    assert {key[0] for key in seen} == {
+        f"{task}/{schedule}" for task in fair.TASKS for schedule in ("cosine", "constant")
+    }
+    assert len(seen) == 4 * 3
+    for of_one in seen.values():
+        assert [contestant for contestant, *_ in of_one] == list(fair.CONTESTANTS)
+        assert all(others[1:] == of_one[0][1:] for others in of_one)
+    assert len({of_one[0][2] for of_one in seen.values()}) == 3, "each study draws anew"
+    dynamic = fair.trials("digits", "cosine", "dyn_adasgd", 0)
+    assert {e.lambdas()(0) for e in dynamic} == {(1.0, 0.0)}
+    assert len({e.lambdas()(0) for e in fair.trials("digits", "cosine", "adasgd", 0)}) == 5
+
+
 @pytest.fixture
 def archive(tmp_path):
     """Twenty pictures of two classes, packed as CIFAR-10's copy is."""

@@ -1,0 +1,108 @@
+"""Train the comparison under equal budgets: one command, resumable.
+
+    python data/results/fair.py            # hours on two cores; runs/fair
+    python data/results/fair.py --list     # what is there and what is left
+
+The report compares eight recipes. Here every contestant has the same images or text, batches,
+steps and rule for the learning rate, and as many trials of settings drawn from a space of the same
+size, after AlgoPerf (Dahl et al. 2023): studies of five quasi-random trials each. In a study the
+trial with the best last validation accuracy (of text: the lowest validation loss) is chosen; the
+test set is looked at for chosen trials alone. Written before anything was run.
+
+- A contestant's score: test accuracy (of text: loss) of what its studies chose, mean over studies,
+  and of the best of all its trials with five seeds that tuning has not seen.
+- Epochs to a target: the target is what the median contestant's chosen trials reach in validation.
+- The portfolio test. A hybrid contains its parts, so it must not lose to them: B trials of the
+  hybrid against the better of its two parts with B/2 trials each, B = 10, over random halves of the
+  fifteen trials. A hybrid *wins* if the 95 % interval of the difference lies above 0, and *loses*
+  if it lies below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from hybrid_lib import Experiment
+from hybrid_lib.optim.methods import get_method
+from hybrid_lib.study.running import run_folder, run_many
+from hybrid_lib.study.sweeps import Sweep
+from hybrid_lib.training import data
+from hybrid_lib.training.history import FILE, History
+
+TASKS = {
+    "digits": {"epochs": 12, "width": 8, "batch_size": 32, "validation_limit": 240},
+    "python-docs": {"epochs": 6, "width": 32, "batch_size": 32, "train_limit": 2200,
+                    "test_limit": 500, "validation_limit": 200},
+}  # fmt: skip
+SCHEDULES = ("cosine", "constant")  # of the learning rate, for everyone
+STUDIES, TRIALS = 3, 5
+# Three decades of the learning rate each, around the rates that papers give for the method.
+LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
+CONTESTANTS = {  # row that its settings start from, range of the rate, whether λ is constant
+    "sgd": ("sgd", HIGH, True),
+    "adam": ("adam", LOW, True),
+    "padam": ("padam", HIGH, True),
+    "adahessian": ("adahessian", HIGH, True),
+    "atmo": ("atmo", LOW, True),
+    "padam_sgd": ("padam_sgd", HIGH, True),
+    "adasgd": ("adasgd", HIGH, True),
+    "dyn_atmo": ("dyn_atmo", LOW, False),
+    "dyn_padam_sgd": ("dyn_padam_sgd", HIGH, False),
+    "dyn_adasgd": ("adasgd", HIGH, False),
+}
+
+
+def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experiment]:
+    """Five trials: rate and decay, and of a hybrid the weight of SGD, if constant."""
+    row, (low, high), constant = CONTESTANTS[contestant]
+    fixed = {**TASKS[task], "lr_schedule": schedule, "lr_milestones": []}
+    space = {"lr": {"low": low, "high": high, "log": True},
+             "weight_decay": {"low": 1e-5, "high": 1e-2, "log": True}}  # fmt: skip
+    method = get_method(row.removeprefix("dyn_"))
+    if "momentum" in method.settings:
+        fixed["momentum"] = 0.9
+    if method.is_hybrid and constant:
+        space["lambda_sgd"] = {"low": 0.0, "high": 1.0}
+        fixed["lambda_schedule"] = "constant"
+    elif method.is_hybrid:  # from the adaptive rule to SGD, over all epochs
+        fixed |= {"lambda_start": (1, 0), "lambda_epochs": None}
+    sweep = Sweep(optimizer=row, scale="paper", dataset=task, fixed=fixed, random=space,
+                  draws=TRIALS, draw_seed=study)  # fmt: skip
+    experiments, refused = sweep.plan()
+    assert (len(experiments), refused) == (TRIALS, [])
+    return [replace(e, name=f"{contestant}-{study}-{i}") for i, e in enumerate(experiments)]
+
+
+def studies() -> Iterator[tuple[str, list[Experiment]]]:
+    """(folder, trials): everyone's first study, then everyone's second, …"""
+    for study, task, schedule in itertools.product(range(STUDIES), TASKS, SCHEDULES):
+        for contestant in CONTESTANTS:
+            yield f"{task}/{schedule}", trials(task, schedule, contestant, study)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "fair")
+    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
+    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    chosen = parser.parse_args(arguments)
+    failed = []
+    for folder, experiments in studies():
+        out = chosen.out / folder
+        if chosen.list:
+            files = [run_folder(out, e) / FILE for e in experiments]
+            done = [History.load(file).status for file in files if file.exists()]
+            print(f"{folder} {experiments[0].name[:-2]}: {len(done)} of {TRIALS} {' '.join(done)}")
+        else:
+            failed += run_many(experiments, out, "cpu", workers=chosen.workers, compile=False)[1]
+    print(*failed, sep="\n", end="\n" if failed else "")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
