@@ -27,7 +27,7 @@ SITE = ROOT / "build" / "site"
 STUDY = {"out": "../data/results/cpu-scale/clean", "seeds": "0-3", "train": False}
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "data/README.md",
          "data/results/README.md", "data/results/cpu-scale/TABLES.md")  # fmt: skip
-PICTURES = ("notebooks/*.gif", "data/results/**/*.png")
+FILES = ("notebooks/*.gif", "notebooks/[0-9]*.ipynb", "data/results/**/*.png")
 
 
 def sources() -> list[Path]:
@@ -65,10 +65,10 @@ def site() -> list[str]:
     SITE.mkdir(parents=True)
     (SITE / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), "utf-8")
     (SITE / "playground.html").write_text(playground.page(), "utf-8")
-    for picture in (file for pattern in PICTURES for file in ROOT.glob(pattern)):
-        copy = SITE / picture.relative_to(ROOT)
+    for file in (file for pattern in FILES for file in ROOT.glob(pattern)):
+        copy = SITE / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, copy)
+        shutil.copy(file, copy)
     for copy in sorted(COPIES.glob("*.ipynb")):
         write(f"notebooks/{copy.stem}.html", copy.stem, copy)
     with tempfile.TemporaryDirectory() as folder:
