@@ -122,7 +122,12 @@ def drag(page, name, value):
         " input.dispatchEvent(new Event('input', {bubbles: true}));"
         " input.dispatchEvent(new Event('change', {bubbles: true})); }", str(value),
     )  # fmt: skip
-    page.evaluate("new Promise(requestAnimationFrame)")
+    drawn(page)
+
+
+def drawn(page):
+    """Wait until the page shows what it was told: it draws once in a frame."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def arrows(page):
@@ -198,11 +203,13 @@ def test_every_control_changes_the_picture(visit):
     assert page.evaluate("playground.state.lr") == SURFACES["saddle"].lr
     page.get_by_label("AdaSGD").check()
     page.get_by_label("Arrows of").select_option("adasgd")
+    drawn(page)
     assert "AdaHessian's step" in page.inner_text("#step-text")
     for name in METHODS:
         page.locator(f"[value={name}][type=checkbox]").uncheck()
     page.get_by_text("No method is chosen").wait_for()
     page.get_by_role("button", name="Reset").click()
+    drawn(page)
     assert page.locator(ATMO).nth(1).inner_text() == "63"
 
 
@@ -210,10 +217,12 @@ def test_a_click_on_the_map_is_another_start_and_a_link_restores_the_state(visit
     page = visit()
     drag(page, "sgd_weight", 0.25)
     page.locator("#map svg").click(position={"x": 200, "y": 150})
+    drawn(page)
     x, y = page.evaluate("playground.state.start")
     assert page.get_by_label("Start x").input_value() == f"{x:g}"
     assert page.get_by_label("Start y").input_value() == f"{y:g}"
     page.get_by_role("button", name="Copy link").click()
+    drawn(page)
     link = page.get_by_label("Link to this state").input_value()
     assert link == page.url
     other = visit("#" + link.partition("#")[2])
@@ -230,6 +239,7 @@ def test_the_keyboard_is_enough(visit):
     page.get_by_role("slider", name="Step").focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
         page.keyboard.press(key)
+    drawn(page)
     assert page.evaluate("playground.state.step") == 4
     labelled = "all => all.every(i => i.labels?.length || i.ariaLabel || i.innerText)"
     assert page.locator("input, select, button").evaluate_all(labelled)
