@@ -55,7 +55,7 @@ class Experiment:
     # them, and the test set is left for what was chosen. None, as the report: no such set.
     validation_limit: Count | None = None
     augment: bool = False  # random shifts and mirror images; the report has none
-    width: Count = 64  # of resnet18, as stem
+    width: Count = 64  # of resnet18's first stage, of a text's transformer
     stem: Literal["cifar", "imagenet"] = "cifar"
     epochs: Count
     batch_size: Count = 256  # the last batch of an epoch may be smaller, none is dropped

@@ -58,7 +58,7 @@ class CharacterModel(nn.Module):
 
     def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
         """Logits of the next symbol at every place, (n, WINDOW, symbols)."""
-        # Not a look-up: its backward pass has no forward derivative.
+        # A product, not a look-up: linear algebra alone, whichever way it is differentiated.
         symbols = F.one_hot(x, self.symbol.num_embeddings).to(self.symbol.weight.dtype)
         embedded = symbols @ self.symbol.weight + self.place.weight
         return self.head(self.norm(self.blocks(embedded)))
@@ -91,11 +91,10 @@ class CharacterPrediction:
     @property
     def environment(self) -> dict:
         text = [part.tolist() for part in (self.train, self.validation, self.test)]
+        checksum = hashlib.sha256(repr((self.symbols, text)).encode()).hexdigest()
         return {
             "dataset": data.title("python-docs"),
-            "dataset_checksum": hashlib.sha256(repr((self.symbols, text)).encode()).hexdigest()[
-                :16
-            ],
+            "dataset_checksum": checksum[:16],
             "train_images": self.n_train,
             "validation_images": windows(len(self.validation)),
             "test_images": windows(len(self.test)),
@@ -111,9 +110,9 @@ class CharacterPrediction:
         if e.augment:
             drawn = data.generator("augmentation", e.seed, epoch)
             shift = int(torch.randint(WINDOW, (), generator=drawn))
-        windows = self._windows(self.train, shift)[: self.n_train]
+        shifted = self._windows(self.train, shift)
         for part in data.order(self.n_train, e.seed, epoch).to(self.device).split(e.batch_size):
-            yield _pair(windows[part])
+            yield _pair(shifted[part])
 
     def validation_batches(self, layout: torch.memory_format) -> Iterator[tuple]:
         yield from map(_pair, self._windows(self.validation, 0).split(TEST_BATCH))
@@ -155,10 +154,8 @@ def load_text(experiment: Experiment, device: torch.device) -> CharacterPredicti
     symbols = "".join(sorted(set(text)))
     codes = torch.tensor([symbols.index(c) for c in text])
     cut = len(codes) * 9 // 10
-    train, test = (
-        _first(codes[:cut], e.train_limit, "train"),
-        _first(codes[cut:], e.test_limit, "test"),
-    )
+    train = _first(codes[:cut], e.train_limit, "train")
+    test = _first(codes[cut:], e.test_limit, "test")
     kept = train if e.validation_limit is None else train[: -(e.validation_limit + 1) * WINDOW]
     if e.batch_size > windows(len(kept)):
         raise ValueError(f"batch_size={e.batch_size}: more than the {windows(len(kept))} windows")
