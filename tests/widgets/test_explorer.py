@@ -466,3 +466,13 @@ def test_every_control_has_a_label_and_colab_can_show_it_and_save_it(open_explor
     print(f"\nstate of the explorer's widgets: {len(state) / 1e3:.0f} KB")
     assert explorer.figure.model_id in state
     assert len(state) < 100_000
+
+
+def test_text_trains_as_images_do(open_explorer):
+    explorer = open_explorer("adam", dataset="python-docs", train_limit=64, test_limit=10, epochs=2,
+                             width=8, batch_size=32)  # fmt: skip
+    history = train(explorer)
+    assert (history.status, len(history.rows)) == ("complete", 2)
+    (shown,) = drawn(explorer)
+    assert shown["test_loss"] == pytest.approx([row["test_loss"] for row in history.rows], rel=1e-3)
+    assert "documentation" in explorer.figure.data["title"]
