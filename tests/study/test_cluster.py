@@ -129,6 +129,8 @@ def test_who_stops_waiting_stops_the_runs(tmp_path, joined):
     def report(number, event):
         if number == 0 and event == 3:
             assert not is_free(tmp_path / "long")
+            short = tmp_path / "short"  # its worker may have joined later
+            waited_for(lambda: (short / FILE).exists() and History.load(short).status == "complete")
             raise KeyboardInterrupt
 
     jobs = long_and_short(tmp_path)
