@@ -102,6 +102,9 @@ class Hybrid(Optimizer):
             instead of many, for some memory. None: on NVIDIA GPUs.
         merge: "product", the report's; "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
 
+    Set the attribute ``capturable`` to capture ``step`` in a CUDA graph; then :meth:`advance` has
+    to be called before every replay.
+
     Raises:
         ValueError: for anything outside its range, in ``step`` too if it was changed to that.
         TypeError: for complex parameters, and for rules that are not rules.
@@ -121,6 +124,8 @@ class Hybrid(Optimizer):
         (0.5 * 1 + 0.5 * 0.1) * (0.5 * 0.1 + 0.5 * 2) = 0.5775.
     """
 
+    capturable = False
+
     def __init__(
         self,
         params,
@@ -138,16 +143,20 @@ class Hybrid(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
             "compile": compile, "foreach": foreach, "merge": merge,
         }  # fmt: skip
-        self._compiled: dict[tuple, tuple] = {}  # by all that torch does not look at
+        self._forget()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
         """Of a copy, or of a loaded state: the buffers are others now."""
         super().__setstate__(state)
-        self._compiled = {}
+        self._forget()
         for group in self.param_groups:
             group.setdefault("foreach", None)  # of a pickle from before these existed
             group.setdefault("merge", "product")
+
+    def _forget(self) -> None:
+        self._compiled: dict[tuple, tuple] = {}  # by all that torch does not look at
+        self._captured: dict[tuple, tuple] = {}  # by parameters that move together
 
     @property
     def needs_hessian(self) -> bool:
@@ -177,6 +186,21 @@ class Hybrid(Optimizer):
                 self.param_groups.pop()
                 raise TypeError(f"a parameter is {p.dtype}, complex: pass torch.view_as_real of it")
 
+    def advance(self) -> None:
+        """Count the step that a CUDA graph is about to repeat, and hand it that step's numbers.
+
+        To be called before every replay of a graph in which ``step`` was captured. Learning rates,
+        weights and bias corrections are those of now; what was 0 in the capture stays 0.
+        """
+        for group, states, cells in self._captured.values():
+            _check_rates(group)
+            t = states[0]["step"] + 1
+            for state in states:
+                state["step"] = t
+            η, λ, corrections = group["lr"], group["lambdas"], _corrections(group, t)
+            now = [η, *λ, *itertools.chain(*corrections)]
+            cells.copy_(torch.tensor(now, dtype=cells.dtype), non_blocking=True)
+
     @torch.no_grad()
     def step(
         self,
@@ -197,7 +221,8 @@ class Hybrid(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, where a rule needs ``hess_diag`` and never had one,
-                or inside a CUDA graph's capture. Nothing has moved then.
+                or in the capture of a CUDA graph, but for an optimizer whose ``capturable`` is set.
+                Nothing has moved then.
             ValueError: if ``hess_diag`` does not fit the parameters.
         """
         loss = None
@@ -216,20 +241,21 @@ class Hybrid(Optimizer):
                 alike.setdefault((state["step"] + 1, p.device, p.dtype), []).append((p, state))
             for (t, device, dtype), part in alike.items():
                 self._move(group, *zip(*part), t, device, dtype)
-                for _, state in part:
+                for _, state in part if not _capturing() else ():  # what is captured moves later
                     state["step"] = t
         return loss
 
     def _move(self, group: dict, params, states, t: int, device, dtype) -> None:
         """The step t of parameters of one device and dtype."""
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
-        rules = group["rules"]
-        corrections = [r.corrections(t) for r in rules]
+        rules, corrections = group["rules"], _corrections(group, t)
         how = rules, group["maximize"], group["merge"]
         grads, diagonals = [p.grad for p in params], [None] * len(params)
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
+        if _capturing():
+            η, λ, corrections = self._read_later(group, params, states, corrections)
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
         if not group["compile"] and not foreach:
             for p, g, D, s in zip(params, grads, diagonals, states):
@@ -252,6 +278,17 @@ class Hybrid(Optimizer):
         _, fused = self._compiled[key]
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
         fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
+
+    def _read_later(self, group: dict, params, states, corrections) -> tuple:
+        """η, λ and corrections as tensors, which :meth:`advance` writes before a replay."""
+        λ, together = group["lambdas"], tuple(map(id, params))
+        if together not in self._captured:
+            n, dtype = 1 + len(λ) + sum(map(len, corrections)), state_dtype(params[0])
+            cells = torch.empty(n, dtype=dtype, device=params[0].device)
+            self._captured[together] = group, states, cells
+        cell = iter(self._captured[together][-1].unbind())
+        η, λ = next(cell), [c if λi != 0 else 0.0 for λi, c in zip(λ, cell)]
+        return η, λ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
 
     def _states(self, rules: Sequence, params: list[Tensor]) -> list[dict]:
         """With all buffers that the rules, which may have been changed since, want."""
@@ -307,9 +344,10 @@ class Hybrid(Optimizer):
                     "AdaHessian needs the Hessian diagonal at its first step: "
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
-        if moving and moving[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing() and not self.capturable:
             reason = "a CUDA graph would repeat this step's bias corrections for ever"
-            raise RuntimeError(f"{reason}: capture the passes, and call step() outside")
+            ways = "capture the passes alone; or set capturable, and call advance() before replays"
+            raise RuntimeError(f"{reason}: {ways}")
         return moving
 
     def state_dict(self) -> dict:
@@ -388,7 +426,7 @@ def _weighted_sum(weights: Sequence[Number], terms: Sequence):
     What has none is left out, even where a direction that nobody wants is not finite.
     """
     weighed = [
-        each(functools.partial(_times, λ), x) if isinstance(λ, Tensor) else x.mul(λ)
+        _times(λ, x) if isinstance(λ, Tensor) and isinstance(x, Tensor) else x.mul(λ)
         for λ, x in zip(weights, terms)
         if isinstance(λ, Tensor) or λ != 0
     ]
@@ -403,6 +441,14 @@ def _wide(x):
     first = x.tensors[0] if isinstance(x, Tensors) else x
     dtype = state_dtype(first)
     return x if first.dtype == dtype else each(lambda of_one: of_one.to(dtype), x)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _corrections(group: dict, t: int) -> list[tuple[float, ...]]:
+    return [rule.corrections(t) for rule in group["rules"]]
 
 
 def _needs_hessian(group: dict) -> bool:

@@ -119,13 +119,18 @@ def order(n: int, seed: int, epoch: int) -> Tensor:
 
 def generator(purpose: str, seed: int, epoch: int, device="cpu") -> torch.Generator:
     """A generator of its own for each purpose, seed and epoch: resuming restores no generators."""
+    return torch.Generator(device).manual_seed(seed_of(purpose, seed, epoch))
+
+
+def seed_of(purpose: str, seed: int, epoch: int) -> int:
+    """A seed for each purpose, run and epoch."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def batches(images: Tensor, labels: Tensor, index: Tensor, size: int) -> Iterator[tuple]:
     """(images, labels) of ``size`` at a time, in ``index``'s order; the last may be smaller."""
-    for part in index.to(images.device).split(size):
+    for part in index.to(images.device, non_blocking=True).split(size):
         yield images.index_select(0, part), labels[part]  # copies whole images
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hybrid_lib.optim.compiled import CannotCompile, compiled
 from hybrid_lib.optim.curvature import forward_over_reverse, hessian_diagonal, random_bits, signs
+from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training.experiments import Experiment
 
 # (x, y, generator of the probes, or None where no Hessian diagonal is due) ->
@@ -117,6 +119,73 @@ def compiled_pass(model: nn.Module, task) -> Pass:
         return loss, right, grads, diag
 
     return one_pass
+
+
+def training_step(model: nn.Module, one_pass: Pass, optimizer: Hybrid) -> Callable:
+    """A pass and the optimizer's step: (x, y, probes) -> (loss, how many are right)."""
+    params = list(model.parameters())
+
+    def step(x, y, probes):
+        loss, right, grads, hess_diag = one_pass(x, y, probes)
+        for p, g in zip(params, grads):
+            p.grad = g
+        optimizer.step(hess_diag=hess_diag)
+        return loss, right
+
+    return step
+
+
+def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> Callable:
+    """``function(x, y, probes)``, repeated as a CUDA graph: one launch instead of hundreds.
+
+    Every kind of call (shapes, with probes or without, which λ are 0) has a graph of its own, which
+    is captured after the second such call; those two run as they are, which compiles, chooses
+    algorithms and makes buffers. What cannot be captured goes on as it is, and a line says why.
+    What a replay answers is overwritten by the next of its kind.
+
+    Args:
+        function: computes on tensors alone, and may write into others that stay where they are;
+            draws from no generator but ``probes``, which is the same one in every call.
+        optimizer: whose step is part of it.
+        pool: of memory (``torch.cuda.graph_pool_handle()``), for graphs that never run at the same
+            time.
+    """
+    graphs, calls = {}, Counter()
+
+    def capture(x, y, probes):
+        graph, held = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
+        if probes is not None:
+            graph.register_generator_state(probes)
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                return graph, held, function(*held, probes)
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"going on without a CUDA graph, since this step cannot be captured ({reason})")
+            return None
+
+    def call(x, y, probes=None):
+        kind = [x.shape, y.shape, probes is None]
+        if optimizer is not None:
+            kind += [λ != 0 for group in optimizer.param_groups for λ in group["lambdas"]]
+        kind = tuple(kind)
+        if graphs.get(kind) is None:
+            answer = function(x, y, probes)
+            calls[kind] += 1
+            if calls[kind] == 2:
+                graphs[kind] = capture(x, y, probes)
+            return answer
+        graph, held, answer = graphs[kind]
+        for tensor, new in zip(held, (x, y)):
+            tensor.copy_(new)
+        if optimizer is not None:
+            optimizer.advance()
+        graph.replay()
+        return answer
+
+    if optimizer is not None:
+        optimizer.capturable = True
+    return call
 
 
 def _hessian_items(experiment: Experiment, n: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import platform
 import time
@@ -19,7 +20,13 @@ import torch
 from torch import Tensor
 
 from hybrid_lib.training import data
-from hybrid_lib.training.engines import Pass, compiled_pass, eager_pass, should_compile
+from hybrid_lib.training.engines import (
+    captured,
+    compiled_pass,
+    eager_pass,
+    should_compile,
+    training_step,
+)
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import (
     FILE,
@@ -48,7 +55,9 @@ def run(
     should_stop: Callable[[], bool] = lambda: False,
     on_epoch: Callable[[History], None] = lambda history: None,
     compile: bool | None = None,
+    capture: bool | None = None,
     threads: int | None = None,
+    checkpoint_every: int = 1,
 ) -> History:
     """Train an experiment, go on with it, or return what is already complete.
 
@@ -63,8 +72,12 @@ def run(
             (with the rows of a checkpoint, if any) and after every epoch.
         compile: whether ``torch.compile`` fuses the training step: the same numbers up to rounding.
             None: as the run began, or for a new run if that saves time (:func:`should_compile`).
+        capture: whether a CUDA graph repeats the step, one launch instead of hundreds. None: on
+            NVIDIA GPUs.
         threads: of the CPU; another number rounds sums in another order, and a seed ends elsewhere.
             None: as the run began, or one: the same numbers on every machine.
+        checkpoint_every: so many epochs. More than one saves time where an epoch takes no longer
+            than writing the state does; what comes after a checkpoint is then trained again.
 
     Returns:
         The history, "complete", "stopped", or "diverged" if a loss was not finite: a result, kept
@@ -77,8 +90,9 @@ def run(
         RuntimeError: if the folder holds another experiment or another process writes to it.
     """
     folder, begun = None if out is None else Path(out), {}
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads!r}: at least 1")
+    for name, n in {"threads": threads, "checkpoint_every": checkpoint_every}.items():
+        if n is not None and n < 1:
+            raise ValueError(f"{name}={n!r}: at least 1")
     if folder is not None and (folder / FILE).exists():
         history = History.load(folder)
         _check_same(experiment, history, folder)
@@ -95,11 +109,16 @@ def run(
         )
     if compile is None:
         compile = should_compile(experiment, task, begun.get("engine"))
+    on_gpu = task.device.type == "cuda"
+    if capture and not on_gpu:
+        raise ValueError(f"capture=True needs an NVIDIA GPU, not {task.device.type!r}")
+    how = {"compile": compile, "capture": on_gpu if capture is None else capture,
+           "checkpoint_every": checkpoint_every, "should_stop": should_stop}  # fmt: skip
     usual = 1 if task.device.type == "cpu" else torch.get_num_threads()
     threads = threads or begun.get("cpu_threads", usual)
     with contextlib.nullcontext() if folder is None else only_writer(folder), _cpu_threads(threads):
-        history = History(experiment, environment=_environment(task, compile))
-        _train_until_done(history, task, folder, compile, progress, should_stop, on_epoch)
+        history = History(experiment, environment=_environment(task, compile, how["capture"]))
+        _train_until_done(history, task, folder, progress, on_epoch, how)
     return history
 
 
@@ -109,10 +128,12 @@ def epochs(
     folder: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     compile: bool = False,
+    capture: bool = False,
+    checkpoint_every: int = 1,
 ) -> Iterator[list[dict]]:
     """The loop. Yields all rows so far, first those of the checkpoint, then after every epoch.
 
-    When rows are yielded, the checkpoint that belongs to them is on disk.
+    When rows are yielded, the checkpoint that belongs to them, if one does, is on disk.
 
     Raises:
         Diverged, Stopped: in the middle of an epoch; rows and checkpoint are those before it.
@@ -121,6 +142,11 @@ def epochs(
     model = task.build_model().to(task.device, memory_format=layout)
     one_pass = (compiled_pass if compile else eager_pass)(model, task)
     optimizer = experiment.build_optimizer(model.parameters(), compile)
+    pool = torch.cuda.graph_pool_handle() if capture else None
+    repeated = functools.partial(captured, pool=pool) if capture else lambda function, *_: function
+    step = repeated(training_step(model, one_pass, optimizer), optimizer)
+    evaluate = repeated(_evaluation(model, task))
+    probes = torch.Generator(task.device)
     learning_rates, lambdas = experiment.learning_rates(), experiment.lambdas()
 
     rows = [] if folder is None else restore_checkpoint(folder, experiment, model, optimizer)
@@ -128,67 +154,72 @@ def epochs(
     for epoch in range(len(rows), experiment.epochs):
         if epoch + 1 == experiment.restart_epoch:
             optimizer = experiment.build_optimizer(model.parameters(), compile)
+            step = repeated(training_step(model, one_pass, optimizer), optimizer)
         for group in optimizer.param_groups:
             group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
 
         row = {"epoch": epoch + 1, "lr": learning_rates[epoch], "lambdas": lambdas(epoch)}
-        with tf32(experiment):
+        with gpu_settings(experiment):
             start = now(task.device)
+            model.train()
+            probes.manual_seed(data.seed_of("probes", experiment.seed, epoch))
             row["train_loss"], row["train_accuracy"] = _train(
-                model, one_pass, optimizer, task, epoch, should_stop, layout
+                step, optimizer, probes, task, epoch, should_stop, layout
             )
             trained = now(task.device)
-            row["test_loss"], row["test_accuracy"] = _test(model, task, epoch, layout)
+            model.train(experiment.tests_in_training_mode)
+            row["test_loss"], row["test_accuracy"] = _test(evaluate, task, epoch, layout)
             tested = now(task.device)
             if experiment.validation_limit is not None:
-                measured = _test(model, task, epoch, layout, "validation")
+                measured = _test(evaluate, task, epoch, layout, "validation")
                 row["validation_loss"], row["validation_accuracy"] = measured
         rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
-        if folder is not None:
+        due = (epoch + 1) % checkpoint_every == 0 or epoch + 1 == experiment.epochs
+        if folder is not None and due:
             save_checkpoint(folder, experiment, model, optimizer, rows)
         yield rows
 
 
-def _train(
-    model, one_pass: Pass, optimizer, task, epoch: int, should_stop, layout
-) -> tuple[float, float]:
+def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tuple[float, float]:
     """One epoch; returns mean loss and accuracy while training. On a GPU nothing here waits."""
-    model.train()
-    e, device, params = task.experiment, task.device, list(model.parameters())
-    probes = data.generator("probes", e.seed, epoch, device)
+    e, device = task.experiment, task.device
     n_steps = math.ceil(task.n_train / e.batch_size)
     losses, sizes = torch.zeros(2, n_steps, device=device)
     correct = torch.zeros((), dtype=torch.long, device=device)
 
-    for step, (x, y) in enumerate(task.training_batches(epoch, layout)):
+    for i, (x, y) in enumerate(task.training_batches(epoch, layout)):
         if should_stop():
-            raise Stopped(f"in epoch {epoch + 1}, step {step + 1}")
-        due = (epoch * n_steps + step) % e.hessian_every == 0 or not optimizer.state
+            raise Stopped(f"in epoch {epoch + 1}, step {i + 1}")
+        due = (epoch * n_steps + i) % e.hessian_every == 0 or not optimizer.state
         wanted = probes if optimizer.needs_hessian and due else None
-        loss, right, grads, hess_diag = one_pass(x, y, wanted)
-        losses[step], sizes[step] = loss, y.numel()
+        loss, right = step(x, y, wanted)
+        losses[i], sizes[i] = loss, y.numel()
         correct += right
         if device.type == "cpu":  # elsewhere a look would wait: once per epoch, below
             _check_finite(losses, optimizer, epoch)
-        for p, g in zip(params, grads):
-            p.grad = g
-        optimizer.step(hess_diag=hess_diag)
 
     _check_finite(losses, optimizer, epoch)
     n = sizes.sum().item()
     return ((losses * sizes).sum() / n).item(), correct.item() / n
 
 
+def _evaluation(model, task) -> Callable:
+    def evaluate(x, y, probes=None):
+        outputs = model(x)
+        return task.loss(outputs, y, reduction="sum"), task.right(outputs, y)
+
+    return evaluate
+
+
 @torch.no_grad()
-def _test(model, task, epoch: int, layout, part: str = "test") -> tuple[float, float]:
+def _test(evaluate, task, epoch: int, layout, part: str = "test") -> tuple[float, float]:
     """Mean loss and accuracy over the test or the validation set."""
-    model.train(task.experiment.tests_in_training_mode)
     loss_sum = torch.zeros((), device=task.device)
     correct, n = torch.zeros((), dtype=torch.long, device=task.device), 0
     for x, y in getattr(task, f"{part}_batches")(layout):
-        outputs = model(x)
-        loss_sum += task.loss(outputs, y, reduction="sum")
-        correct += task.right(outputs, y)
+        loss, right = evaluate(x, y)
+        loss_sum += loss
+        correct += right
         n += y.numel()
     loss = loss_sum.item() / n
     if not math.isfinite(loss):
@@ -206,13 +237,11 @@ def _check_finite(losses: Tensor, optimizer, epoch: int) -> None:
         )
 
 
-def _train_until_done(
-    history: History, task, folder, compile, progress, should_stop, on_epoch
-) -> None:
+def _train_until_done(history: History, task, folder, progress, on_epoch, how: dict) -> None:
     """Fill the history, keep it on disk, and say how it ended."""
     experiment, say = history.experiment, print if progress else lambda text: None
     try:
-        for i, rows in enumerate(epochs(experiment, task, folder, should_stop, compile)):
+        for i, rows in enumerate(epochs(experiment, task, folder, **how)):
             history.rows = list(rows)
             if rows and folder is not None:
                 history.save(folder)
@@ -256,17 +285,17 @@ def fast_layout(device: torch.device, compile: bool) -> torch.memory_format:
 
 
 @contextlib.contextmanager
-def tf32(experiment: Experiment) -> Iterator[None]:
-    """Whether NVIDIA GPUs may round to TF32 (torch lets convolutions); afterwards as before."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
+def gpu_settings(experiment: Experiment) -> Iterator[None]:
+    """For NVIDIA GPUs: TF32 or not (torch lets convolutions), and the fastest algorithm for each
+    convolution, found by trying, so that two runs may round otherwise. Afterwards as before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    allowed = experiment.precision == "tf32"
     try:
-        for backend in backends:
-            backend.allow_tf32 = experiment.precision == "tf32"
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = allowed, allowed, True
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @contextlib.contextmanager
@@ -286,7 +315,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _environment(task, compile: bool) -> dict:
+def _environment(task, compile: bool, capture: bool) -> dict:
     on_gpu = task.device.type == "cuda"
     try:
         own_version = version("hybrid-lib")
@@ -297,6 +326,7 @@ def _environment(task, compile: bool) -> dict:
         "device": str(task.device),
         "device_name": torch.cuda.get_device_name(task.device) if on_gpu else cpu_name(),
         "engine": "compiled" if compile else "eager",
+        "cuda_graphs": capture,
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

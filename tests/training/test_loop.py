@@ -105,7 +105,7 @@ def test_the_caller_s_random_numbers_are_left_alone(tmp_path):
 
 def test_a_user_s_settings_of_torch_are_left_alone(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
-    with loop.tf32(toy()):
+    with loop.gpu_settings(toy()):
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32
 

@@ -1,0 +1,106 @@
+"""On an NVIDIA GPU: the same runs as on a CPU, nothing waits within an epoch, memory stays flat."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_graphs import METHODS, losses
+from toys import after, numbers, toy
+
+import hybrid_lib as hl
+from hybrid_lib.training import engines
+from hybrid_lib.training.data import generator
+from hybrid_lib.training.loop import gpu_settings
+from hybrid_lib.training.tasks import ImageClassification, image_model
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of cuDNN and of torch's compiler
+]
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_an_eager_run_is_the_cpu_s(name, capture):
+    found = losses("cuda", capture=capture, only=[name])
+    assert found == pytest.approx(losses("cpu", only=[name]), rel=2e-3)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_compiled_run_is_the_cpu_s(capture):
+    changes = {"only": ["adasgd"], "hessian_every": 2}  # steps with and without a new diagonal
+    found = losses("cuda", capture=capture, compile=True, **changes)
+    assert found == pytest.approx(losses("cpu", **changes), rel=2e-3)
+
+
+def test_a_captured_text_is_the_cpu_s():
+    changes = {"only": ["atmo"], "dataset": "python-docs", "width": 8}
+    found = losses("cuda", capture=True, **changes)
+    assert found == pytest.approx(losses("cpu", **changes), rel=2e-3)
+
+
+def one_pass(precision: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient and diagonal of ResNet18 at its initial weights, on 64 random images."""
+    e = replace(hl.EXPERIMENTS["adahessian"], width=16, precision=precision)
+    model = image_model(e, 10, 3).to("cuda", dtype, memory_format=torch.channels_last).train()
+    draw = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(64, 3, 32, 32, device="cuda", generator=draw, dtype=torch.float64).to(dtype)
+    y = torch.arange(64, device="cuda") % 10
+    with gpu_settings(e):
+        run = engines.eager_pass(model, ImageClassification(e, None))
+        _, _, grads, diag = run(x, y, generator("probes", 0, 0, "cuda"))
+    return tuple(torch.cat([t.flatten().double() for t in part]) for part in (grads, diag))
+
+
+@pytest.mark.parametrize(
+    ("precision", "of_gradient", "of_diagonal"),
+    [("float32", 1e-2, 0.05), ("tf32", 0.1, 0.3), ("bfloat16", 0.3, 0.6)],
+)
+def test_a_coarser_arithmetic_stays_within_bounds(precision, of_gradient, of_diagonal):
+    """Relative to the norm. Two probes' diagonals differ by 1.1 to 1.8 on that scale."""
+    exact = one_pass("float32", torch.float64)
+    for ours, theirs, bound in zip(
+        one_pass(precision, torch.float32), exact, (of_gradient, of_diagonal)
+    ):
+        assert (ours - theirs).norm() / theirs.norm() < bound
+        assert F.cosine_similarity(ours, theirs, dim=0) > 1 - bound
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_numbers(tmp_path):
+    """But for what the GPU itself sums in another order from run to run."""
+    e = toy("adasgd", epochs=5, train_limit=100, lr=1e-3)
+    whole = hl.run(e, tmp_path / "whole", "cuda", progress=False)
+    hl.run(e, tmp_path / "cut", "cuda", progress=False, should_stop=after(17))
+    cut = hl.run(e, tmp_path / "cut", "cuda", progress=False)
+    assert whole.environment["cuda_graphs"]
+    for ours, theirs in zip(numbers(cut.rows), numbers(whole.rows)):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_nothing_waits_for_the_gpu_within_an_epoch(capture):
+    steps = iter(range(10_000))
+
+    def watch():  # asked before every one of an epoch's seven steps
+        step = next(steps) % 7
+        torch.cuda.set_sync_debug_mode("error" if step in range(1, 6) else "default")
+        return False
+
+    e = toy("adasgd", epochs=6, train_limit=100, dataset="digits", augment=True)
+    try:
+        history = hl.run(e, None, "cuda", progress=False, should_stop=watch, capture=capture)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert history.status == "complete"
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_memory_stays_flat_over_epochs(capture):
+    held = []
+    e = toy("dyn_padam_sgd", epochs=8, lambda_epochs=2)
+    hl.run(e, None, "cuda", progress=False, capture=capture,
+           on_epoch=lambda history: held.append(torch.cuda.memory_allocated()))  # fmt: skip
+    assert held[-1] == held[-3]

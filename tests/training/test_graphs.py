@@ -1,0 +1,138 @@
+"""A step that a CUDA graph repeats takes the step that it would take by itself.
+
+Without a GPU a stand-in records the operations of a step and repeats them on the same tensors: as a
+graph does, it repeats no Python. ``-m cuda`` does the same with real graphs.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from toys import numbers
+
+import hybrid_lib as hl
+from hybrid_lib.study import planning
+from hybrid_lib.training import loop, tasks
+
+
+class Recorder(TorchDispatchMode):
+    """The operations that it sees, which it takes back in the end: a capture computes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.made, self.generators = [], {}, set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(function):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        kwargs = kwargs or {}
+        for tensor in filter(torch.is_tensor, tree_leaves((args, kwargs))):
+            if id(tensor) not in self.made:  # some operations write without saying so
+                self.before.setdefault(id(tensor), (tensor, tensor.clone()))
+        answer = function(*args, **kwargs)
+        if "aten.empty" not in str(function):  # writes nothing
+            self.calls.append((function, args, kwargs, answer))
+        self.made |= {*map(id, tree_leaves(answer))}
+        return answer
+
+    def register_generator_state(self, generator):
+        self.generators.append((generator, generator.get_state()))
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, kwargs, then in self.calls:
+                now = function(*args, **kwargs)
+                for old, new in zip(tree_leaves(then), tree_leaves(now)):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's graphs, as recorders; the list of those that were made."""
+    recording, made = [], []
+
+    @contextlib.contextmanager
+    def graph(recorder, pool=None):
+        made.append(recorder)
+        recording.append(recorder)
+        try:
+            with recorder:
+                yield
+        finally:
+            recording.pop()
+            with torch.no_grad():
+                for tensor, value in recorder.before.values():
+                    tensor.copy_(value)
+            for generator, state in recorder.generators:
+                generator.set_state(state)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
+    return made
+
+
+METHODS = [*planning.PAPER_METHODS, "padam", "adam+lion"]
+
+
+def losses(device, capture=False, compile=False, **changes) -> list[float]:
+    """Losses and accuracies of a run of three epochs, five steps each, the last one smaller."""
+    sizes = {"epochs": 3, "lr": 0.001, "train_limit": 100, "batch_size": 24}
+    (e,) = planning.plan("toy", **{**sizes, **changes})
+    task = tasks.load_task(e, device)
+    *_, rows = loop.epochs(e, task, capture=capture, compile=compile)
+    return [v for row in numbers(rows) for v in row.values() if isinstance(v, float)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_captured_run_is_the_same_run(name, foreach, graphs, monkeypatch):
+    if foreach:
+        make = hl.Experiment.build_optimizer
+
+        def with_foreach(*arguments):
+            optimizer = make(*arguments)
+            optimizer.param_groups[0]["foreach"] = True
+            return optimizer
+
+        monkeypatch.setattr(hl.Experiment, "build_optimizer", with_foreach)
+    expected = losses("cpu", only=[name])
+    assert not graphs
+    found = losses("cpu", capture=True, only=[name])
+    assert len(graphs) >= 3  # whole batches, the smaller last one, the tests
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+CHANGES = [
+    {"dataset": "python-docs", "width": 8}, {"hessian_every": 2, "hessian_fraction": 0.5},
+    {"restart_epoch": 3}, {"validation_limit": 30, "augment": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_so_is_a_run_of_another_kind(changes, graphs):
+    expected = losses("cpu", only=["adasgd"], **changes)
+    found = losses("cpu", capture=True, only=["adasgd"], **changes)
+    assert graphs
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_cannot_be_captured_goes_on_and_says_why(graphs, capsys, monkeypatch):
+    loss = tasks.ImageClassification.loss
+
+    def looking(*arguments, **how):
+        value = loss(*arguments, **how)
+        assert value.item() > 0  # a look at a value, for which a graph cannot wait
+        return value
+
+    monkeypatch.setattr(tasks.ImageClassification, "loss", looking)
+    expected = losses("cpu", only=["atmo"])
+    assert losses("cpu", capture=True, only=["atmo"]) == expected
+    said = capsys.readouterr().out.splitlines()
+    assert said
+    assert all(line.startswith("going on without a CUDA graph, since") for line in said)
