@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import machine
 from hybrid_lib import EXPERIMENTS, run
-from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data, loop
+from hybrid_lib.training.experiments import PAPER_METHODS
 from hybrid_lib.training.tasks import image_model
 
 

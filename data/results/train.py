@@ -2,20 +2,23 @@
 
     python data/results/train.py --dataset cifar10               # a GPU: full length; downloads
     python data/results/train.py --archive cifar10-jpeg.tar.xz   # images as train/CLASS/*, test/…
+    python data/results/train.py --dataset cifar10 --scale paper-16   # the same, but narrow
     python data/results/train.py --dataset cifar10 --scale cpu   # a tenth of it, small
 
 Runs are trained in the order of :func:`matrix`, the most informative first, into
 ``OUT/PROTOCOL/RUN/``; what is complete is not trained again, what was interrupted goes on after its
 last finished epoch, here or on another machine that is given the same folder. With ``--minutes 10``
 the command stops in good time and exits with 75 while something is left: repeat it until it exits
-with 0. Every slice leaves its histories behind. Started twice, the two share the work: a run that
-one of them trains is left alone by the other. ``publish.py`` turns OUT into what is kept in git.
+with 0. Every slice leaves its histories behind. Started twice, or with ``--jobs 2``, the two share
+the work: a run that one of them trains is left alone by the other. ``publish.py`` turns OUT into
+what is kept in git.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
 import sys
 import tarfile
 import time
@@ -23,14 +26,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
+
 from hybrid_lib import EXPERIMENTS, Experiment, History, run
-from hybrid_lib.study.planning import PAPER_METHODS
 from hybrid_lib.training import data
+from hybrid_lib.training.experiments import PAPER_METHODS
 
 HERE = Path(__file__).resolve().parent
-# At full length as in Table II; on a CPU a fifth of the images, and a tenth of the epochs or all.
+# At full length as in Table II, also in a narrower network; on a CPU a fifth of the images, and a
+# tenth of the epochs or all.
 SCALES = {
     "paper": {"shorter": 1},
+    "paper-32": {"shorter": 1, "width": 32},
+    "paper-16": {"shorter": 1, "width": 16},
     "cpu": {"shorter": 10, "width": 8, "train_limit": 10_000, "test_limit": 2_000},
     "cpu-long": {"shorter": 1, "width": 8, "train_limit": 10_000, "test_limit": 2_000},
 }
@@ -107,6 +115,14 @@ def unpacked(archive: Path, where: Path) -> Path:
     return train.parent
 
 
+def state(folder: Path) -> tuple[str, int]:
+    """How far a run is: its status, and how many epochs."""
+    if not (folder / "history.json").exists():
+        return "to do", 0
+    history = History.load(folder)
+    return history.status, len(history.rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     images = parser.add_mutually_exclusive_group(required=True)
@@ -116,11 +132,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", default="float32", help="tf32 or bfloat16: faster on GPUs")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="length of a slice")
+    parser.add_argument("--only", default="", metavar="PART,…",
+                        help="runs whose folder's name has one of these in it")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="so many processes share the work")
+    parser.add_argument("--checkpoint-every", type=int, default=1, help="so many epochs")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="default: the runs that are long enough")  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: runs/reproduction-SCALE")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
     out = chosen.out or data.PROJECT / "runs" / f"reproduction-{chosen.scale}"
@@ -129,31 +150,36 @@ def main(arguments: list[str] | None = None) -> int:
         unpacked_to = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
         dataset = f"folder:{unpacked_to.as_posix()}"
 
-    left = 0
-    for folder, experiment in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds):
+    alone = [sys.executable, __file__, *arguments, "--jobs", "1"]
+    others = [subprocess.Popen(alone) for _ in range(1, 1 if chosen.list else chosen.jobs)]
+    runs = [(folder, experiment) for folder, experiment
+            in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds)
+            if any(part in folder for part in chosen.only.split(","))]  # fmt: skip
+    for folder, experiment in runs:
         if chosen.list:
-            there = (out / folder / "history.json").exists()
-            status, done = "to do", 0
-            if there:
-                history = History.load(out / folder)
-                status, done = history.status, len(history.rows)
+            status, done = state(out / folder)
             print(f"{status:10s} {folder}: {done} of {experiment.epochs} epochs")
             continue
         if time.monotonic() > end:
-            left += 1
-            continue
+            break
+        (out / folder).mkdir(parents=True, exist_ok=True)
         try:
-            history = run(
-                experiment, out / folder, chosen.device, compile=chosen.compile,
-                should_stop=lambda: time.monotonic() > end,
-            )  # fmt: skip
-            left += history.status == "stopped"
+            with filelock.FileLock(out / folder / ".claim", timeout=0):
+                run(
+                    experiment, out / folder, chosen.device, compile=chosen.compile,
+                    checkpoint_every=chosen.checkpoint_every,
+                    should_stop=lambda: time.monotonic() > end,
+                )  # fmt: skip
+        except filelock.Timeout:
+            continue  # another of the jobs is at it
         except RuntimeError as error:  # of this run; the others can go on
             print(f"{folder}: {error}", file=sys.stderr)
-            left += 1
-    if left:
+    for other in others:
+        other.wait()
+    left = sum(state(out / folder)[0] not in ("complete", "diverged") for folder, _ in runs)
+    if left and not chosen.list:
         print(f"{left} runs are left; the same command goes on")
-    return MORE_TO_DO if left else 0
+    return MORE_TO_DO if left and not chosen.list else 0
 
 
 if __name__ == "__main__":

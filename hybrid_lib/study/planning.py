@@ -9,10 +9,9 @@ from types import SimpleNamespace
 from hybrid_lib.study.parameters import did_you_mean, seed_list
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
+from hybrid_lib.training.experiments import EXPERIMENTS, PAPER_METHODS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
 
-PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")  # rows of Table III
 RESULTS = data.PROJECT / "data" / "results"  # published histories
 
 # What a scale changes in Tables I and II; milestones and horizons keep their share of the epochs.

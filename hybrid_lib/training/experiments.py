@@ -325,3 +325,4 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
     )
 }  # fmt: skip
+PAPER_METHODS = tuple(name for name in EXPERIMENTS if name != "padam")  # rows of Table III

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
+from hybrid_lib.training.experiments import Experiment, get_experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
 
@@ -15,7 +15,7 @@ from hybrid_lib.training.loop import run
 def toy(name: str = "sgd", epochs: int = 3, **changes) -> Experiment:
     """Three steps per epoch, on 40 digits."""
     settings = dict(dataset="digits", width=2, batch_size=16, train_limit=40, test_limit=30)
-    return replace(EXPERIMENTS[name].scaled(epochs), **settings | changes)
+    return replace(get_experiment(name).scaled(epochs), **settings | changes)
 
 
 def trained(e: Experiment, out: Path | None = None, **how) -> History:
