@@ -254,8 +254,9 @@ class Hybrid(Optimizer):
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
-        if _capturing():
-            η, λ, corrections = self._read_later(group, params, states, corrections)
+        if self.capturable:
+            later = self._read_later(group, params, states, corrections)
+            η, λ, corrections = later if _capturing() else (η, λ, corrections)
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
         if not group["compile"] and not foreach:
             for p, g, D, s in zip(params, grads, diagonals, states):
@@ -280,9 +281,15 @@ class Hybrid(Optimizer):
         fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
 
     def _read_later(self, group: dict, params, states, corrections) -> tuple:
-        """η, λ and corrections as tensors, which :meth:`advance` writes before a replay."""
+        """η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
+
+        Made by steps before the capture: in a graph's own memory another tensor, needed only before
+        the optimizer's turn, may have had their place.
+        """
         λ, together = group["lambdas"], tuple(map(id, params))
         if together not in self._captured:
+            if _capturing():
+                raise RuntimeError("take a step with capturable set before you capture one")
             n, dtype = 1 + len(λ) + sum(map(len, corrections)), state_dtype(params[0])
             cells = torch.empty(n, dtype=dtype, device=params[0].device)
             self._captured[together] = group, states, cells

@@ -184,7 +184,7 @@ def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tu
     """One epoch; returns mean loss and accuracy while training. On a GPU nothing here waits."""
     e, device = task.experiment, task.device
     n_steps = math.ceil(task.n_train / e.batch_size)
-    losses, sizes = torch.zeros(2, n_steps, device=device)
+    losses, sizes = torch.zeros(n_steps, device=device), []
     correct = torch.zeros((), dtype=torch.long, device=device)
 
     for i, (x, y) in enumerate(task.training_batches(epoch, layout)):
@@ -193,14 +193,16 @@ def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tu
         due = (epoch * n_steps + i) % e.hessian_every == 0 or not optimizer.state
         wanted = probes if optimizer.needs_hessian and due else None
         loss, right = step(x, y, wanted)
-        losses[i], sizes[i] = loss, y.numel()
+        losses[i] = loss
+        sizes.append(y.numel())
         correct += right
         if device.type == "cpu":  # elsewhere a look would wait: once per epoch, below
             _check_finite(losses, optimizer, epoch)
 
     _check_finite(losses, optimizer, epoch)
-    n = sizes.sum().item()
-    return ((losses * sizes).sum() / n).item(), correct.item() / n
+    n = sum(sizes)
+    weights = torch.tensor(sizes, dtype=losses.dtype, device=device)
+    return ((losses * weights).sum() / n).item(), correct.item() / n
 
 
 def _evaluation(model, task) -> Callable:

@@ -22,7 +22,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.before, self.made, self.generators = [], {}, set(), []
+        self.calls, self.before, self.made, self.own, self.generators = [], {}, set(), [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "_local_scalar_dense" in str(function):
@@ -32,6 +32,9 @@ class Recorder(TorchDispatchMode):
             if id(tensor) not in self.made:  # some operations write without saying so
                 self.before.setdefault(id(tensor), (tensor, tensor.clone()))
         answer = function(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t, _ in self.before.values()}
+        new = [t for t in tree_leaves(answer) if torch.is_tensor(t)]
+        self.own += [t for t in new if t.untyped_storage().data_ptr() not in given]
         if "aten.empty" not in str(function):  # writes nothing
             self.calls.append((function, args, kwargs, answer))
         self.made |= {*map(id, tree_leaves(answer))}
@@ -42,6 +45,9 @@ class Recorder(TorchDispatchMode):
 
     def replay(self):
         with torch.no_grad():
+            for tensor in self.own:  # others may have had its place since
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
             for function, args, kwargs, then in self.calls:
                 now = function(*args, **kwargs)
                 for old, new in zip(tree_leaves(then), tree_leaves(now)):
