@@ -1,6 +1,6 @@
 """What an optimizer's own step costs, as a ratio to the time that its bytes take to move.
 
-    python -m benchmarks.optimizer_step [--width 64] [--rounds 21] [--json]
+    python -m benchmarks.optimizer_step [--width 64] [--rounds 21] [--eager] [--json]
 
 On ResNet18's 62 tensors (11.17 million parameters at width 64), float32, with fixed gradients.
 The floor of a method is one compiled loop over flat arrays that reads and writes as many bytes as
@@ -93,9 +93,10 @@ def rivals(width: int) -> dict[str, tuple[str, Callable]]:
         "torch_adam_fused": ("adam", steps(adam(parameters(width), fused=True))),
         "torch_adam_foreach": ("adam", steps(adam(parameters(width), foreach=True))),
     }
-    both = [steps(adam(p, fused=True)) for p in [parameters(width)]]
-    both += [steps(sgd(p, 0.01, 0.95, fused=True)) for p in [parameters(width)]]
-    found["torch_adam_and_sgd_fused"] = ("atmo", lambda: [step() for step in both])
+    for how in ("fused", "foreach"):
+        both = [steps(adam(parameters(width), **{how: True})),
+                steps(sgd(parameters(width), 0.01, 0.95, **{how: True}))]  # fmt: skip
+        found[f"torch_adam_and_sgd_{how}"] = "atmo", lambda both=both: [step() for step in both]
     with contextlib.suppress(ImportError):
         import pytorch_optimizer
 
@@ -124,13 +125,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()
     n = sum(p.numel() for p in parameters(chosen.width))
     candidates = {f"floor_{name}": floor(n, *streams) for name, streams in STREAMS.items()}
     reference = {f"floor_{name}": f"floor_{name}" for name in STREAMS}
     for name in STREAMS:
-        for suffix, compile in (("", True), ("_eager", False)):
+        for suffix, compile in (("", True), ("_eager", False))[chosen.eager :]:
             params = parameters(chosen.width)
             optimizer = getattr(methods, name)(params, compile=compile)
             if optimizer.needs_hessian:

@@ -2,7 +2,7 @@
 
     python data/results/train.py --dataset cifar10               # a GPU: full length; downloads
     python data/results/train.py --archive cifar10-jpeg.tar.xz   # images as train/CLASS/*, test/…
-    python data/results/train.py --dataset cifar10 --scale paper-16   # the same, but narrow
+    python data/results/train.py --dataset cifar10 --scale auto --minutes 10   # as wide as fits
     python data/results/train.py --dataset cifar10 --scale cpu   # a tenth of it, small
 
 Runs are trained in the order of :func:`matrix`, the most informative first, into
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import subprocess
 import sys
 import tarfile
@@ -27,10 +28,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import torch
 
 from hybrid_lib import EXPERIMENTS, Experiment, History, run
-from hybrid_lib.training import data
+from hybrid_lib.training import data, loop
 from hybrid_lib.training.experiments import PAPER_METHODS
+from hybrid_lib.training.tasks import ImageClassification
 
 HERE = Path(__file__).resolve().parent
 # At full length as in Table II, also in a narrower network; on a CPU a fifth of the images, and a
@@ -44,6 +47,7 @@ SCALES = {
 }
 # Second order and the rows with a jump first: they carry the claims.
 ORDER = ("padam_sgd", "dyn_padam_sgd", "adahessian", "adasgd", "sgd", "dyn_atmo", "atmo", "adam")
+OVER = ("complete", "diverged")
 MORE_TO_DO = 75  # exit status, as of sendmail's "try again later"
 
 
@@ -115,6 +119,39 @@ def unpacked(archive: Path, where: Path) -> Path:
     return train.parent
 
 
+def seconds(experiment: Experiment, device: str | None) -> float:
+    """About what a run with 50,000 and 10,000 images takes, by a few steps on noise; not compiled,
+    which for long runs is faster."""
+    draw, size, n = torch.Generator().manual_seed(0), experiment.batch_size, 12
+    images = torch.randint(0, 256, (n * size, 3, 32, 32), generator=draw, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (n * size,), generator=draw)
+    mean, std = torch.full((2, 3), 0.5)
+    part = images[: 3 * size], labels[: 3 * size]
+    noise = data.Data("noise", tuple("0123456789"), images, labels, images[:0], labels[:0], *part,
+                      mean, std, "")  # fmt: skip
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    task = ImageClassification(experiment, noise.to(device))
+    few = replace(experiment.scaled(3), train_limit=None, test_limit=None)
+    *_, rows = loop.epochs(few, task, capture=device.type == "cuda")
+    steps = math.ceil(50_000 / size)
+    epoch = rows[-1]["train_seconds"] / n * steps + rows[-1]["test_seconds"] / 3 * steps / 5
+    return experiment.epochs * epoch
+
+
+def widest(minutes: float, chosen: argparse.Namespace) -> str:
+    """The scale of the widest network whose next run fits into the time; else the narrowest."""
+    for scale in ("paper", "paper-32", "paper-16"):
+        out = chosen.out or data.PROJECT / "runs" / f"reproduction-{scale}"
+        for folder, experiment in matrix(scale, "cifar10", chosen.precision, chosen.seeds):
+            if state(out / folder)[0] not in OVER:
+                needed = seconds(experiment, chosen.device) / 60
+                print(f"{scale}: {folder} takes about {needed:.1f} minutes")
+                break
+        if needed <= minutes:
+            break
+    return scale
+
+
 def state(folder: Path) -> tuple[str, int]:
     """How far a run is: its status, and how many epochs."""
     if not (folder / "history.json").exists():
@@ -128,7 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--dataset", help="cifar10, downloaded if need be, or folder:PATH")
     images.add_argument("--archive", type=Path, help="a tar of train/CLASS/* and test/CLASS/*")
-    parser.add_argument("--scale", choices=SCALES, default="paper")
+    parser.add_argument("--scale", choices=(*SCALES, "auto"), default="paper",
+                        help="auto: the widest of paper, paper-32 and paper-16 whose next run fits "
+                        "into the minutes")  # fmt: skip
     parser.add_argument("--precision", default="float32", help="tf32 or bfloat16: faster on GPUs")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="length of a slice")
@@ -144,13 +183,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
+    if chosen.scale == "auto":
+        chosen.scale = widest(chosen.minutes, chosen)
     out = chosen.out or data.PROJECT / "runs" / f"reproduction-{chosen.scale}"
     dataset = chosen.dataset
     if chosen.archive:  # named from the project: the same experiment wherever that lies
         unpacked_to = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
         dataset = f"folder:{unpacked_to.as_posix()}"
 
-    alone = [sys.executable, __file__, *arguments, "--jobs", "1"]
+    alone = [sys.executable, __file__, *arguments, "--scale", chosen.scale, "--jobs", "1"]
     others = [subprocess.Popen(alone) for _ in range(1, 1 if chosen.list else chosen.jobs)]
     runs = [(folder, experiment) for folder, experiment
             in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds)
@@ -176,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{folder}: {error}", file=sys.stderr)
     for other in others:
         other.wait()
-    left = sum(state(out / folder)[0] not in ("complete", "diverged") for folder, _ in runs)
+    left = sum(state(out / folder)[0] not in OVER for folder, _ in runs)
     if left and not chosen.list:
         print(f"{left} runs are left; the same command goes on")
     return MORE_TO_DO if left and not chosen.list else 0
