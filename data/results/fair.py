@@ -1,6 +1,6 @@
 """Train the comparison under equal budgets: one command, resumable.
 
-    python data/results/fair.py            # hours on two cores; runs/fair
+    python data/results/fair.py            # two hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
 
 The report compares eight recipes. Here every contestant has the same images or text, batches,
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +41,7 @@ TASKS = {
                     "test_limit": 500, "validation_limit": 200},
 }  # fmt: skip
 SCHEDULES = ("cosine", "constant")  # of the learning rate, for everyone
-STUDIES, TRIALS = 3, 5
+STUDIES, TRIALS, FINAL_SEEDS = 3, 5, range(1, 6)
 # Three decades of the learning rate each, around the rates that papers give for the method.
 LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
 CONTESTANTS = {  # row that its settings start from, range of the rate, whether λ is constant
@@ -85,6 +86,30 @@ def studies() -> Iterator[tuple[str, list[Experiment]]]:
             yield f"{task}/{schedule}", trials(task, schedule, contestant, study)
 
 
+def chosen_of(histories: list[History]) -> History:
+    """The trial to go on with: the best last validation accuracy, of text the lowest loss."""
+
+    def goodness(h: History) -> float:
+        if h.status != "complete":
+            return -math.inf
+        text = h.experiment.dataset == "python-docs"
+        return -h.final["validation_loss"] if text else h.final["validation_accuracy"]
+
+    return max(histories, key=goodness)
+
+
+def finals(out: Path) -> Iterator[tuple[str, list[Experiment]]]:
+    """(folder, seeds): the best of all of a contestant's trials, with seeds that no trial had."""
+    tried: dict[tuple, list[History]] = {}
+    for folder, experiments in studies():
+        of = folder.partition("/")[0], experiments[0].name.partition("-")[0]
+        tried[of] = tried.get(of, []) + [History.load(run_folder(out / folder, e))
+                                         for e in experiments]  # fmt: skip
+    for (task, contestant), histories in tried.items():
+        e = replace(chosen_of(histories).experiment, name=f"{contestant}-final")
+        yield f"{task}/final", [replace(e, seed=seed) for seed in FINAL_SEEDS]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "fair")
@@ -92,7 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
     chosen = parser.parse_args(arguments)
     failed = []
-    for folder, experiments in studies():
+    left = [] if chosen.list else [finals(chosen.out)]  # known once all trials are there
+    for folder, experiments in itertools.chain(studies(), *left):
         out = chosen.out / folder
         if chosen.list:
             files = [run_folder(out, e) / FILE for e in experiments]

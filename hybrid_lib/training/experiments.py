@@ -63,6 +63,7 @@ class Experiment:
     lr_schedule: Literal["constant", "cosine", "multistep"] = "constant"  # cosine: equation 1, to 0
     lr_milestones: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = ()  # in epochs
     lr_gamma: Positive = 0.1  # times which the rate goes on after each milestone
+    lr_warmup: Annotated[int, Field(ge=0)] = 0  # epochs in which it rises, linearly; the report: 0
     # Before this epoch the optimizer and its rate start anew and only the weights stay, as happened
     # to the report's AdaHessian at epoch 146.
     restart_epoch: Count | None = None
@@ -223,6 +224,7 @@ class Experiment:
             rates.append(scheduler.get_last_lr()[0])
             clock.step()
             scheduler.step()
+        rates = [r * min(1, (e + 1) / (self.lr_warmup + 1)) for e, r in enumerate(rates)]
         kept = (self.restart_epoch or self.epochs + 1) - 1
         return rates[:kept] + rates[: self.epochs - kept]
 
@@ -239,7 +241,7 @@ class Experiment:
         restart = self.restart_epoch and max(2, round(self.restart_epoch * share))
         return dataclasses.replace(
             self, epochs=epochs, lr_milestones=tuple(milestones), lambda_epochs=horizon,
-            restart_epoch=restart,
+            restart_epoch=restart, lr_warmup=round(self.lr_warmup * share),
         )  # fmt: skip
 
 

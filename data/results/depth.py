@@ -1,0 +1,91 @@
+"""Take PADAM-SGD apart: one command, resumable.
+
+    python data/results/depth.py            # half an hour on two cores; runs/depth
+    python data/results/depth.py --list     # what is there and what is left
+
+The report's PADAM-SGD is not only another rule: its decay is fifty times SGD's, its batch half as
+large, its rate drops twice, its momentum is lower. Here its recipe is walked to SGD's one setting
+at a time, and SGD's to PADAM-SGD's, so that a setting's share shows from both ends; and what is its
+own, λ, p, bias correction and the warm-up hidden in it, is changed in the recipe as it is. On the
+handwritten digits, with five seeds. Written before anything was run.
+
+- A setting *carries* the lead if changing it moves the last test accuracy, seed by seed, by an
+  amount whose 95 % interval (Student) excludes 0, from both ends, in the lead's direction.
+- The hidden warm-up: without bias correction (η itself from the first step on), consistent with the
+  root, and without it but with an explicit, linear warm-up over the 13 epochs after which the
+  hidden one has reached 62 % of the rate. It *matters* if the interval of the difference to the
+  recipe excludes 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from hybrid_lib import EXPERIMENTS, Experiment
+from hybrid_lib.study.running import run_folder, run_many
+from hybrid_lib.training import data
+from hybrid_lib.training.history import FILE, History
+
+SEEDS = range(5)
+SIZES = {"dataset": "digits", "width": 8}
+EPOCHS = 20
+# A batch of 32 stands for the report's 128, one of 64 for its 256.
+RECIPE = replace(EXPERIMENTS["padam_sgd"].scaled(EPOCHS), **SIZES, batch_size=32)
+PLAIN = {"lambda_start": (0, 1)}  # all weight on SGD
+SETTINGS = {  # of SGD, instead of PADAM-SGD's
+    "rule": PLAIN,
+    "decay": {"weight_decay": 5e-4},
+    "batch": {"batch_size": 64},
+    "schedule": {"lr_schedule": "constant", "lr_milestones": ()},
+    "momentum": {"momentum": 0.95},
+}
+OWN = {  # what only PADAM-SGD has
+    "adaptive": {"lambda_start": (1, 0)},
+    "dynamic": {"lambda_schedule": "linear", "lambda_start": (1, 0), "lambda_epochs": EPOCHS // 2},
+    "reversed": {"lambda_schedule": "linear", "lambda_start": (0, 1), "lambda_end": (1, 0),
+                 "lambda_epochs": EPOCHS // 2},
+    "p-half": {"partial": 1 / 2},
+    "p-quarter": {"partial": 1 / 4},
+    "p-sixteenth": {"partial": 1 / 16},
+    "uncorrected": {"bias_correction": "none"},
+    "consistent": {"bias_correction": "consistent"},
+    "warm-up": {"bias_correction": "none", "lr_warmup": 13},
+}  # fmt: skip
+
+
+def variants() -> list[Experiment]:
+    """Both recipes, then each with one setting of the other, then what is PADAM-SGD's own."""
+    of_sgd = {key: value for changes in SETTINGS.values() for key, value in changes.items()}
+    found = {"padam_sgd": {}, "sgd": of_sgd}
+    for name, changes in SETTINGS.items():
+        found[f"padam_sgd-{name}"] = changes
+        theirs = {key: getattr(RECIPE, key) for key in changes}
+        found[f"sgd-{name}"] = of_sgd | theirs
+    found |= {f"padam_sgd-{name}": changes for name, changes in OWN.items()}
+    return [replace(RECIPE, name=name, seed=seed, **changes)
+            for seed in SEEDS for name, changes in found.items()]  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "depth")
+    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
+    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    chosen = parser.parse_args(arguments)
+    if chosen.list:
+        for e in variants():
+            file = run_folder(chosen.out, e) / FILE
+            print(
+                f"{History.load(file).status if file.exists() else 'to do':10s} {file.parent.name}"
+            )
+        return 0
+    failed = run_many(variants(), chosen.out, "cpu", workers=chosen.workers, compile=False)[1]
+    print(*failed, sep="\n", end="\n" if failed else "")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
