@@ -102,7 +102,11 @@ def _is_the_report_s(h: History) -> bool:
 def _sizes(histories: Sequence[History]) -> str:
     images = "{train_images:,} training and {test_images:,} test images"
     sizes = {f"width {h.experiment.width}, {images.format(**h.environment)}" for h in histories}
-    return "; ".join(sorted(sizes))
+    coarse = {h.experiment.precision: [] for h in histories if h.experiment.precision != "float32"}
+    for h in histories:
+        coarse.get(h.experiment.precision, []).append(h.label)
+    sizes = [*sorted(sizes), *(f"{', '.join(labels)} in {p}" for p, labels in coarse.items())]
+    return "; ".join(sizes)
 
 
 def _figures(found: Sequence[History]) -> Iterator[go.Figure]:

@@ -20,6 +20,8 @@ SCALES: dict[str, dict] = {
     "toy": {"epochs": 2, "width": 4, "batch_size": 32, "train_limit": 160, "test_limit": 80},
     # Minutes on two CPU cores with the digits, an hour with 32x32 images: does every method learn?
     "demo": {"epochs": 12, "width": 8, "batch_size": 32},
+    # Ten minutes a method on a T4 (an estimate): all images, an eighth of the epochs.
+    "colab": {"shorter": 8, "width": 16},
     "paper": {},  # GPU hours: as in the report
 }
 DEMO_TEXT = {"epochs": 6, "width": 32, "batch_size": 32, "train_limit": 2_000,
@@ -54,11 +56,13 @@ def plan(
         for part, n in data.folder_sizes(dataset).items():
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
-    usual = sizes.pop("epochs", None)
+    usual, shorter = sizes.pop("epochs", None), sizes.pop("shorter", 1)
     epochs, changes = usual if epochs is None else epochs, {**sizes, **changes, "dataset": dataset}
     planned, seeds = [], list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
+        if shorter > 1 and epochs is None:
+            experiment = experiment.scaled(experiment.epochs // shorter)
         if epochs is not None:
             # replace() first: it refuses an impossible number that scaled() cannot work with.
             experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)

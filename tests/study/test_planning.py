@@ -54,7 +54,7 @@ def test_changes_go_over_the_scale_and_epochs_rescale():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
+        ({"scale": "huge"}, r"scale='huge'.*toy, demo, colab, paper"),
         ({"only": ["adma"]}, r"'adma'.*did you mean adam\?"),
         ({"dataset": "cifar"}, r"dataset='cifar'"),
         ({"epochs": 0}, r"epochs"),
