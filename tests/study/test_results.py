@@ -71,6 +71,47 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws():
     assert len({e.lambdas()(0) for e in fair.trials("digits", "cosine", "adasgd", 0)}) == 5
 
 
+def test_padam_sgd_is_walked_to_sgd_one_setting_at_a_time():
+    depth = script("depth")
+    one = {e.name: e for e in depth.variants() if e.seed == 0}
+    assert len(depth.variants()) == 5 * len(one)
+    report = EXPERIMENTS["sgd"]
+    assert one["sgd"].lambdas()(0) == (0, 1)
+    for name in ("momentum", "weight_decay", "lr", "lr_schedule"):
+        assert getattr(one["sgd"], name) == getattr(report, name)
+    assert (one["sgd"].batch_size, one["padam_sgd"].batch_size) == (64, 32)
+
+    def changed(a, b):
+        return {k for k, v in asdict(one[a]).items() if v != asdict(one[b])[k]} - {"name"}
+
+    for setting, changes in depth.SETTINGS.items():
+        assert changed("padam_sgd", f"padam_sgd-{setting}") == {*changes}
+        assert changed("sgd", f"sgd-{setting}") == {*changes}
+    assert changed("padam_sgd", "sgd") == {
+        k for changes in depth.SETTINGS.values() for k in changes
+    }
+    for setting, changes in depth.OWN.items():
+        assert changed("padam_sgd", f"padam_sgd-{setting}") <= {*changes}
+
+
+def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_path, capsys):
+    takes = {64: 600, 32: 300, 16: 100}
+    monkeypatch.setattr(train, "seconds", lambda e, device: takes[e.width])
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
+    command = ["--dataset", "cifar10", "--scale", "auto", "--list", "--seeds", "1", "--minutes"]
+    for minutes, scale in ((11, "paper"), (10, "paper"), (9, "paper-32"), (1, "paper-16")):
+        assert train.main([*command, str(minutes)]) == 0
+        said = capsys.readouterr().out
+        estimates = [line for line in said.splitlines() if "takes about" in line]
+        assert estimates[-1].startswith(f"{scale}: released/padam_sgd-seed0 takes about")
+        assert said.count("to do") == 26
+
+
+def test_a_run_s_time_is_that_of_its_steps():
+    e = replace(EXPERIMENTS["sgd"], width=1, epochs=100)
+    assert train.seconds(e, "cpu") > 50 * train.seconds(replace(e, epochs=1), "cpu") > 0
+
+
 @pytest.fixture
 def archive(tmp_path):
     """Twenty pictures of two classes, packed as CIFAR-10's copy is."""
@@ -97,6 +138,8 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
     command = ["--archive", str(archive), "--seeds", "1", "--device", "cpu"]
     assert train.main([*command, "--minutes", "0"]) == train.MORE_TO_DO
     assert "5 runs are left" in capsys.readouterr().out
+    assert train.main([*command, "--only", "clean/sgd,audit"]) == 0
+    assert len(list((tmp_path / "runs").rglob("history.json"))) == 2
     assert train.main(command) == 0
     written = {
         str(f.parent.relative_to(tmp_path / "runs/reproduction-paper")): History.load(f)

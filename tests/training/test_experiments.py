@@ -222,6 +222,14 @@ def test_learning_rates_are_the_formula(name, epochs):
     assert e.learning_rates() == pytest.approx(by_hand, rel=1e-6, abs=1e-9)
 
 
+def test_a_warm_up_rises_linearly_to_the_rate_and_leaves_the_rest_alone():
+    e = replace(EXPERIMENTS["padam_sgd"], lr_warmup=3)
+    rates, plain = e.learning_rates(), EXPERIMENTS["padam_sgd"].learning_rates()
+    assert rates[:3] == pytest.approx([e.lr / 4, e.lr / 2, e.lr * 3 / 4])
+    assert rates[3:] == plain[3:]
+    assert replace(e, lr_warmup=100).scaled(20).lr_warmup == 10
+
+
 # --- Weights (adaptive, SGD) of every row under both protocols, epochs counted from 1. ---
 
 

@@ -141,3 +141,42 @@ def test_what_cannot_be_captured_goes_on_and_says_why(graphs, capsys, monkeypatc
     said = capsys.readouterr().out.splitlines()
     assert said
     assert all(line.startswith("going on without a CUDA graph, since") for line in said)
+
+
+def test_a_capture_must_be_asked_for_and_follow_a_step(graphs):
+    """Else a graph would repeat one step's corrections, or read numbers that nobody writes."""
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = hl.adam([w])
+    w.grad = torch.ones(2)
+    for message in ("for ever", "take a step"):
+        with pytest.raises(RuntimeError, match=message), torch.cuda.graph(Recorder()):
+            optimizer.step()
+        optimizer.capturable = True
+    assert torch.equal(w.detach(), torch.ones(2))
+
+
+def test_a_replayed_optimizer_keeps_count(graphs):
+    """Rates and weights may change from replay to replay; a state saved then is that step's."""
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    replayed, plain = hl.atmo([ours]), hl.atmo([theirs])
+    replayed.capturable = True
+    ours.grad, theirs.grad = torch.zeros(2), torch.zeros(2)
+    graph = Recorder()
+    for step in range(6):
+        for optimizer, w in ((replayed, ours), (plain, theirs)):
+            w.grad.copy_(torch.tensor([1.0, step]))
+            optimizer.param_groups[0].update(lr=0.1 / (step + 1), lambdas=(0.5, 0.1 * (step + 1)))
+        plain.step()
+        if step < 2:
+            replayed.step()
+            continue
+        if step == 2:
+            with torch.cuda.graph(graph):
+                replayed.step()
+        replayed.advance()
+        graph.replay()
+    torch.testing.assert_close(ours, theirs)
+    assert replayed.state[ours]["step"] == 6
+    replayed.param_groups[0]["lr"] = -1
+    with pytest.raises(ValueError, match="lr=-1"):
+        replayed.advance()

@@ -110,6 +110,17 @@ def test_a_user_s_settings_of_torch_are_left_alone(monkeypatch):
     assert torch.backends.cudnn.allow_tf32
 
 
+def test_with_rarer_checkpoints_a_run_goes_on_from_the_last(tmp_path):
+    e = toy(epochs=5)
+    whole = trained(e, tmp_path / "whole", checkpoint_every=2)
+    trained(e, tmp_path / "cut", checkpoint_every=2, should_stop=after(3 * 3 + 1))
+    begun = []
+    cut = trained(e, tmp_path / "cut", on_epoch=lambda h: begun.append(len(h.rows)))
+    assert begun[0] == 2
+    assert numbers(cut.rows) == numbers(whole.rows)
+    assert torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["rows"] == whole.rows
+
+
 # --- The two protocols. ---
 
 
@@ -411,6 +422,8 @@ REFUSED = [
       for bad in ("quantum", "meta", "mps")],
     *[(toy(), {"device": bad}, rf"{bad}.*use cpu") for bad in ("cuda", "cuda:3")],
     (toy(), {"threads": 0}, r"threads=0: at least 1"),
+    (toy(), {"checkpoint_every": 0}, r"checkpoint_every=0: at least 1"),
+    (toy(), {"capture": True}, r"capture=True needs an NVIDIA GPU, not 'cpu'"),
     (toy(dataset="folder:/nowhere/at/all"), {}, r"no such folder"),
 ]  # fmt: skip
 
