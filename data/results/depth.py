@@ -2,6 +2,7 @@
 
     python data/results/depth.py            # half an hour on two cores; runs/depth
     python data/results/depth.py --list     # what is there and what is left
+    python data/results/depth.py --publish  # data/results/fair/depth.csv: a row per run
 
 The report's PADAM-SGD is not only another rule: its decay is fifty times SGD's, its batch half as
 large, its rate drops twice, its momentum is lower. Here its recipe is walked to SGD's one setting
@@ -23,6 +24,8 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+import pandas as pd
 
 from hybrid_lib import EXPERIMENTS, Experiment
 from hybrid_lib.study.running import run_folder, run_many
@@ -69,12 +72,32 @@ def variants() -> list[Experiment]:
             for seed in SEEDS for name, changes in found.items()]  # fmt: skip
 
 
+def published(out: Path) -> pd.DataFrame:
+    """A row per run: the recipe, the setting changed, and how it ended."""
+    rows = []
+    for e in variants():
+        h = History.load(run_folder(out, e))
+        recipe, _, setting = e.name.partition("-")
+        last = h.final if h.status == "complete" else {}
+        names = "test_accuracy", "test_loss", "train_loss"
+        rows.append({"recipe": recipe, "setting": setting, "seed": e.seed, "status": h.status,
+                     **{name: last.get(name) for name in names},
+                     "best_test_accuracy": h.best["test_accuracy"] if h.rows else None,
+                     "train_seconds": sum(row["train_seconds"] for row in h.rows)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "depth")
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    parser.add_argument("--publish", action="store_true", help="write data/results/fair/depth.csv")
     chosen = parser.parse_args(arguments)
+    if chosen.publish:
+        file = Path(__file__).with_name("fair") / "depth.csv"
+        published(chosen.out).to_csv(file, index=False, float_format="%.5g")
+        return 0
     if chosen.list:
         for e in variants():
             file = run_folder(chosen.out, e) / FILE

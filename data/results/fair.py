@@ -2,6 +2,7 @@
 
     python data/results/fair.py            # two hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
+    python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
 
 The report compares eight recipes. Here every contestant has the same images or text, batches,
 steps and rule for the learning rate, and as many trials of settings drawn from a space of the same
@@ -27,6 +28,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import pandas as pd
 
 from hybrid_lib import Experiment
 from hybrid_lib.optim.methods import get_method
@@ -56,6 +59,9 @@ CONTESTANTS = {  # row that its settings start from, range of the rate, whether 
     "dyn_padam_sgd": ("dyn_padam_sgd", HIGH, False),
     "dyn_adasgd": ("adasgd", HIGH, False),
 }
+
+
+PUBLISHED = Path(__file__).resolve().parent / "fair"
 
 
 def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experiment]:
@@ -110,12 +116,44 @@ def finals(out: Path) -> Iterator[tuple[str, list[Experiment]]]:
         yield f"{task}/final", [replace(e, seed=seed) for seed in FINAL_SEEDS]
 
 
+def published(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row per run, and its validation epoch by epoch: accuracies, of text losses."""
+    runs, epochs = [], []
+    for folder, experiments in itertools.chain(studies(), finals(out)):
+        task, part = folder.split("/")
+        measure = "loss" if task == "python-docs" else "accuracy"
+        for e in experiments:
+            h = History.load(run_folder(out / folder, e))
+            contestant, study, *trial = e.name.split("-")
+            run = f"{folder}/{e.name}-seed{e.seed}"
+            last = h.final if h.status == "complete" else {}
+            runs.append({
+                "run": run, "task": task, "part": part, "contestant": contestant, "study": study,
+                "trial": trial[0] if trial else "", "seed": e.seed, "lr": e.lr,
+                "lr_schedule": e.lr_schedule, "weight_decay": e.weight_decay,
+                "lambda_sgd": e.lambda_start[1] if e.is_hybrid else None,
+                "status": h.status, "validation": last.get(f"validation_{measure}"),
+                "test": last.get(f"test_{measure}"),
+                "train_seconds": sum(row["train_seconds"] for row in h.rows),
+                "torch": h.environment["torch"],
+            })  # fmt: skip
+            epochs += [{"run": run, "epoch": row["epoch"],
+                        "validation": row[f"validation_{measure}"]} for row in h.rows]  # fmt: skip
+    return pd.DataFrame(runs), pd.DataFrame(epochs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "fair")
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    parser.add_argument("--publish", action="store_true", help="write data/results/fair")
     chosen = parser.parse_args(arguments)
+    if chosen.publish:
+        PUBLISHED.mkdir(exist_ok=True)
+        for name, table in zip(("runs", "epochs"), published(chosen.out)):
+            table.to_csv(PUBLISHED / f"{name}.csv", index=False, float_format="%.5g")
+        return 0
     failed = []
     left = [] if chosen.list else [finals(chosen.out)]  # known once all trials are there
     for folder, experiments in itertools.chain(studies(), *left):

@@ -11,8 +11,11 @@ from hybrid_lib.study import statistics
 from hybrid_lib.training import data
 from hybrid_lib.training.history import History
 
-_INSTALLED = Path(__file__).parents[1] / "paper"  # where a wheel puts data/paper
-PAPER = _INSTALLED if _INSTALLED.is_dir() else data.PROJECT / "data" / "paper"
+
+def _shipped(folder: str) -> Path:
+    """A folder of ``data`` that travels with the package; in a wheel it lies beside the rooms."""
+    installed = Path(__file__).parents[1] / Path(folder).name
+    return installed if installed.is_dir() else data.PROJECT / "data" / folder
 
 
 def paper(name: str) -> pd.DataFrame:
@@ -21,8 +24,17 @@ def paper(name: str) -> pd.DataFrame:
     >>> float(paper("table3")["test_accuracy"].max())
     0.8997
     """
-    table = pd.read_csv(PAPER / f"{name}.csv")
+    table = pd.read_csv(_shipped("paper") / f"{name}.csv")
     return table if name == "milestones" else table.set_index("optimizer")
+
+
+def fair(name: str) -> pd.DataFrame:
+    """Comparisons under equal budgets, as published (``data/results/fair``).
+
+    "runs" and "epochs": a row per run, or per epoch of one, of ``fair.py``. "depth": a row per run
+    of ``depth.py``, which takes PADAM-SGD apart.
+    """
+    return pd.read_csv(_shipped("results/fair") / f"{name}.csv")
 
 
 def subject(histories: Sequence[History]) -> str:

@@ -65,7 +65,8 @@ def eager_pass(model: nn.Module, task) -> Pass:
         if probes is not None and part == len(y):
             grads, diag = hessian_diagonal(loss, params, e.hessian_samples, probes)
         else:
-            grads, diag = torch.autograd.grad(loss, params), None
+            grads, diag = torch.autograd.grad(loss * e.loss_scale, params), None
+            grads = grads if e.loss_scale == 1 else [g / e.loss_scale for g in grads]
         if probes is not None and part < len(y):
             discarded: list[Tensor] = []  # the running statistics have seen these items already
             loss_of_part = task.loss(model(x[:part], discarded), y[:part])
@@ -92,12 +93,13 @@ def compiled_pass(model: nn.Module, task) -> Pass:
         statistics: list[Tensor] = []
         outputs = torch.func.functional_call(model, dict(zip(names, params)), (x, statistics))
         loss = task.loss(outputs, y)
-        return loss, (loss, task.right(outputs, y), statistics)
+        return loss * e.loss_scale, (loss, task.right(outputs, y), statistics)
 
     def fused(params, x, y, bits):
         diag, zs = None, [signs(b, params) for b in bits]
         if not zs or part < e.batch_size:
             grads, seen = torch.func.grad(loss_of, has_aux=True)(params, x, y)
+            grads = grads if e.loss_scale == 1 else [g / e.loss_scale for g in grads]
         if zs and part == e.batch_size:
             grads, diag, seen = forward_over_reverse(lambda p: loss_of(p, x, y), params, zs)
         elif zs:

@@ -100,7 +100,9 @@ class Experiment:
     # 0-255 inputs, tests in training mode, whose batches move the running statistics.
     protocol: Literal["clean", "released"] = "clean"
     test_mode: Literal["protocol", "eval", "train"] = "protocol"  # of the network, in the test pass
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # tf32: NVIDIA; both are coarser
+    # tf32: NVIDIA's, of matrix products. bfloat16, float16 (for GPUs without the other): of the
+    # convolutions alone. All three are coarser.
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of weights, order, augmentation and probes
 
     @model_validator(mode="after")
@@ -115,6 +117,8 @@ class Experiment:
         if self.validation_limit is not None and self.tests_in_training_mode:
             ways = "evaluate in evaluation mode (test_mode='eval'), or leave it out"
             raise ValueError(f"validation_limit={self.validation_limit}: {ways}")
+        if self.precision == "float16" and self.needs_hessian:
+            raise ValueError("precision='float16': too narrow for second derivatives; use bfloat16")
         if any(a >= b for a, b in zip(self.lr_milestones, self.lr_milestones[1:])):
             raise ValueError(f"lr_milestones={self.lr_milestones}: must increase")
         if (self.lr_schedule == "multistep") != bool(self.lr_milestones):
@@ -162,6 +166,12 @@ class Experiment:
     def needs_hessian(self) -> bool:
         """Whether one of its rules is AdaHessian."""
         return self.method.needs_hessian
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before it is differentiated, and gradients divided by: so
+        that they do not vanish in float16."""
+        return 2.0**13 if self.precision == "float16" else 1.0
 
     @property
     def tests_in_training_mode(self) -> bool:

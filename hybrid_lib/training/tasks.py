@@ -119,7 +119,7 @@ class ImageClassification:
 def image_model(experiment: Experiment, num_classes: int, in_channels: int) -> ResNet18:
     """The network with this experiment's initial weights; the global generator is untouched."""
     with seeded(experiment.seed):
-        coarse = torch.bfloat16 if experiment.precision == "bfloat16" else None
+        coarse = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(experiment.precision)
         return resnet18(num_classes, in_channels, experiment.width, experiment.stem, coarse)
 
 

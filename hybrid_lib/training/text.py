@@ -146,8 +146,8 @@ def load_text(experiment: Experiment, device: torch.device) -> CharacterPredicti
     for name, usual in {"protocol": "clean", "stem": "cifar", "test_mode": "protocol"}.items():
         if (given := getattr(e, name)) != usual:
             raise ValueError(f"{name}={given!r}: of images alone; dataset={e.dataset!r} is text")
-    if e.precision == "bfloat16":
-        raise ValueError("precision='bfloat16': of convolutions alone; use float32 or tf32")
+    if e.precision not in ("float32", "tf32"):
+        raise ValueError(f"precision={e.precision!r}: of convolutions alone; use float32 or tf32")
     if e.width % HEADS:
         raise ValueError(f"width={e.width}: must be a multiple of the {HEADS} heads")
     text = "\n".join(topics[name] for name in sorted(topics))

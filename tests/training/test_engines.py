@@ -175,6 +175,27 @@ def test_the_diagonal_is_right_under_mixed_precision(precision):
     assert F.cosine_similarity(ours, theirs, dim=0) > (0.8 if precision == "bfloat16" else 0.999)
 
 
+@pytest.mark.parametrize("engine", [engines.eager_pass, engines.compiled_pass])
+def test_small_gradients_survive_float16(monkeypatch, engine):
+    """A ten-thousandth of the loss has a ten-thousandth of the gradient; unscaled it has less."""
+    monkeypatch.setattr(engines, "compiled", lambda function, what, **options: function)
+    x, y = batch(64)
+
+    def gradient(precision, factor):
+        e = experiment("atmo", precision=precision, batch_size=64)
+        of, model = task(e), image_model(e, 3, 1).train()
+        plain = of.loss
+        object.__setattr__(of, "loss", lambda outputs, y: factor * plain(outputs, y))
+        _, _, grads, _ = engine(model, of)(x.float(), y, None)
+        return torch.cat([g.flatten() for g in grads]) / factor
+
+    exact, coarse, small = (
+        gradient(*of) for of in (("float32", 1), ("float16", 1), ("float16", 1e-4))
+    )
+    assert (small - coarse).norm() < 0.02 * coarse.norm()
+    assert 0 < (coarse - exact).norm() < 0.2 * exact.norm()
+
+
 def test_only_long_runs_are_worth_compiling(monkeypatch):
     monkeypatch.setattr(engines, "why_not_compile", lambda device: "")
 

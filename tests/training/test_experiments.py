@@ -178,6 +178,7 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
     ("atmo", {"train_limit": 300, "validation_limit": 50}, "=256 is larger than.*300 - .*=50"),
     ("atmo", {"protocol": "released", "validation_limit": 50}, "test_mode='eval'"),
     ("atmo", {"optimizer": "adam+padam+sgd"}, "adam.padam.sgd.*two rules"),
+    ("adasgd", {"precision": "float16"}, "float16.*use bfloat16"),
     # Settings that the optimizer does not have, or that nothing would use.
     *[(name, {field: value}, f"^{field}={re.escape(repr(value))}: {name} has ")
       for name, field, value in [

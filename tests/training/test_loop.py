@@ -66,7 +66,8 @@ def test_from_a_folder_that_is_not_installed_a_run_knows_no_version(monkeypatch)
 
 CHANGES = [
     {"seed": 1}, {"augment": True}, {"width": 3}, {"lr": 0.02}, {"batch_size": 20},
-    {"protocol": "released"}, {"precision": "bfloat16"}, {"stem": "imagenet", "batch_size": 20},
+    {"protocol": "released"}, {"precision": "bfloat16"}, {"precision": "float16"},
+    {"stem": "imagenet", "batch_size": 20},
 ]  # fmt: skip
 
 

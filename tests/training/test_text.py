@@ -121,7 +121,7 @@ def test_the_compiled_engine_agrees(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"protocol": "released"}, "protocol='released'"), ({"stem": "imagenet"}, "stem='imagenet'"),
-     ({"precision": "bfloat16"}, "bfloat16"), ({"width": 6}, "width=6.*multiple of the 4 heads"),
+     ({"precision": "float16"}, "float16"), ({"width": 6}, "width=6.*multiple of the 4 heads"),
      ({"train_limit": 10**6}, r"train_limit=1000000: there are \d+ windows"),
      ({"validation_limit": 33}, "batch_size=8")],
 )  # fmt: skip
