@@ -11,11 +11,11 @@ from hybrid_lib.study import statistics
 from hybrid_lib.training import data
 from hybrid_lib.training.history import History
 
-
-def _shipped(folder: str) -> Path:
-    """A folder of ``data`` that travels with the package; in a wheel it lies beside the rooms."""
-    installed = Path(__file__).parents[1] / Path(folder).name
-    return installed if installed.is_dir() else data.PROJECT / "data" / folder
+_INSTALLED = Path(__file__).parents[1]  # where a wheel puts them
+PAPER, FAIR = (
+    _INSTALLED / name if (_INSTALLED / name).is_dir() else data.PROJECT / "data" / folder
+    for name, folder in (("paper", "paper"), ("fair", "results/fair"))
+)
 
 
 def paper(name: str) -> pd.DataFrame:
@@ -24,7 +24,7 @@ def paper(name: str) -> pd.DataFrame:
     >>> float(paper("table3")["test_accuracy"].max())
     0.8997
     """
-    table = pd.read_csv(_shipped("paper") / f"{name}.csv")
+    table = pd.read_csv(PAPER / f"{name}.csv")
     return table if name == "milestones" else table.set_index("optimizer")
 
 
@@ -34,7 +34,7 @@ def fair(name: str) -> pd.DataFrame:
     "runs" and "epochs": a row per run, or per epoch of one, of ``fair.py``. "depth": a row per run
     of ``depth.py``, which takes PADAM-SGD apart.
     """
-    return pd.read_csv(_shipped("results/fair") / f"{name}.csv")
+    return pd.read_csv(FAIR / f"{name}.csv")
 
 
 def subject(histories: Sequence[History]) -> str:
@@ -75,7 +75,10 @@ def accuracies(histories: Sequence[History]) -> pd.DataFrame:
 
 
 def seconds(histories: Sequence[History]) -> pd.DataFrame:
-    """Seconds per epoch of every method (medians), and their ratio to SGD beside the report's."""
+    """Seconds per epoch of every method (medians), and their ratio to SGD beside the report's.
+
+    There is none to an SGD of another precision.
+    """
     named, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
     for name, group in statistics.group_by_method(histories).items():
         epochs = pd.DataFrame([row for h in group for row in (h.rows[1:] or h.rows)])
@@ -86,4 +89,8 @@ def seconds(histories: Sequence[History]) -> pd.DataFrame:
         }  # fmt: skip
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(named)
     table["ratio to SGD"] /= table["ratio to SGD"].get(methods.label("sgd"), np.nan)
+    precisions = {h.label: h.experiment.precision for h in histories}
+    for name in set(table.index) & precisions.keys():
+        if precisions[name] != precisions.get(methods.label("sgd")):
+            table.loc[name, "ratio to SGD"] = np.nan
     return table
