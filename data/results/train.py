@@ -143,13 +143,20 @@ def widest(minutes: float, chosen: argparse.Namespace) -> str:
     for scale in ("paper", "paper-32", "paper-16"):
         out = chosen.out or data.PROJECT / "runs" / f"reproduction-{scale}"
         for folder, experiment in matrix(scale, "cifar10", chosen.precision, chosen.seeds):
-            if state(out / folder)[0] not in OVER:
-                needed = seconds(experiment, chosen.device) / 60
+            status, done = state(out / folder)
+            if status not in OVER and is_chosen(folder, chosen):
+                share = 1 - done / experiment.epochs
+                needed = share * seconds(experiment, chosen.device) / 60
                 print(f"{scale}: {folder} takes about {needed:.1f} minutes")
+                if needed <= minutes:
+                    return scale
                 break
-        if needed <= minutes:
-            break
     return scale
+
+
+def is_chosen(folder: str, chosen: argparse.Namespace) -> bool:
+    """Whether ``--only`` names it."""
+    return any(part in folder for part in chosen.only.split(","))
 
 
 def state(folder: Path) -> tuple[str, int]:
@@ -168,13 +175,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", choices=(*SCALES, "auto"), default="paper",
                         help="auto: the widest of paper, paper-32 and paper-16 whose next run fits "
                         "into the minutes")  # fmt: skip
-    parser.add_argument("--precision", default="float32", help="tf32 or bfloat16: faster on GPUs")
+    parser.add_argument("--precision", default="float32", help="tf32, bfloat16: faster on GPUs")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="length of a slice")
     parser.add_argument("--only", default="", metavar="PART,…",
                         help="runs whose folder's name has one of these in it")  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=1, help="so many processes share the work")
-    parser.add_argument("--checkpoint-every", type=int, default=1, help="so many epochs")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=1, help="epochs between checkpoints"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="default: the runs that are long enough")  # fmt: skip
@@ -191,11 +200,15 @@ def main(arguments: list[str] | None = None) -> int:
         unpacked_to = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
         dataset = f"folder:{unpacked_to.as_posix()}"
 
-    alone = [sys.executable, __file__, *arguments, "--scale", chosen.scale, "--jobs", "1"]
+    if chosen.jobs > 1 and not chosen.list:
+        data.load(dataset, 100, 100)  # downloads, if need be, before everybody does
+    minutes = str(max(0.0, end - time.monotonic()) / 60)
+    alone = [sys.executable, __file__, *arguments, "--scale", chosen.scale, "--jobs", "1",
+             "--minutes", minutes]  # fmt: skip
     others = [subprocess.Popen(alone) for _ in range(1, 1 if chosen.list else chosen.jobs)]
     runs = [(folder, experiment) for folder, experiment
             in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds)
-            if any(part in folder for part in chosen.only.split(","))]  # fmt: skip
+            if is_chosen(folder, chosen)]  # fmt: skip
     for folder, experiment in runs:
         if chosen.list:
             status, done = state(out / folder)
@@ -212,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
                     should_stop=lambda: time.monotonic() > end,
                 )  # fmt: skip
         except filelock.Timeout:
-            continue  # another of the jobs is at it
+            continue  # another job has claimed it
         except RuntimeError as error:  # of this run; the others can go on
             print(f"{folder}: {error}", file=sys.stderr)
     for other in others:

@@ -29,14 +29,14 @@ def product(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
 
 def sum_of_steps(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
     """Σ λᵢ ηᵢ dᵢ: what adding up the steps of finished optimizers gives."""
-    return _weighted_sum([λi * ηi for λi, ηi in zip(λ, η)], d)
+    return _weighted_sum(_weighed(λ, η), d)
 
 
 def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
     """(Σ λᵢ ‖ηᵢ dᵢ‖) d₁ / ‖d₁‖ for each tensor: the first rule's direction, at the length that the
     rules agree on (Agarwal et al. 2020, at λ = (0, 1))."""
     lengths = [each(torch.linalg.vector_norm, di) for di in d]
-    length = _weighted_sum([λi * ηi for λi, ηi in zip(λ, η)], lengths)
+    length = _weighted_sum(_weighed(λ, η), lengths)
     unit = d[0].div(lengths[0].clamp_min(torch.finfo(torch.float32).tiny))
     return None if length is None else unit.mul_(length)
 
@@ -156,7 +156,9 @@ class Hybrid(Optimizer):
 
     def _forget(self) -> None:
         self._compiled: dict[tuple, tuple] = {}  # by all that torch does not look at
-        self._captured: dict[tuple, tuple] = {}  # by parameters that move together
+        # Numbers that CUDA graphs read, by parameters that move together; and those that do.
+        self._cells: dict[tuple, tuple] = {}
+        self._replayed: set[tuple] = set()
 
     @property
     def needs_hessian(self) -> bool:
@@ -191,9 +193,17 @@ class Hybrid(Optimizer):
 
         To be called before every replay of a graph in which ``step`` was captured. Learning rates,
         weights and bias corrections are those of now; what was 0 in the capture stays 0.
+
+        Raises:
+            RuntimeError: if no step has been captured since the state was made or loaded.
+            ValueError: as ``step`` does; nothing has been counted then.
         """
-        for group, states, cells in self._captured.values():
+        if not self._replayed:
+            raise RuntimeError("no step was captured since this state was made or loaded: do so")
+        for group in self.param_groups:
             _check_rates(group)
+        for together in self._replayed:
+            group, states, cells = self._cells[together]
             t = states[0]["step"] + 1
             for state in states:
                 state["step"] = t
@@ -255,7 +265,7 @@ class Hybrid(Optimizer):
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
         if self.capturable:
-            later = self._read_later(group, params, states, corrections)
+            later = self._numbers_in_graphs(group, params, states, corrections)
             η, λ, corrections = later if _capturing() else (η, λ, corrections)
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
         if not group["compile"] and not foreach:
@@ -280,20 +290,22 @@ class Hybrid(Optimizer):
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
         fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
 
-    def _read_later(self, group: dict, params, states, corrections) -> tuple:
+    def _numbers_in_graphs(self, group: dict, params, states, corrections) -> tuple:
         """η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
 
-        Made by steps before the capture: in a graph's own memory another tensor, needed only before
-        the optimizer's turn, may have had their place.
+        Allocated by a step before the capture: memory of the graph's own may have been another
+        tensor's, one that is dead by the time the optimizer runs.
         """
         λ, together = group["lambdas"], tuple(map(id, params))
-        if together not in self._captured:
+        if together not in self._cells:
             if _capturing():
                 raise RuntimeError("take a step with capturable set before you capture one")
             n, dtype = 1 + len(λ) + sum(map(len, corrections)), state_dtype(params[0])
             cells = torch.empty(n, dtype=dtype, device=params[0].device)
-            self._captured[together] = group, states, cells
-        cell = iter(self._captured[together][-1].unbind())
+            self._cells[together] = group, states, cells
+        if _capturing():
+            self._replayed.add(together)
+        cell = iter(self._cells[together][-1].unbind())
         η, λ = next(cell), [c if λi != 0 else 0.0 for λi, c in zip(λ, cell)]
         return η, λ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
 
@@ -438,6 +450,11 @@ def _weighted_sum(weights: Sequence[Number], terms: Sequence):
         if isinstance(λ, Tensor) or λ != 0
     ]
     return functools.reduce(lambda total, term: total.add_(term), weighed) if weighed else None
+
+
+def _weighed(λ: Sequence[Number], η: Sequence[Number]) -> list[Number]:
+    """λᵢ ηᵢ, but the number 0 where λᵢ is: a rule that has no weight is left out."""
+    return [λi * ηi if isinstance(λi, Tensor) or λi != 0 else 0.0 for λi, ηi in zip(λ, η)]
 
 
 def _times(λ: Tensor, x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def eager_pass(model: nn.Module, task) -> Pass:
             grads, diag = hessian_diagonal(loss, params, e.hessian_samples, probes)
         else:
             grads, diag = torch.autograd.grad(loss * e.loss_scale, params), None
-            grads = grads if e.loss_scale == 1 else [g / e.loss_scale for g in grads]
+            grads = _unscaled(grads, e.loss_scale)
         if probes is not None and part < len(y):
             discarded: list[Tensor] = []  # the running statistics have seen these items already
             loss_of_part = task.loss(model(x[:part], discarded), y[:part])
@@ -99,7 +99,7 @@ def compiled_pass(model: nn.Module, task) -> Pass:
         diag, zs = None, [signs(b, params) for b in bits]
         if not zs or part < e.batch_size:
             grads, seen = torch.func.grad(loss_of, has_aux=True)(params, x, y)
-            grads = grads if e.loss_scale == 1 else [g / e.loss_scale for g in grads]
+            grads = _unscaled(grads, e.loss_scale)
         if zs and part == e.batch_size:
             grads, diag, seen = forward_over_reverse(lambda p: loss_of(p, x, y), params, zs)
         elif zs:
@@ -143,7 +143,7 @@ def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> 
     Every kind of call (shapes, with probes or without, which λ are 0) has a graph of its own, which
     is captured after the second such call; those two run as they are, which compiles, chooses
     algorithms and makes buffers. What cannot be captured goes on as it is, and a line says why.
-    What a replay answers is overwritten by the next of its kind.
+    Read what it returns before the next call of any function that shares ``pool``.
 
     Args:
         function: computes on tensors alone, and may write into others that stay where they are;
@@ -151,43 +151,69 @@ def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> 
         optimizer: whose step is part of it.
         pool: of memory (``torch.cuda.graph_pool_handle()``), for graphs that never run at the same
             time.
-    """
-    graphs, calls = {}, Counter()
 
-    def capture(x, y, probes):
-        graph, held = torch.cuda.CUDAGraph(), (x.clone(), y.clone())
+    Raises:
+        RuntimeError: where a failed capture leaves torch in no state to go on.
+    """
+    kept: dict[tuple, tuple] = {}  # by kind: its inputs' place, and its graph and results, or None
+    calls, streams = Counter(), {}
+
+    def capture(held, probes):
+        graph, device = torch.cuda.CUDAGraph(), held[0].device
         if probes is not None:
             graph.register_generator_state(probes)
-        try:
-            with torch.cuda.graph(graph, pool=pool):
-                return graph, held, function(*held, probes)
-        except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"going on without a CUDA graph, since this step cannot be captured ({reason})")
-            return None
+        stream = streams.setdefault(device, torch.cuda.Stream(device))
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        failed = None
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            try:
+                with torch.cuda.graph(graph, **how):
+                    try:
+                        return graph, function(*held, probes)
+                    except RuntimeError as error:  # within, so that torch can end the capture
+                        failed = error
+            except RuntimeError as error:
+                reason = "a CUDA graph was cut short; run again, with capture=False"
+                raise RuntimeError(f"{reason} ({_first_line(failed or error)})") from error
+        reason = f"this step cannot be captured ({_first_line(failed)})"
+        print(f"going on without a CUDA graph, since {reason}")
+        return None
 
     def call(x, y, probes=None):
-        kind = [x.shape, y.shape, probes is None]
-        if optimizer is not None:
-            kind += [λ != 0 for group in optimizer.param_groups for λ in group["lambdas"]]
-        kind = tuple(kind)
-        if graphs.get(kind) is None:
-            answer = function(x, y, probes)
-            calls[kind] += 1
-            if calls[kind] == 2:
-                graphs[kind] = capture(x, y, probes)
-            return answer
-        graph, held, answer = graphs[kind]
+        groups = () if optimizer is None else optimizer.param_groups
+        used = (λ != 0 for group in groups for λ in group["lambdas"])
+        kind = (x.shape, y.shape, probes is None, *used)
+        if kind not in kept:
+            kept[kind] = (x.clone(), y.clone()), None
+        held, graph = kept[kind]
         for tensor, new in zip(held, (x, y)):
             tensor.copy_(new)
+        if graph is None:
+            answer = function(*held, probes)
+            calls[kind] += 1
+            if calls[kind] == 2:
+                kept[kind] = held, capture(held, probes)
+            return answer
         if optimizer is not None:
             optimizer.advance()
-        graph.replay()
-        return answer
+        graph[0].replay()
+        return graph[1]
 
     if optimizer is not None:
         optimizer.capturable = True
     return call
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _unscaled(grads, scale: float) -> list[Tensor]:
+    """Divided by the loss's scale; zero in a step in which one of them left float16's range."""
+    if scale == 1:
+        return grads
+    finite = torch.stack([g.isfinite().all() for g in grads]).all()
+    return [torch.where(finite, g / scale, 0.0) for g in grads]
 
 
 def _hessian_items(experiment: Experiment, n: int) -> int:

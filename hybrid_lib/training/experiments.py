@@ -63,7 +63,8 @@ class Experiment:
     lr_schedule: Literal["constant", "cosine", "multistep"] = "constant"  # cosine: equation 1, to 0
     lr_milestones: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = ()  # in epochs
     lr_gamma: Positive = 0.1  # times which the rate goes on after each milestone
-    lr_warmup: Annotated[int, Field(ge=0)] = 0  # epochs in which it rises, linearly; the report: 0
+    # Epochs in which the rate rises, linearly; again after restart_epoch. The report has none.
+    lr_warmup: Annotated[int, Field(ge=0)] = 0
     # Before this epoch the optimizer and its rate start anew and only the weights stay, as happened
     # to the report's AdaHessian at epoch 146.
     restart_epoch: Count | None = None
@@ -124,6 +125,8 @@ class Experiment:
         if (self.lr_schedule == "multistep") != bool(self.lr_milestones):
             given = f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}"
             raise ValueError(f"{given}: give milestones to 'multistep', and only to it")
+        if self.lr_warmup >= self.epochs:
+            raise ValueError(f"lr_warmup={self.lr_warmup}: fewer than epochs={self.epochs}")
         if self.restart_epoch is not None and not 2 <= self.restart_epoch <= self.epochs:
             allowed = f"between 2 and epochs={self.epochs}"
             raise ValueError(f"restart_epoch={self.restart_epoch}: must lie {allowed}")
@@ -169,8 +172,8 @@ class Experiment:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by before it is differentiated, and gradients divided by: so
-        that they do not vanish in float16."""
+        """Factor on the loss, divided out of the gradients, so that they do not underflow in
+        float16."""
         return 2.0**13 if self.precision == "float16" else 1.0
 
     @property
@@ -251,7 +254,7 @@ class Experiment:
         restart = self.restart_epoch and max(2, round(self.restart_epoch * share))
         return dataclasses.replace(
             self, epochs=epochs, lr_milestones=tuple(milestones), lambda_epochs=horizon,
-            restart_epoch=restart, lr_warmup=round(self.lr_warmup * share),
+            restart_epoch=restart, lr_warmup=min(round(self.lr_warmup * share), epochs - 1),
         )  # fmt: skip
 
 

@@ -168,15 +168,17 @@ def only_writer(folder: Path) -> Iterator[None]:
             ) from error
 
 
-def save_checkpoint(folder: Path, experiment: Experiment, model, optimizer, rows) -> None:
-    """Write ``last.pt``; what was there becomes ``prev.pt``."""
+def save_checkpoint(
+    folder: Path, experiment: Experiment, model: dict, optimizer: dict, rows: list[dict]
+) -> None:
+    """Write ``last.pt``, from two ``state_dict()``; what was there becomes ``prev.pt``."""
     content = io.BytesIO()
     state = {
         "format": FORMAT,
         "experiment": dataclasses.asdict(experiment),
         "rows": rows,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": model,
+        "optimizer": optimizer,
     }
     torch.save({**state, "checksum": _checksum(state)}, content)
     write_atomically(folder / "last.pt", content.getvalue(), keep=folder / "prev.pt")

@@ -7,6 +7,7 @@ rows, for those who want to watch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -64,7 +65,8 @@ def run(
     Args:
         experiment: what to run.
         out: the run's folder. After every epoch ``history.json`` and ``last.pt`` (the state) are in
-            it; a later call continues, to the same numbers. None: nothing is kept.
+            it; a later call continues, to the same numbers, on a GPU up to rounding. None: nothing
+            is kept.
         device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
         progress: print a line per epoch.
         should_stop: asked before every step; True ends the call with status "stopped".
@@ -72,12 +74,13 @@ def run(
             (with the rows of a checkpoint, if any) and after every epoch.
         compile: whether ``torch.compile`` fuses the training step: the same numbers up to rounding.
             None: as the run began, or for a new run if that saves time (:func:`should_compile`).
-        capture: whether a CUDA graph repeats the step, one launch instead of hundreds. None: on
-            NVIDIA GPUs.
+        capture: whether a CUDA graph repeats the step, one launch instead of hundreds. None: as
+            the run began, or on NVIDIA GPUs.
         threads: of the CPU; another number rounds sums in another order, and a seed ends elsewhere.
             None: as the run began, or one: the same numbers on every machine.
-        checkpoint_every: so many epochs. More than one saves time where an epoch takes no longer
-            than writing the state does; what comes after a checkpoint is then trained again.
+        checkpoint_every: epochs between checkpoints. More than one saves time where an epoch takes
+            no longer than writing the state does. The state is also written when the call ends;
+            only a process that is killed trains the epochs since the last checkpoint again.
 
     Returns:
         The history, "complete", "stopped", or "diverged" if a loss was not finite: a result, kept
@@ -112,12 +115,14 @@ def run(
     on_gpu = task.device.type == "cuda"
     if capture and not on_gpu:
         raise ValueError(f"capture=True needs an NVIDIA GPU, not {task.device.type!r}")
-    how = {"compile": compile, "capture": on_gpu if capture is None else capture,
+    if capture is None:
+        capture = on_gpu and begun.get("cuda_graphs", True)
+    how = {"compile": compile, "capture": capture,
            "checkpoint_every": checkpoint_every, "should_stop": should_stop}  # fmt: skip
     usual = 1 if task.device.type == "cpu" else torch.get_num_threads()
     threads = threads or begun.get("cpu_threads", usual)
     with contextlib.nullcontext() if folder is None else only_writer(folder), _cpu_threads(threads):
-        history = History(experiment, environment=_environment(task, compile, how["capture"]))
+        history = History(experiment, environment=_environment(task, compile, capture))
         _train_until_done(history, task, folder, progress, on_epoch, how)
     return history
 
@@ -133,7 +138,8 @@ def epochs(
 ) -> Iterator[list[dict]]:
     """The loop. Yields all rows so far, first those of the checkpoint, then after every epoch.
 
-    When rows are yielded, the checkpoint that belongs to them, if one does, is on disk.
+    When rows are yielded, the checkpoint that belongs to them is on disk, or will be when the
+    generator ends.
 
     Raises:
         Diverged, Stopped: in the middle of an epoch; rows and checkpoint are those before it.
@@ -151,33 +157,40 @@ def epochs(
 
     rows = [] if folder is None else restore_checkpoint(folder, experiment, model, optimizer)
     yield rows
-    for epoch in range(len(rows), experiment.epochs):
-        if epoch + 1 == experiment.restart_epoch:
-            optimizer = experiment.build_optimizer(model.parameters(), compile)
-            step = repeated(training_step(model, one_pass, optimizer), optimizer)
-        for group in optimizer.param_groups:
-            group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
+    unsaved = None  # the state after the last epoch, while no disk has it
+    try:
+        for epoch in range(len(rows), experiment.epochs):
+            if epoch + 1 == experiment.restart_epoch:
+                optimizer = experiment.build_optimizer(model.parameters(), compile)
+                step = repeated(training_step(model, one_pass, optimizer), optimizer)
+            for group in optimizer.param_groups:
+                group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
 
-        row = {"epoch": epoch + 1, "lr": learning_rates[epoch], "lambdas": lambdas(epoch)}
-        with gpu_settings(experiment):
-            start = now(task.device)
-            model.train()
-            probes.manual_seed(data.seed_of("probes", experiment.seed, epoch))
-            row["train_loss"], row["train_accuracy"] = _train(
-                step, optimizer, probes, task, epoch, should_stop, layout
-            )
-            trained = now(task.device)
-            model.train(experiment.tests_in_training_mode)
-            row["test_loss"], row["test_accuracy"] = _test(evaluate, task, epoch, layout)
-            tested = now(task.device)
-            if experiment.validation_limit is not None:
-                measured = _test(evaluate, task, epoch, layout, "validation")
-                row["validation_loss"], row["validation_accuracy"] = measured
-        rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
-        due = (epoch + 1) % checkpoint_every == 0 or epoch + 1 == experiment.epochs
-        if folder is not None and due:
-            save_checkpoint(folder, experiment, model, optimizer, rows)
-        yield rows
+            row = {"epoch": epoch + 1, "lr": learning_rates[epoch], "lambdas": lambdas(epoch)}
+            with gpu_settings(experiment):
+                start = now(task.device)
+                model.train()
+                probes.manual_seed(data.seed_of("probes", experiment.seed, epoch))
+                row["train_loss"], row["train_accuracy"] = _train(
+                    step, optimizer, probes, task, epoch, should_stop, layout
+                )
+                trained = now(task.device)
+                model.train(experiment.tests_in_training_mode)
+                row["test_loss"], row["test_accuracy"] = _test(evaluate, task, epoch, layout)
+                tested = now(task.device)
+                if experiment.validation_limit is not None:
+                    measured = _test(evaluate, task, epoch, layout, "validation")
+                    row["validation_loss"], row["validation_accuracy"] = measured
+            rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
+            state = model.state_dict(), optimizer.state_dict(), rows
+            due = (epoch + 1) % checkpoint_every == 0 or epoch + 1 == experiment.epochs
+            unsaved = None if due else copy.deepcopy(state)
+            if due and folder is not None:
+                save_checkpoint(folder, experiment, *state)
+            yield rows
+    finally:
+        if unsaved is not None and folder is not None:
+            save_checkpoint(folder, experiment, *unsaved)
 
 
 def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tuple[float, float]:
@@ -289,7 +302,7 @@ def fast_layout(device: torch.device, compile: bool) -> torch.memory_format:
 @contextlib.contextmanager
 def gpu_settings(experiment: Experiment) -> Iterator[None]:
     """For NVIDIA GPUs: TF32 or not (torch lets convolutions), and the fastest algorithm for each
-    convolution, found by trying, so that two runs may round otherwise. Afterwards as before."""
+    convolution, found by trying, so that two runs may differ by rounding. Afterwards as before."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     allowed = experiment.precision == "tf32"

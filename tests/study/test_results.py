@@ -105,6 +105,12 @@ def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_p
         estimates = [line for line in said.splitlines() if "takes about" in line]
         assert estimates[-1].startswith(f"{scale}: released/padam_sgd-seed0 takes about")
         assert said.count("to do") == 26
+    monkeypatch.setattr(train, "state", lambda folder: ("stopped", 150))  # three quarters are done
+    train.main([*command, "2.5", "--only", "clean/padam_sgd"])
+    assert capsys.readouterr().out.startswith("paper: clean/padam_sgd-seed0 takes about 2.5")
+    monkeypatch.setattr(train, "state", lambda folder: ("complete", 200))
+    train.main([*command, "9"])
+    assert "takes about" not in capsys.readouterr().out
 
 
 def test_a_run_s_time_is_that_of_its_steps():

@@ -61,7 +61,7 @@ def graphs(monkeypatch):
     recording, made = [], []
 
     @contextlib.contextmanager
-    def graph(recorder, pool=None):
+    def graph(recorder, **how):
         made.append(recorder)
         recording.append(recorder)
         try:
@@ -77,6 +77,10 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: contextlib.nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
@@ -180,3 +184,26 @@ def test_a_replayed_optimizer_keeps_count(graphs):
     replayed.param_groups[0]["lr"] = -1
     with pytest.raises(ValueError, match="lr=-1"):
         replayed.advance()
+    assert replayed.state[ours]["step"] == 6
+    replayed.load_state_dict(plain.state_dict())  # into other buffers than the graph's
+    with pytest.raises(RuntimeError, match="no step was captured"):
+        replayed.advance()
+
+
+@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_rule_without_weight_is_left_out_of_a_replay(merge, foreach, graphs):
+    """Even where its direction is not finite: Adam's, for a gradient of zero and no eps."""
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = hl.atmo([w], eps=0.0, lambdas=(0.0, 1.0), merge=merge, foreach=foreach)
+    optimizer = hl.Hybrid(
+        [w], optimizer.param_groups[0]["rules"][::-1], lr=0.1, lambdas=(1.0, 0.0), merge=merge,
+        foreach=foreach,
+    )  # fmt: skip
+    optimizer.capturable, w.grad, graph = True, torch.zeros(2), Recorder()
+    optimizer.step()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    optimizer.advance()
+    graph.replay()
+    assert w.isfinite().all()

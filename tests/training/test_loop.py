@@ -115,11 +115,20 @@ def test_with_rarer_checkpoints_a_run_goes_on_from_the_last(tmp_path):
     e = toy(epochs=5)
     whole = trained(e, tmp_path / "whole", checkpoint_every=2)
     trained(e, tmp_path / "cut", checkpoint_every=2, should_stop=after(3 * 3 + 1))
-    begun = []
-    cut = trained(e, tmp_path / "cut", on_epoch=lambda h: begun.append(len(h.rows)))
-    assert begun[0] == 2
+    begun, saved = [], []
+
+    def look(h):
+        begun.append(len(h.rows))
+        saved.append(len(torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["rows"]))
+
+    cut = trained(e, tmp_path / "cut", checkpoint_every=2, on_epoch=look)
+    assert begun == [3, 4, 5], "the state was written when the call ended"
+    assert saved == [3, 4, 5]
     assert numbers(cut.rows) == numbers(whole.rows)
-    assert torch.load(tmp_path / "whole" / "last.pt", weights_only=True)["rows"] == whole.rows
+    saved.clear()
+    trained(e, tmp_path / "anew" / ".." / "cut2", checkpoint_every=3,
+            on_epoch=lambda h: saved.append((tmp_path / "cut2" / "last.pt").exists()))  # fmt: skip
+    assert saved == [False, False, False, True, True, True]
 
 
 # --- The two protocols. ---
