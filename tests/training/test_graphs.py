@@ -195,11 +195,8 @@ def test_a_replayed_optimizer_keeps_count(graphs):
 def test_a_rule_without_weight_is_left_out_of_a_replay(merge, foreach, graphs):
     """Even where its direction is not finite: Adam's, for a gradient of zero and no eps."""
     w = torch.nn.Parameter(torch.ones(2))
-    optimizer = hl.atmo([w], eps=0.0, lambdas=(0.0, 1.0), merge=merge, foreach=foreach)
-    optimizer = hl.Hybrid(
-        [w], optimizer.param_groups[0]["rules"][::-1], lr=0.1, lambdas=(1.0, 0.0), merge=merge,
-        foreach=foreach,
-    )  # fmt: skip
+    rules = hl.rules.SGD(), hl.rules.Adam(eps=0.0)
+    optimizer = hl.Hybrid([w], rules, lr=0.1, lambdas=(1.0, 0.0), merge=merge, foreach=foreach)
     optimizer.capturable, w.grad, graph = True, torch.zeros(2), Recorder()
     optimizer.step()
     with torch.cuda.graph(graph):
