@@ -53,10 +53,32 @@ def test_a_compiled_run_is_the_eager_one(capture, pictures):
     assert found == pytest.approx(losses("adasgd", "cuda", **changes), rel=1e-2)
 
 
-def test_a_captured_text_is_the_cpu_s():
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_captured_text_is_the_cpu_s(compile):
     changes = {"dataset": "python-docs", "width": 8, **SLOWLY}
-    found = losses("atmo", "cuda", capture=True, **changes)
+    found = losses("atmo", "cuda", capture=True, compile=compile, **changes)
     assert found == pytest.approx(losses("atmo", "cpu", **changes), rel=1e-2)
+
+
+def test_a_capture_that_fails_leaves_torch_as_it_was(monkeypatch):
+    """The run goes on, or says how to: a look at a value may end the capture for good."""
+    expected, loss = losses("adasgd", "cuda", **SLOWLY), ImageClassification.loss
+
+    def looking(*arguments, **how):
+        value = loss(*arguments, **how)
+        assert value.item() > 0
+        return value
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageClassification, "loss", looking)
+        try:
+            found = losses("adasgd", "cuda", capture=True, **SLOWLY)
+        except RuntimeError as error:
+            assert "capture=False" in str(error)
+            found = losses("adasgd", "cuda", **SLOWLY)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert losses("adasgd", "cuda", capture=True, **SLOWLY) == pytest.approx(expected, rel=1e-2)
 
 
 def one_pass(precision: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
