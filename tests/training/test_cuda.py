@@ -74,7 +74,8 @@ def test_a_capture_that_fails_leaves_torch_as_it_was(monkeypatch):
         try:
             found = losses("adasgd", "cuda", capture=True, **SLOWLY)
         except RuntimeError as error:
-            assert "capture=False" in str(error)
+            if "capture=False" not in str(error):
+                raise
             found = losses("adasgd", "cuda", **SLOWLY)
     assert found == pytest.approx(expected, rel=1e-3)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
