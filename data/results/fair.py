@@ -2,6 +2,7 @@
 
     python data/results/fair.py            # two hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
+    python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width
     python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
 
 The report compares eight recipes. Here every contestant has the same images or text, batches,
@@ -42,7 +43,13 @@ TASKS = {
     "digits": {"epochs": 12, "width": 8, "batch_size": 32, "validation_limit": 240},
     "python-docs": {"epochs": 6, "width": 32, "batch_size": 32, "train_limit": 2200,
                     "test_limit": 500, "validation_limit": 200},
+    "cifar10-jpeg": {"dataset": "folder:data/cifar10-jpeg", "epochs": 15, "width": 8,
+                     "batch_size": 128, "train_limit": 11_000, "test_limit": 2_000,
+                     "validation_limit": 1_000},
+    "cifar10": {"epochs": 30, "batch_size": 128, "validation_limit": 5_000},
 }  # fmt: skip
+# What is published; real images on a CPU, a day or two; and on a GPU, at full width.
+SCALES = {"cpu": ("digits", "python-docs"), "images": ("cifar10-jpeg",), "paper": ("cifar10",)}
 SCHEDULES = ("cosine", "constant")  # of the learning rate, for everyone
 STUDIES, TRIALS, FINAL_SEEDS = 3, 5, range(1, 6)
 # Three decades of the learning rate each, around the rates that papers give for the method.
@@ -67,7 +74,9 @@ PUBLISHED = Path(__file__).resolve().parent / "fair"
 def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experiment]:
     """Five trials: rate and decay, and of a hybrid the weight of SGD, if constant."""
     row, (low, high), constant = CONTESTANTS[contestant]
-    fixed = {**TASKS[task], "lr_schedule": schedule, "lr_milestones": []}
+    sizes = dict(TASKS[task])
+    dataset = sizes.pop("dataset", task)
+    fixed = {**sizes, "lr_schedule": schedule, "lr_milestones": []}
     space = {"lr": {"low": low, "high": high, "log": True},
              "weight_decay": {"low": 1e-5, "high": 1e-2, "log": True}}  # fmt: skip
     method = get_method(row.removeprefix("dyn_"))
@@ -78,16 +87,16 @@ def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experi
         fixed["lambda_schedule"] = "constant"
     elif method.is_hybrid:  # from the adaptive rule to SGD, over all epochs
         fixed |= {"lambda_start": (1, 0), "lambda_epochs": None}
-    sweep = Sweep(optimizer=row, scale="paper", dataset=task, fixed=fixed, random=space,
+    sweep = Sweep(optimizer=row, scale="paper", dataset=dataset, fixed=fixed, random=space,
                   draws=TRIALS, draw_seed=study)  # fmt: skip
     experiments, refused = sweep.plan()
     assert (len(experiments), refused) == (TRIALS, [])
     return [replace(e, name=f"{contestant}-{study}-{i}") for i, e in enumerate(experiments)]
 
 
-def studies() -> Iterator[tuple[str, list[Experiment]]]:
+def studies(scale: str = "cpu") -> Iterator[tuple[str, list[Experiment]]]:
     """(folder, trials): everyone's first study, then everyone's second, …"""
-    for study, task, schedule in itertools.product(range(STUDIES), TASKS, SCHEDULES):
+    for study, task, schedule in itertools.product(range(STUDIES), SCALES[scale], SCHEDULES):
         for contestant in CONTESTANTS:
             yield f"{task}/{schedule}", trials(task, schedule, contestant, study)
 
@@ -104,10 +113,10 @@ def chosen_of(histories: list[History]) -> History:
     return max(histories, key=goodness)
 
 
-def finals(out: Path) -> Iterator[tuple[str, list[Experiment]]]:
+def finals(out: Path, scale: str = "cpu") -> Iterator[tuple[str, list[Experiment]]]:
     """(folder, seeds): the best of all of a contestant's trials, with seeds that no trial had."""
     tried: dict[tuple, list[History]] = {}
-    for folder, experiments in studies():
+    for folder, experiments in studies(scale):
         of = folder.partition("/")[0], experiments[0].name.partition("-")[0]
         tried[of] = tried.get(of, []) + [History.load(run_folder(out / folder, e))
                                          for e in experiments]  # fmt: skip
@@ -145,6 +154,8 @@ def published(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "fair")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
     parser.add_argument("--publish", action="store_true", help="write data/results/fair")
@@ -155,15 +166,22 @@ def main(arguments: list[str] | None = None) -> int:
             table.to_csv(PUBLISHED / f"{name}.csv", index=False, float_format="%.5g")
         return 0
     failed = []
-    left = [] if chosen.list else [finals(chosen.out)]  # known once all trials are there
-    for folder, experiments in itertools.chain(studies(), *left):
+    # What is chosen is known once all trials are there.
+    left = [] if chosen.list else [finals(chosen.out, chosen.scale)]
+    for folder, experiments in itertools.chain(studies(chosen.scale), *left):
         out = chosen.out / folder
         if chosen.list:
             files = [run_folder(out, e) / FILE for e in experiments]
             done = [History.load(file).status for file in files if file.exists()]
             print(f"{folder} {experiments[0].name[:-2]}: {len(done)} of {TRIALS} {' '.join(done)}")
         else:
-            failed += run_many(experiments, out, "cpu", workers=chosen.workers, compile=False)[1]
+            failed += run_many(
+                experiments,
+                out,
+                chosen.device,
+                workers=chosen.workers,
+                compile=False if chosen.device == "cpu" else None,
+            )[1]
     print(*failed, sep="\n", end="\n" if failed else "")
     return int(bool(failed))
 
