@@ -51,7 +51,7 @@ from hybrid_lib.study import planning, tables
 
 tiny = planning.plan("toy", only=["sgd"], epochs=1, width=2)[0]
 print("trained", hl.run(tiny, progress=False).status)
-print("table", tables.paper("table3").shape, "home", hl.__file__)
+print("table", tables.paper("table3").shape, tables.fair("depth").shape, "home", hl.__file__)
 """
 
 
@@ -59,7 +59,7 @@ print("table", tables.paper("table3").shape, "home", hl.__file__)
 def project(tmp_path_factory):
     """The project as a repository with one commit."""
     folder = tmp_path_factory.mktemp("origin")
-    for name in ("hybrid_lib", "data/paper"):
+    for name in ("hybrid_lib", "data/paper", "data/results/fair"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

@@ -57,7 +57,7 @@ def test_injected_values_are_converted_to_the_declared_types(name, given, value)
         ({"lr": None}, r"lr=None: .*number"),
         ({"train": "maybe"}, r"train='maybe': .*boolean"),
         ({"seeds": [1, 2]}, r"seeds=\[1, 2\]: .*string"),
-        ({"scale": "huge"}, r"scale='huge'.*toy, demo, paper"),
+        ({"scale": "huge"}, r"scale='huge'.*toy, demo, colab, paper"),
     ],
 )
 def test_a_faulty_parameter_is_named_with_its_value(given, message):
