@@ -71,7 +71,9 @@ def toy(tmp_path_factory):
 
 def test_a_toy_study_from_nothing_to_its_report(toy):
     out, code, shown, errors = toy
-    assert (code, errors) == (0, b"")
+    # jupyter_client interrupts a kernel before it ends it, and a slow one may say so.
+    ended = b"[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel.\n"
+    assert (code, errors.replace(ended, b"")) == (0, b"")
     folders = sorted(f.name for f in (out / "runs").iterdir())
     assert folders == ["adasgd-seed0", "adasgd-seed1", "sgd-seed0", "sgd-seed1"]
     for folder in folders:
