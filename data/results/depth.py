@@ -1,6 +1,6 @@
 """Take PADAM-SGD apart: one command, resumable.
 
-    python data/results/depth.py            # half an hour on two cores; runs/depth
+    python data/results/depth.py            # fifteen minutes on two cores; runs/depth
     python data/results/depth.py --list     # what is there and what is left
     python data/results/depth.py --publish  # data/results/fair/depth.csv: a row per run
 
@@ -101,9 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.list:
         for e in variants():
             file = run_folder(chosen.out, e) / FILE
-            print(
-                f"{History.load(file).status if file.exists() else 'to do':10s} {file.parent.name}"
-            )
+            status = History.load(file).status if file.exists() else "to do"
+            print(f"{status:10s} {file.parent.name}")
         return 0
     failed = run_many(variants(), chosen.out, "cpu", workers=chosen.workers, compile=False)[1]
     print(*failed, sep="\n", end="\n" if failed else "")

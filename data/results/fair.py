@@ -1,8 +1,8 @@
 """Train the comparison under equal budgets: one command, resumable.
 
-    python data/results/fair.py            # two hours on two cores; runs/fair
+    python data/results/fair.py            # two to three hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
-    python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width
+    python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width: not run yet
     python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
 
 The report compares eight recipes. Here every contestant has the same images or text, batches,
@@ -48,10 +48,11 @@ TASKS = {
                      "validation_limit": 1_000},
     "cifar10": {"epochs": 30, "batch_size": 128, "validation_limit": 5_000},
 }  # fmt: skip
-# What is published; real images on a CPU, a day or two; and on a GPU, at full width.
+# What is published; real images on a CPU (most of a day, an estimate); and on a GPU, at full width.
 SCALES = {"cpu": ("digits", "python-docs"), "images": ("cifar10-jpeg",), "paper": ("cifar10",)}
 SCHEDULES = ("cosine", "constant")  # of the learning rate, for everyone
 STUDIES, TRIALS, FINAL_SEEDS = 3, 5, range(1, 6)
+PUBLISHED = {"cpu": "fair", "images": "fair-images", "paper": "fair-paper"}  # beside this file
 # Three decades of the learning rate each, around the rates that papers give for the method.
 LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
 CONTESTANTS = {  # row that its settings start from, range of the rate, whether λ is constant
@@ -66,9 +67,6 @@ CONTESTANTS = {  # row that its settings start from, range of the rate, whether 
     "dyn_padam_sgd": ("dyn_padam_sgd", HIGH, False),
     "dyn_adasgd": ("adasgd", HIGH, False),
 }
-
-
-PUBLISHED = Path(__file__).resolve().parent / "fair"
 
 
 def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experiment]:
@@ -125,10 +123,10 @@ def finals(out: Path, scale: str = "cpu") -> Iterator[tuple[str, list[Experiment
         yield f"{task}/final", [replace(e, seed=seed) for seed in FINAL_SEEDS]
 
 
-def published(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def published(out: Path, scale: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row per run, and its validation epoch by epoch: accuracies, of text losses."""
     runs, epochs = [], []
-    for folder, experiments in itertools.chain(studies(), finals(out)):
+    for folder, experiments in itertools.chain(studies(scale), finals(out, scale)):
         task, part = folder.split("/")
         measure = "loss" if task == "python-docs" else "accuracy"
         for e in experiments:
@@ -158,12 +156,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
-    parser.add_argument("--publish", action="store_true", help="write data/results/fair")
+    parser.add_argument(
+        "--publish", action="store_true", help="write data/results/fair, or fair-SCALE"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.publish:
-        PUBLISHED.mkdir(exist_ok=True)
-        for name, table in zip(("runs", "epochs"), published(chosen.out)):
-            table.to_csv(PUBLISHED / f"{name}.csv", index=False, float_format="%.5g")
+        folder = Path(__file__).resolve().with_name(PUBLISHED[chosen.scale])
+        folder.mkdir(exist_ok=True)
+        for name, table in zip(("runs", "epochs"), published(chosen.out, chosen.scale)):
+            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
         return 0
     failed = []
     # What is chosen is known once all trials are there.

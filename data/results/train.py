@@ -141,7 +141,7 @@ def seconds(experiment: Experiment, device: str | None) -> float:
 def widest(minutes: float, chosen: argparse.Namespace) -> str:
     """The scale of the widest network whose next run fits into the time; else the narrowest."""
     for scale in ("paper", "paper-32", "paper-16"):
-        out = chosen.out or data.PROJECT / "runs" / f"reproduction-{scale}"
+        out = data.PROJECT / "runs" / f"reproduction-{scale}"
         for folder, experiment in matrix(scale, "cifar10", chosen.precision, chosen.seeds):
             status, done = state(out / folder)
             if status not in OVER and is_chosen(folder, chosen):
@@ -193,6 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
     if chosen.scale == "auto":
+        if chosen.out:
+            parser.error("--scale auto: each width has a folder of its own; leave --out away")
         chosen.scale = widest(chosen.minutes, chosen)
     out = chosen.out or data.PROJECT / "runs" / f"reproduction-{chosen.scale}"
     dataset = chosen.dataset

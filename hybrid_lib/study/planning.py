@@ -52,7 +52,8 @@ def plan(
     sizes = dict(SCALES[scale])
     if scale == "demo" and dataset != "digits":
         sizes = dict(DEMO_TEXT if dataset == "python-docs" else DEMO_IMAGES)
-    if dataset.startswith("folder:"):  # a scale asks for that many images at most
+    limited = sizes.keys() & {"train_limit", "test_limit"}
+    if limited and dataset.startswith("folder:"):  # a scale asks for that many images at most
         for part, n in data.folder_sizes(dataset).items():
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
