@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
     parser.add_argument(
-        "--publish", action="store_true", help="write data/results/fair, or fair-SCALE"
+        "--publish", action="store_true", help="into data/results/fair, or fair-SCALE"
     )
     chosen = parser.parse_args(arguments)
     if chosen.publish:

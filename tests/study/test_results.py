@@ -66,6 +66,8 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws():
         assert [contestant for contestant, *_ in of_one] == list(fair.CONTESTANTS)
         assert all(others[1:] == of_one[0][1:] for others in of_one)
     assert len({of_one[0][2] for of_one in seen.values()}) == 3, "each study draws anew"
+    for scale, tasks in fair.SCALES.items():
+        assert len(list(fair.studies(scale))) == len(tasks) * 2 * 3 * len(fair.CONTESTANTS)
     dynamic = fair.trials("digits", "cosine", "dyn_adasgd", 0)
     assert {e.lambdas()(0) for e in dynamic} == {(1.0, 0.0)}
     assert len({e.lambdas()(0) for e in fair.trials("digits", "cosine", "adasgd", 0)}) == 5
@@ -111,6 +113,9 @@ def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_p
     monkeypatch.setattr(train, "state", lambda folder: ("complete", 200))
     train.main([*command, "9"])
     assert "takes about" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main([*command, "9", "--out", str(tmp_path)])
+    assert "leave --out away" in capsys.readouterr().err
 
 
 def test_a_run_s_time_is_that_of_its_steps():
