@@ -119,7 +119,7 @@ def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_p
 
 
 def test_a_run_s_time_is_that_of_its_steps():
-    e = replace(EXPERIMENTS["sgd"], width=1, epochs=100)
+    e = replace(EXPERIMENTS["sgd"], width=1, batch_size=8, epochs=100)
     assert train.seconds(e, "cpu") > 50 * train.seconds(replace(e, epochs=1), "cpu") > 0
 
 
