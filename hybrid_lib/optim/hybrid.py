@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass, replace
 
 import torch
@@ -44,36 +44,48 @@ def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
 MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
 
 
-def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge) -> None:
+def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge, controller) -> list:
     """One step, in place: the only place where weights move.
 
     Args:
         w, g, D: weights, gradient and Hessian diagonal (or None): a tensor or ``Tensors`` each.
-        buffers, corrections: a dict, and what ``corrections`` answered, per rule.
+        buffers, corrections: a dict, and what ``corrections`` answered, per rule; last the
+            controller's dict, if there is one.
         η, λ, γ: learning rate, weights, decoupled weight decay.
-        rules, maximize, merge: of the parameter group.
+        rules, maximize, merge, controller: of the parameter group.
+
+    Returns:
+        What the controller observed.
     """
     x, g = _wide(w), _wide(g)  # under bfloat16 the arithmetic is float32's; otherwise x is w
     seen = Seen(x, -g if maximize else g, D)  # D enters squared: its sign is free
     held = [dict(b) for b in buffers]
     answers = [r.propose(seen, b, η, c) for r, b, c in zip(rules, buffers, corrections)]
+    d, step_sizes = zip(*answers)
+    observed = controller.observe(seen, step_sizes, d, buffers[-1]) if controller else []
     if any(b[name] is not h[name] for b, h in zip(buffers, held) for name in h):
         raise TypeError("a rule must move its buffers in place, as in buffers['m'].mul_(0.9)")
 
-    step = MERGES[merge](λ, [ηi for _, ηi in answers], [d for d, _ in answers])
+    step = MERGES[merge](λ, step_sizes, d)
     if isinstance(γ, Tensor) or γ != 0:
         x.mul_(1 - η * γ)
     if step is not None:
         x.sub_(step)
     if x is not w:
         w.copy_(x)
+    return observed
 
 
-def move_each(params, grads, diagonals, buffers, *settings) -> None:
-    """:func:`move` of several parameters, one by one; a buffer is a list here. For a compiler."""
+def move_each(params, grads, diagonals, buffers, *settings) -> list:
+    """:func:`move` of several parameters, one by one, and the sums of what was observed.
+
+    A buffer is a list here. For a compiler, too.
+    """
+    observed = []
     for i, (w, g) in enumerate(zip(params, grads)):
         of_this = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
-        move(w, g, diagonals[i], of_this, *settings)
+        observed.append(move(w, g, diagonals[i], of_this, *settings))
+    return _summed(observed)
 
 
 class Hybrid(Optimizer):
@@ -101,6 +113,10 @@ class Hybrid(Optimizer):
         foreach: compute all parameters of a group at once, as in :mod:`torch.optim`: few kernels
             instead of many, for some memory. None: on NVIDIA GPUs.
         merge: "product", the report's; "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
+        controller: sets ``lambdas`` anew after every step, by what the rules proposed
+            (:mod:`~hybrid_lib.optim.controllers`); its memory is ``memory`` in the group. It reads
+            a few numbers back from the device per step, so a CUDA graph cannot hold it. None: they
+            stay as they are.
 
     Set the attribute ``capturable`` to capture ``step`` in a CUDA graph; then :meth:`advance` has
     to be called before every replay.
@@ -137,11 +153,12 @@ class Hybrid(Optimizer):
         compile: bool = False,
         foreach: bool | None = None,
         merge: str = "product",
+        controller=None,
     ):
         defaults = {
             "lr": lr, "lambdas": _weights(lambdas), "rules": tuple(rules),
             "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
-            "compile": compile, "foreach": foreach, "merge": merge,
+            "compile": compile, "foreach": foreach, "merge": merge, "controller": controller,
         }  # fmt: skip
         self._forget()
         super().__init__(params, defaults)
@@ -153,6 +170,7 @@ class Hybrid(Optimizer):
         for group in self.param_groups:
             group.setdefault("foreach", None)  # of a pickle from before these existed
             group.setdefault("merge", "product")
+            group.setdefault("controller", None)
 
     def _forget(self) -> None:
         self._compiled: dict[tuple, tuple] = {}  # by all that torch does not look at
@@ -182,6 +200,7 @@ class Hybrid(Optimizer):
         _check_rates(group)
         if not group["lr"] > 0:
             raise ValueError(f"lr={group['lr']!r}: must be a finite number above 0")
+        group["memory"] = {} if group["controller"] is None else group["controller"].start(group)
         super().add_param_group(group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
@@ -244,22 +263,52 @@ class Hybrid(Optimizer):
         moving = [self._checked(group, given) for group in self.param_groups]
         self._keep(given)
         for group, params in zip(self.param_groups, moving):
-            states = self._states(group["rules"], params)
+            states, observed = self._states(group, params), []
             # Parameters that have waited are at an earlier step: their corrections are others.
             alike: dict[tuple, list] = {}
             for p, state in zip(params, states):
                 alike.setdefault((state["step"] + 1, p.device, p.dtype), []).append((p, state))
             for (t, device, dtype), part in alike.items():
-                self._move(group, *zip(*part), t, device, dtype)
+                observed.append(self._move(group, *zip(*part), t, device, dtype))
                 for _, state in part if not _capturing() else ():  # what is captured moves later
                     state["step"] = t
+            if group["controller"] is not None and states:
+                numbers = [torch.stack(part).tolist() for part in observed]  # waits for a device
+                group["controller"].update(group, states, [sum(of) for of in zip(*numbers)])
         return loss
 
-    def _move(self, group: dict, params, states, t: int, device, dtype) -> None:
-        """The step t of parameters of one device and dtype."""
+    @torch.no_grad()
+    def proposals(self, hess_diag: Iterable[Tensor | None] | None = None) -> Iterator[tuple]:
+        """What the rules would answer now, asked on copies of their buffers: nothing changes.
+
+        Args:
+            hess_diag: as for :meth:`step`.
+
+        Yields:
+            ``(parameter, (group, directions, step sizes, D or None))`` for each parameter that has
+            a gradient; a direction and a step size per rule.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`step` does.
+        """
+        given = {} if hess_diag is None else self._by_parameter(list(hess_diag))
+        for group in self.param_groups:
+            for p in self._checked(group, given):
+                state = self.state.get(p, {})
+                D = given.get(p, state.get("hess_diag"))
+                kept = state.get("rules") or [r.init(p) for r in group["rules"]]
+                buffers = [{name: b.clone() for name, b in of_rule.items()} for of_rule in kept]
+                g = -_wide(p.grad) if group["maximize"] else _wide(p.grad)
+                asked = zip(group["rules"], buffers, _corrections(group, state.get("step", 0) + 1))
+                answers = [r.propose(Seen(_wide(p), g, D), b, group["lr"], c) for r, b, c in asked]
+                d, step_sizes = zip(*answers)
+                yield p, (group, d, step_sizes, D)
+
+    def _move(self, group: dict, params, states, t: int, device, dtype) -> list[Tensor]:
+        """The step t of parameters of one device and dtype; the sums of what was observed."""
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
         rules, corrections = group["rules"], _corrections(group, t)
-        how = rules, group["maximize"], group["merge"]
+        how = rules, group["maximize"], group["merge"], group["controller"]
         grads, diagonals = [p.grad for p in params], [None] * len(params)
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
@@ -269,16 +318,16 @@ class Hybrid(Optimizer):
             η, λ, corrections = later if _capturing() else (η, λ, corrections)
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
         if not group["compile"] and not foreach:
-            for p, g, D, s in zip(params, grads, diagonals, states):
-                move(p, g, D, s["rules"], η, λ, corrections, γ, *how)
-            return
+            each_one = zip(params, grads, diagonals, states)
+            return _summed([move(p, g, D, s["rules"], η, λ, corrections, γ, *how)
+                            for p, g, D, s in each_one])  # fmt: skip
         buffers = [{name: [s["rules"][i][name] for s in states] for name in of_rule}
                    for i, of_rule in enumerate(states[0]["rules"])]  # fmt: skip
         if not group["compile"]:
             D = None if diagonals[0] is None else Tensors(diagonals)
             buffers = [{name: Tensors(b) for name, b in of_rule.items()} for of_rule in buffers]
-            move(Tensors(params), Tensors(grads), D, buffers, η, λ, corrections, γ, *how)
-            return
+            tensors = Tensors(params), Tensors(grads), D, buffers
+            return move(*tensors, η, λ, corrections, γ, *how)
         number = functools.partial(_on, device, torch.promote_types(dtype, torch.float32))
         lists = [b for of_rule in buffers for b in of_rule.values()]
         held = list(itertools.chain(params, diagonals, *lists))  # so that no id is another's
@@ -288,7 +337,8 @@ class Hybrid(Optimizer):
             self._compiled[key] = held, compiled(move_each, "the optimizer's step", **options)
         _, fused = self._compiled[key]
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
-        fused(params, grads, diagonals, buffers, *numbers, number(γ) if γ != 0 else 0, *how)
+        decay = number(γ) if γ != 0 else 0
+        return fused(params, grads, diagonals, buffers, *numbers, decay, *how)
 
     def _numbers_in_graphs(self, group: dict, params, states, corrections) -> tuple:
         """η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
@@ -309,16 +359,17 @@ class Hybrid(Optimizer):
         η, λ = next(cell), [c if λi != 0 else 0.0 for λi, c in zip(λ, cell)]
         return η, λ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
 
-    def _states(self, rules: Sequence, params: list[Tensor]) -> list[dict]:
-        """With all buffers that the rules, which may have been changed since, want."""
-        wanted = [r.init(torch.empty(0)).keys() for r in rules]
+    def _states(self, group: dict, params: list[Tensor]) -> list[dict]:
+        """With all buffers that rules and controller, which may have been changed since, want."""
+        makers = _makers(group)
+        wanted = [make(torch.empty(0)).keys() for make in makers]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
             if "rules" not in state:
-                state.update(step=0, rules=[{} for _ in rules])
-            for r, names, buffers in zip(rules, wanted, state["rules"]):
+                state.update(step=0, rules=[{} for _ in makers])
+            for make, names, buffers in zip(makers, wanted, state["rules"]):
                 if not names <= buffers.keys():
-                    buffers |= {k: b for k, b in r.init(p).items() if k not in buffers}
+                    buffers |= {k: b for k, b in make(p).items() if k not in buffers}
         return states
 
     def _keep(self, given: dict[Tensor, Tensor]) -> None:
@@ -353,16 +404,18 @@ class Hybrid(Optimizer):
             state = self.state.get(p, {})
             if p.grad.layout is not torch.strided:
                 raise RuntimeError(f"a gradient is {p.grad.layout}: make it dense (sparse=False)")
-            if "rules" in state and len(state["rules"]) != len(group["rules"]):
+            if "rules" in state and len(state["rules"]) != len(_makers(group)):
                 raise RuntimeError(
-                    "rules were added or removed after the first step, so buffers are missing: "
-                    "make a new optimizer, or weigh a rule with 0 until it is wanted"
+                    "rules were added or removed after the first step, or a controller was, so "
+                    "buffers are missing: make a new optimizer, or weigh a rule with 0 for a while"
                 )
             if must_have_diagonal and "hess_diag" not in state and p not in given:
                 raise RuntimeError(
                     "AdaHessian needs the Hessian diagonal at its first step: "
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
+        if _capturing() and group["controller"] is not None:
+            raise RuntimeError("a controller looks at every step: leave it out of CUDA graphs")
         if _capturing() and not self.capturable:
             reason = "a CUDA graph would repeat this step's bias corrections for ever"
             ways = "capture the passes alone; or set capturable, and call advance() before replays"
@@ -377,7 +430,8 @@ class Hybrid(Optimizer):
         """
         packed = super().state_dict()
         for group in packed["param_groups"]:
-            group["rules"] = [{"rule": type(r).__name__, **asdict(r)} for r in group["rules"]]
+            group["rules"] = [_packed(r) for r in group["rules"]]
+            group["controller"] = group["controller"] and _packed(group["controller"])
             group["lambdas"] = tuple(group["lambdas"])
             group.update(_plain(group))
         return packed
@@ -417,15 +471,17 @@ class Hybrid(Optimizer):
     def _restored_groups(self, state_dict: dict) -> list[dict]:
         groups = list(state_dict["param_groups"])
         for i, (saved, group) in enumerate(zip(groups, self.param_groups)):
-            theirs = [r["rule"] for r in saved.get("rules", [])]
-            ours = [type(r).__name__ for r in group["rules"]]
+            saved = {"merge": "product", "controller": None, **saved}  # older states name neither
+            theirs = [r["rule"] for r in [*saved.get("rules", []), saved["controller"]] if r]
+            ours = [type(r).__name__ for r in [*group["rules"], group["controller"]] if r]
             if theirs != ours:
                 whose = " + ".join(theirs) or "another optimizer"
                 raise ValueError(f"the saved state is of {whose}, this is {' + '.join(ours)}")
-            settings = [{k: v for k, v in r.items() if k != "rule"} for r in saved["rules"]]
+            controller = group["controller"] and _unpacked(group["controller"], saved["controller"])
             groups[i] = {
-                "merge": "product", **saved,  # older states name no merge
-                "rules": tuple(replace(r, **s) for r, s in zip(group["rules"], settings)),
+                **saved,
+                "rules": tuple(map(_unpacked, group["rules"], saved["rules"])),
+                "controller": controller,
                 "lambdas": tuple(saved["lambdas"]),
                 "compile": group["compile"], "foreach": group["foreach"],
             }  # fmt: skip
@@ -437,6 +493,10 @@ class Hybrid(Optimizer):
                         shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
                         raise ValueError(f"the saved {name} of parameter {key} has shape {shapes}")
         return groups
+
+
+def _summed(observed: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.stack(numbers).sum() for numbers in zip(*observed)]
 
 
 def _weighted_sum(weights: Sequence[Number], terms: Sequence):
@@ -473,6 +533,21 @@ def _capturing() -> bool:
 
 def _corrections(group: dict, t: int) -> list[tuple[float, ...]]:
     return [rule.corrections(t) for rule in group["rules"]]
+
+
+def _makers(group: dict) -> list[Callable]:
+    """What makes a parameter's buffers: by rule, and last the controller's."""
+    rules, controller = group["rules"], group["controller"]
+    makers = [r.init for r in rules]
+    return [*makers, functools.partial(controller.init, rules=rules)] if controller else makers
+
+
+def _packed(part) -> dict:
+    return {"rule": type(part).__name__, **asdict(part)}
+
+
+def _unpacked(ours, saved: dict):
+    return replace(ours, **{k: v for k, v in saved.items() if k != "rule"})
 
 
 def _needs_hessian(group: dict) -> bool:

@@ -15,11 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from hybrid_lib.optim import rules
+from hybrid_lib.optim.controllers import SWATS
 from hybrid_lib.optim.hybrid import Hybrid
 
 # Okabe and Ito's four colours with a contrast of 3:1 on white; families share one.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_AROUND = {"maximize": False, "compile": False, "foreach": None, "merge": "product"}  # of Hybrid
+# Of Hybrid.
+_AROUND = {"maximize": False, "compile": False, "foreach": None, "merge": "product",
+           "controller": None}  # fmt: skip
 _FIRST = ("betas", "eps", "momentum", "dampening", "nesterov")  # settings, as in torch.optim
 
 
@@ -45,6 +48,11 @@ class Method:
         return any(rule.needs_hessian for rule in self.rules)
 
     @property
+    def lambdas(self) -> tuple[float, ...]:
+        """Its weights, if nobody says: equal ones."""
+        return self.defaults.get("lambdas", (1 / len(self.rules),) * len(self.rules))
+
+    @property
     def settings(self) -> dict:
         """Of its rules, with their defaults: momentum, partial, weight_decay, …"""
         fields = {f.name: f.default for r in reversed(self.rules) for f in dataclasses.fields(r)}
@@ -58,10 +66,11 @@ class Method:
         """Of its constructor: ``params``, ``lr``, ``lambdas`` of a hybrid, and all settings."""
         arguments = {"lr": self.defaults.get("lr", 0.01)}
         if self.is_hybrid:
-            arguments["lambdas"] = (1 / len(self.rules),) * len(self.rules)
+            arguments["lambdas"] = self.lambdas
+        around = {name: self.defaults.get(name, usual) for name, usual in _AROUND.items()}
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter("params", kind)]
-        for name, default in (arguments | self.settings | _AROUND).items():
+        for name, default in (arguments | self.settings | around).items():
             parameters.append(inspect.Parameter(name, kind, default=default))
         return inspect.Signature(parameters)
 
@@ -159,6 +168,14 @@ METHODS = {
     ``weight_decay_in="both"`` adds AdaHessian's own, decoupled decay.""",
         {"lr": 0.1, "momentum": 0.95, "weight_decay": 5e-4, "weight_decay_in": "sgd"},
         BLUE, "dashdot",
+    ),
+    "swats": Method(
+        "SWATS", (rules.Adam, rules.SGD),
+        """SWATS, Adam that turns into SGD (Keskar and Socher 2017); not in the report.
+
+    One switch for a parameter group; for one per tensor pass a group per tensor.""",
+        {"lr": 0.001, "momentum": 0.9, "dampening": 0.9, "weight_decay": 0.0, "lambdas": (1.0, 0.0),
+         "merge": "sum", "controller": SWATS()}, VERMILLION, "dashdot",
     ),
     "lion": Method(
         "Lion", (rules.Lion,),

@@ -58,6 +58,13 @@ def each(function: Callable[[Tensor], Tensor], x: Tensor | Tensors) -> Tensor | 
     return Tensors(map(function, x.tensors)) if isinstance(x, Tensors) else function(x)
 
 
+def dot(x: Tensor | Tensors, y: Tensor | Tensors) -> Tensor:
+    """Σ x y over all entries, of all of several tensors: one number, on their device."""
+    if isinstance(x, Tensors):
+        return torch.stack([dot(*pair) for pair in zip(x.tensors, y.tensors)]).sum()
+    return x.mul(y).sum()
+
+
 def state_dtype(p: Tensor) -> torch.dtype:
     """The dtype of what a rule sees and keeps of a parameter: its own, but float32 at least."""
     wide = p.dtype in (torch.float32, torch.float64)  # asked often, so without promote_types
@@ -102,7 +109,7 @@ class SGD:
     needs_hessian = False
 
     def __post_init__(self):
-        _check_at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
+        check_at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
         if not 0 <= self.dampening <= 1:
             raise ValueError(f"dampening={self.dampening!r}: must lie in [0, 1]")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
@@ -157,7 +164,7 @@ class Adam:
 
     def __post_init__(self):
         object.__setattr__(self, "betas", _checked_betas(self.betas))
-        _check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
+        check_at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
         """The averages m and v and, with AMSGrad, the maximum of v."""
@@ -262,7 +269,7 @@ class AdaHessian:
 
     def __post_init__(self):
         object.__setattr__(self, "betas", _checked_betas(self.betas))
-        _check_at_least_zero(eps=self.eps)
+        check_at_least_zero(eps=self.eps)
         if not 0 < self.hessian_power <= 1:
             raise ValueError(f"hessian_power={self.hessian_power!r}: must lie in (0, 1]")
         block = self.spatial_average
@@ -367,7 +374,8 @@ def _unbiased(beta: float, t: int, power: float) -> float:
     return (1 - beta**t) ** power
 
 
-def _check_at_least_zero(**values: float) -> None:
+def check_at_least_zero(**values: float) -> None:
+    """ValueError for a number that is negative or not finite."""
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value!r}: must be a finite number, at least 0")

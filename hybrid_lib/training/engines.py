@@ -126,12 +126,14 @@ def compiled_pass(model: nn.Module, task) -> Pass:
 def training_step(model: nn.Module, one_pass: Pass, optimizer: Hybrid) -> Callable:
     """A pass and the optimizer's step: (x, y, probes) -> (loss, how many are right)."""
     params = list(model.parameters())
+    place = {p: i for i, p in enumerate(params)}
+    order = [place[p] for group in optimizer.param_groups for p in group["params"]]
 
     def step(x, y, probes):
         loss, right, grads, hess_diag = one_pass(x, y, probes)
         for p, g in zip(params, grads):
             p.grad = g
-        optimizer.step(hess_diag=hess_diag)
+        optimizer.step(hess_diag=hess_diag and [hess_diag[i] for i in order])
         return loss, right
 
     return step

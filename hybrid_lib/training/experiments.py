@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_
 from pydantic.dataclasses import dataclass
 
 from hybrid_lib.optim import methods, schedules
+from hybrid_lib.optim.controllers import CONTROLLERS
 from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training import data
 
@@ -32,6 +33,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[tuple[NotNegative, NotNegative], BeforeValidator(_numbers)]
+Weights = Annotated[tuple[NotNegative, ...], BeforeValidator(_numbers)]
 Block = Annotated[str | int | None, BeforeValidator(lambda v: int(v) if str(v).isdigit() else v)]
 
 
@@ -47,7 +49,7 @@ class Experiment:
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-    optimizer: str  # a method, or two rules, as in adam+adahessian: the first as the adaptive one
+    optimizer: str  # a method, or rules joined by +, as in adam+lion+sgd
     dataset: str = "cifar10"  # see training.data.load
     train_limit: Count | None = None  # keep that many images, class-balanced; None: all
     test_limit: Count | None = None
@@ -82,13 +84,20 @@ class Experiment:
     spatial_average: Block = None
     signed_average: bool | None = None
     merge: Literal["product", "sum", "graft"] = "product"  # as the report; see Hybrid
-    # The weights (adaptive, SGD): lambda_start throughout, or a ramp from start to end.
-    lambda_schedule: Literal[("constant", *schedules.SHAPES)] = "constant"
-    lambda_start: Pair = (0.5, 0.5)
-    lambda_end: Pair = (0.0, 1.0)
+    # The weights, one per rule, as in (adaptive, SGD): lambda_start throughout, a ramp from start
+    # to end, or from the start on what a controller makes of them (optim.controllers).
+    lambda_schedule: Literal[("constant", *schedules.SHAPES, *CONTROLLERS)] = "constant"
+    lambda_start: Weights = (0.5, 0.5)
+    lambda_end: Weights = (0.0, 1.0)
     lambda_epochs: Count | None = None  # None: all
-    lambda_rate: Positive | None = None  # of the shape exponential
-    lambda_steepness: Positive | None = None  # of the shape sigmoid
+    lambda_rate: Positive | None = None  # of exponential and of hedge
+    lambda_steepness: Positive | None = None  # of sigmoid
+    lambda_share: NotNegative | None = None  # of hedge
+    lambda_tolerance: Positive | None = None  # of swats
+    # Which layers are merged; the others take the last rule alone. norms_and_head: norms, biases
+    # and the last layer; matrices: the rest, convolutions and matrices.
+    lambda_on: Literal["all", "norms_and_head", "matrices"] = "all"
+    lambda_per: Literal["model", "tensor"] = "model"  # whose weights a controller sets together
     # From start to end (report), as schedules.Released, or as the protocol says: released for ATMO
     # and PADAM-SGD under the released protocol, the report's everywhere else.
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"
@@ -109,8 +118,10 @@ class Experiment:
     @model_validator(mode="after")
     def _fits_together(self):
         data.check_name(self.dataset)
-        if len(self.method.rules) > 2:
-            raise ValueError(f"optimizer={self.optimizer!r}: weights are scheduled for two rules")
+        for name in ("lambda_start", "lambda_end") if self.is_hybrid else ():
+            given, rules = getattr(self, name), [rule.__name__ for rule in self.method.rules]
+            if len(given) != len(rules):
+                raise ValueError(f"{name}={given}: one weight each for {', '.join(rules)}")
         held = self.validation_limit or 0
         if self.train_limit is not None and self.batch_size > self.train_limit - held:
             limit = f"train_limit={self.train_limit}" + f" - validation_limit={held}" * bool(held)
@@ -139,11 +150,17 @@ class Experiment:
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
             ways = "the released one is linear; choose that, or lambda_direction='report'"
             raise ValueError(f"lambda_schedule={self.lambda_schedule!r}: {ways}")
-        shape = schedules.SHAPES.get(self.lambda_schedule, schedules.Constant)
-        own = {f.name for f in dataclasses.fields(shape)}
+        if (self.optimizer == "swats") != (self.lambda_schedule == "swats"):
+            given = f"lambda_schedule={self.lambda_schedule!r} with optimizer={self.optimizer!r}"
+            raise ValueError(f"{given}: swats goes with swats")
+        if self.lambda_per != "model" and self.lambda_schedule not in CONTROLLERS:
+            only = " or ".join(CONTROLLERS)
+            raise ValueError(f"lambda_per={self.lambda_per!r}: lambda_schedule must be {only}")
+        own = {f.name for f in dataclasses.fields(self._shape)}
         for name in self._shape_settings.keys() - own:
             raise ValueError(f"lambda_{name}: {self.lambda_schedule!r} has no {name}")
-        self.build_optimizer([torch.zeros(1, requires_grad=True)])
+        matrix, bias = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        self.build_optimizer([("matrix", matrix), ("bias", bias)])
         return self
 
     @property
@@ -183,14 +200,47 @@ class Experiment:
         return (by_protocol if self.test_mode == "protocol" else self.test_mode) == "train"
 
     def build_optimizer(self, params, compile: bool = False) -> Hybrid:
-        """The optimizer for ``params``, with the weights of the first epoch."""
+        """The optimizer for a model's ``parameters()``, with the weights of the first epoch.
+
+        One group for what is merged (one per tensor, where ``lambda_per`` says so), and one for the
+        others, if ``lambda_on`` leaves any; it goes by names: pass ``named_parameters()`` then.
+        """
+        groups: dict[str, list] = {"merged": [], "others": []}
+        named = [p if isinstance(p, tuple) else ("", p) for p in params]
+        if self.lambda_on != "all" and not all(name for name, _ in named):
+            raise ValueError(f"lambda_on={self.lambda_on!r} needs model.named_parameters()")
+        for name, p in named:
+            kind = "matrices" if p.dim() >= 2 and "head" not in name else "norms_and_head"
+            groups["merged" if self.lambda_on in ("all", kind) else "others"].append(p)
+        merged = groups["merged"]
+        if self.lambda_per == "tensor":
+            merged = [{"params": [p]} for p in merged]
         settings = {f: getattr(self, f) for f in OPTIMIZER_SETTINGS if hasattr(self, f)}
         settings = {f: value for f, value in settings.items() if value is not None}
         for f in sorted(settings.keys() - self.method.settings):
             raise ValueError(f"{f}={settings[f]!r}: {self.optimizer} has no such setting")
         if self.is_hybrid:
             settings |= {"lambdas": self.lambdas()(0), "merge": self.merge}
-        return self.method(params, lr=self.lr, compile=compile, **settings)
+        if self.chooses_lambdas:
+            settings["controller"] = self._shape(**self._shape_settings)
+        optimizer = self.method(merged, lr=self.lr, compile=compile, **settings)
+        if groups["others"]:
+            last, alone = optimizer.defaults["rules"][-1], {"lambdas": (1.0,), "controller": None}
+            if hasattr(last, "weight_decay"):  # it has its own
+                alone["decoupled_weight_decay"] = 0.0
+            optimizer.add_param_group({"params": groups["others"], "rules": [last], **alone})
+        return optimizer
+
+    @property
+    def chooses_lambdas(self) -> bool:
+        """Whether a controller sets the weights while it trains."""
+        return self.lambda_schedule in CONTROLLERS
+
+    @property
+    def _shape(self) -> type:
+        """Of the schedule of the weights, or their controller."""
+        constant = {"constant": schedules.Constant}
+        return (constant | schedules.SHAPES | CONTROLLERS)[self.lambda_schedule]
 
     @property
     def _direction(self) -> str:
@@ -198,27 +248,28 @@ class Experiment:
             return self.lambda_direction
         # Only these two have the reversed scheduler; AdaSGD's own goes as the report says.
         reversed_ = self.protocol == "released" and self.optimizer in ("atmo", "padam_sgd")
+        reversed_ = reversed_ and not self.chooses_lambdas
         return "released" if reversed_ else "report"
 
     @property
     def _shape_settings(self) -> dict:
         """What the shape of lambda has besides start, end and epochs, where it is given."""
-        names = {f.name for shape in schedules.SHAPES.values() for f in dataclasses.fields(shape)}
-        given = {n: getattr(self, f"lambda_{n}") for n in names - {"start", "end", "epochs"}}
+        names = ("rate", "steepness", "share", "tolerance")
+        given = {name: getattr(self, f"lambda_{name}") for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     def lambdas(self):
-        """The schedule of the weights: a function of the 0-based epoch."""
+        """The schedule of the weights: a function of the 0-based epoch. A controller begins with
+        the weights of epoch 0."""
         if not self.is_hybrid:
             return schedules.Constant((1.0,))
-        if self.lambda_schedule == "constant":
+        if self.lambda_schedule == "constant" or self.chooses_lambdas:
             return schedules.Constant(self.lambda_start)
         horizon = self.lambda_epochs or self.epochs
         if self._direction == "released":
             start = self.lambda_start
             return schedules.Released(self.lambda_end, start, horizon, first=start)
-        shape = schedules.SHAPES[self.lambda_schedule]
-        return shape(self.lambda_start, self.lambda_end, horizon, **self._shape_settings)
+        return self._shape(self.lambda_start, self.lambda_end, horizon, **self._shape_settings)
 
     def learning_rates(self) -> list[float]:
         """The rate of every epoch, from torch's own schedulers.
@@ -262,7 +313,8 @@ OPTIMIZER_SETTINGS = set().union(*(method.settings for method in methods.METHODS
 
 
 def get_experiment(name: str) -> Experiment:
-    """A row of ``EXPERIMENTS``; else of a method, or "RULE+RULE", an experiment at its own rate.
+    """A row of ``EXPERIMENTS``; else of a method, or "RULE+RULE+…", an experiment at its own rate,
+    with equal weights.
 
     Raises:
         ValueError: if it is neither.
@@ -273,10 +325,16 @@ def get_experiment(name: str) -> Experiment:
     if name not in known and not all(part in methods.RULES for part in name.split("+")):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        known = f"{', '.join(known)}, or two rules joined by +"
+        known = f"{', '.join(known)}, or rules joined by +"
         raise ValueError(f"optimizer={name!r}: must be one of {known}{hint}")
-    lr = methods.get_method(name).defaults.get("lr", 0.01)
-    return Experiment(name=name.replace("+", "-"), optimizer=name, lr=lr, epochs=200)
+    method = methods.get_method(name)
+    settings = {"lr": method.defaults.get("lr", 0.01)}
+    if method.is_hybrid:
+        to_the_last = (*[0.0] * (len(method.rules) - 1), 1.0)
+        settings |= {"lambda_start": method.lambdas, "lambda_end": to_the_last}
+    if name == "swats":
+        settings |= {"lambda_schedule": "swats", "merge": "sum"}
+    return Experiment(name=name.replace("+", "-"), optimizer=name, epochs=200, **settings)
 
 
 def error_messages(error: ValidationError) -> list[str]:

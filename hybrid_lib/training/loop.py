@@ -47,6 +47,10 @@ class Stopped(RuntimeError):
     """``should_stop`` said so."""
 
 
+def _nobody(model, optimizer) -> Callable[[], dict]:
+    return dict
+
+
 def run(
     experiment: Experiment,
     out: str | Path | None = None,
@@ -59,6 +63,7 @@ def run(
     capture: bool | None = None,
     threads: int | None = None,
     checkpoint_every: int = 1,
+    watch: Callable[..., Callable[[], dict]] = _nobody,
 ) -> History:
     """Train an experiment, go on with it, or return what is already complete.
 
@@ -81,6 +86,9 @@ def run(
         checkpoint_every: epochs between checkpoints. More than one saves time where an epoch takes
             no longer than writing the state does. The state is also written when the call ends;
             only a process that is killed trains the epochs since the last checkpoint again.
+        watch: called with model and optimizer before they train, as :func:`look_inside` is; what it
+            returns is called after every epoch and answers what to add to its row. It may hook into
+            the optimizer's steps, so there are no CUDA graphs then.
 
     Returns:
         The history, "complete", "stopped", or "diverged" if a loss was not finite: a result, kept
@@ -116,9 +124,10 @@ def run(
     if capture and not on_gpu:
         raise ValueError(f"capture=True needs an NVIDIA GPU, not {task.device.type!r}")
     if capture is None:
-        capture = on_gpu and begun.get("cuda_graphs", True)
-    how = {"compile": compile, "capture": capture,
-           "checkpoint_every": checkpoint_every, "should_stop": should_stop}  # fmt: skip
+        seen = experiment.chooses_lambdas or watch is not _nobody
+        capture = on_gpu and not seen and begun.get("cuda_graphs", True)
+    how = {"compile": compile, "capture": capture, "checkpoint_every": checkpoint_every,
+           "should_stop": should_stop, "watch": watch}  # fmt: skip
     usual = 1 if task.device.type == "cpu" else torch.get_num_threads()
     threads = threads or begun.get("cpu_threads", usual)
     with contextlib.nullcontext() if folder is None else only_writer(folder), _cpu_threads(threads):
@@ -135,6 +144,7 @@ def epochs(
     compile: bool = False,
     capture: bool = False,
     checkpoint_every: int = 1,
+    watch: Callable[..., Callable[[], dict]] = _nobody,
 ) -> Iterator[list[dict]]:
     """The loop. Yields all rows so far, first those of the checkpoint, then after every epoch.
 
@@ -147,10 +157,15 @@ def epochs(
     layout = fast_layout(task.device, compile)
     model = task.build_model().to(task.device, memory_format=layout)
     one_pass = (compiled_pass if compile else eager_pass)(model, task)
-    optimizer = experiment.build_optimizer(model.parameters(), compile)
     pool = torch.cuda.graph_pool_handle() if capture else None
     repeated = functools.partial(captured, pool=pool) if capture else lambda function, *_: function
-    step = repeated(training_step(model, one_pass, optimizer), optimizer)
+
+    def new_optimizer() -> tuple:
+        optimizer = experiment.build_optimizer(model.named_parameters(), compile)
+        step = repeated(training_step(model, one_pass, optimizer), optimizer)
+        return optimizer, step, watch(model, optimizer)
+
+    optimizer, step, watched = new_optimizer()
     evaluate = repeated(_evaluation(model, task))
     probes = torch.Generator(task.device)
     learning_rates, lambdas = experiment.learning_rates(), experiment.lambdas()
@@ -161,10 +176,11 @@ def epochs(
     try:
         for epoch in range(len(rows), experiment.epochs):
             if epoch + 1 == experiment.restart_epoch:
-                optimizer = experiment.build_optimizer(model.parameters(), compile)
-                step = repeated(training_step(model, one_pass, optimizer), optimizer)
+                optimizer, step, watched = new_optimizer()
             for group in optimizer.param_groups:
-                group["lr"], group["lambdas"] = learning_rates[epoch], lambdas(epoch)
+                group["lr"] = learning_rates[epoch]
+                if group["controller"] is None and len(group["rules"]) == len(lambdas(epoch)):
+                    group["lambdas"] = lambdas(epoch)
 
             row = {"epoch": epoch + 1, "lr": learning_rates[epoch], "lambdas": lambdas(epoch)}
             with gpu_settings(experiment):
@@ -181,6 +197,7 @@ def epochs(
                 if experiment.validation_limit is not None:
                     measured = _test(evaluate, task, epoch, layout, "validation")
                     row["validation_loss"], row["validation_accuracy"] = measured
+            row |= _chosen(optimizer) | watched()
             rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
             state = model.state_dict(), optimizer.state_dict(), rows
             due = (epoch + 1) % checkpoint_every == 0 or epoch + 1 == experiment.epochs
@@ -216,6 +233,17 @@ def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tu
     n = sum(sizes)
     weights = torch.tensor(sizes, dtype=losses.dtype, device=device)
     return ((losses * weights).sum() / n).item(), correct.item() / n
+
+
+def _chosen(optimizer) -> dict:
+    """Of weights that choose themselves: those of now, the mean over tensors where each has its
+    own; and at which steps they switched, if they do that."""
+    steered = [group for group in optimizer.param_groups if group["controller"] is not None]
+    if not steered:
+        return {}
+    mean = tuple(sum(λ) / len(steered) for λ in zip(*(group["lambdas"] for group in steered)))
+    switched = [g["memory"]["switched_at"] for g in steered if "switched_at" in g["memory"]]
+    return {"lambdas": mean} | ({"switched_at": switched} if switched else {})
 
 
 def _evaluation(model, task) -> Callable:

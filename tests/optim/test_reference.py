@@ -233,8 +233,9 @@ def test_a_method_is_its_algorithm(name, data):
             case.γ_decoupled = γ
         deltas.insert(0, (delta, named))
     how, signed = given.get("spatial_average"), given.get("signed_average")
-    ours = case.library(getattr(methods, name), **given)
-    assert_same(ours, reference(case, deltas, how, signed))
+    merge = methods.METHODS[name].defaults.get("merge", "product")
+    ours = case.library(getattr(methods, name), controller=None, **given)  # λ is the case's
+    assert_same(ours, reference(case, deltas, how, signed, merge))
 
 
 @random

@@ -147,7 +147,7 @@ BAD = [
     ("spatial_average", 0), ("spatial_average", "rows"),
     *[("restart_epoch", bad) for bad in (1, 351)],
     *[("lambda_start", bad) for bad in
-      ((-0.5, 1), (nan, 1), (inf, 1), (1,), (1, 0, 0), 0.5, ("a", "b"))],
+      ((-0.5, 1), (nan, 1), (inf, 1), 0.5, ("a", "b"))],
     ("lambda_end", (0, -1)), *[("betas", bad) for bad in ((0.9, 1.0), (0.9,), (-0.1, 0.9))],
     *[("lr_milestones", bad) for bad in ((0, 5), ("x",))],
 ]  # fmt: skip
@@ -177,7 +177,13 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
     ("dyn_atmo", {"protocol": "released", "lambda_schedule": "step"}, "lambda_schedule='step'"),
     ("atmo", {"train_limit": 300, "validation_limit": 50}, "=256 is larger than.*300 - .*=50"),
     ("atmo", {"protocol": "released", "validation_limit": 50}, "test_mode='eval'"),
-    ("atmo", {"optimizer": "adam+padam+sgd"}, "adam.padam.sgd.*two rules"),
+    *[("atmo", {"lambda_start": bad}, "lambda_start=.*one weight each for Adam, SGD")
+      for bad in ((1,), (1, 0, 0))],
+    ("atmo", {"lambda_end": (1,)}, "lambda_end=.*one weight each for Adam, SGD"),
+    ("atmo", {"optimizer": "adam+padam+sgd"}, "lambda_start=.*for Adam, Padam, SGD"),
+    ("atmo", {"lambda_schedule": "swats"}, "lambda_schedule='swats' with optimizer='atmo'"),
+    ("atmo", {"lambda_per": "tensor"}, "lambda_per='tensor'.*hedge or swats"),
+    ("atmo", {"lambda_schedule": "hedge", "lambda_tolerance": 1}, "lambda_tolerance: 'hedge' has"),
     ("adasgd", {"precision": "float16"}, "float16.*use bfloat16"),
     ("sgd", {"lr_warmup": 350}, "lr_warmup=350: fewer than epochs=350"),
     # Settings that the optimizer does not have, or that nothing would use.

@@ -1,0 +1,239 @@
+"""λ that chooses itself: Hedge and SWATS, by the letter, everywhere where Hybrid runs."""
+
+import math
+import re
+
+import pytest
+import torch
+from optimizers import (
+    assert_close,
+    observe,
+    parameters,
+    parameters_of,
+    same,
+    saved_and_loaded,
+    snapshot,
+    train,
+    weights,
+)
+
+import hybrid_lib as hl
+from hybrid_lib.optim import methods
+from hybrid_lib.optim.controllers import SWATS, Hedge
+from hybrid_lib.optim.rules import SGD, AdaHessian, Adam
+
+HOW = {"eager": {}, "foreach": {"foreach": True}, "compiled": {"compile": True}}
+every_way = pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+RULES = [Adam(weight_decay=0.01), SGD(momentum=0.9), AdaHessian(eps=0.1)]
+
+
+def hedged(merge="product", **how):
+    settings = {"lambdas": (0.5, 0.3, 0.2), "controller": Hedge(rate=0.7, share=0.02)}
+    return hl.Hybrid(parameters(), RULES, 0.01, merge=merge, **settings, **how)
+
+
+def swats(params=None, tolerance=1e-3, **settings):
+    given = {"lr": 0.05, "eps": 1e-15, "weight_decay": 0.0, **settings}
+    return methods.swats(params or parameters(), controller=SWATS(tolerance), **given)
+
+
+# --- By the letter. ---
+
+
+def vector(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+@every_way
+@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
+def test_hedge_multiplies_weights_by_the_last_direction_s_agreement(how, merge):
+    """The directions of three optimizers that each hold one rule, and see the same weights."""
+    optimizer, λ, last = hedged(merge, **how), (0.5, 0.3, 0.2), None
+    for step in range(5):
+        diag = observe(parameters_of(optimizer), step)
+        asked = [of_one for _, of_one in optimizer.proposals(diag)]
+        assert tuple(optimizer.param_groups[0]["lambdas"]) == pytest.approx(λ, rel=1e-6)
+        optimizer.step(hess_diag=diag)
+        g = vector(p.grad for p in parameters_of(optimizer))
+        if last is not None:
+            grown = [
+                λi * math.exp(0.7 * torch.cosine_similarity(d, g, dim=0)) for λi, d in zip(λ, last)
+            ]
+            λ = [0.98 * x / sum(grown) + 0.02 / 3 for x in grown]
+        else:  # nothing was proposed yet
+            λ = [0.98 * λi + 0.02 / 3 for λi in λ]
+        last = [vector(d[i] for _, d, *_ in asked) for i in range(3)]
+
+
+def swats_by_the_letter(w, gradients, lr, β1=0.9, β2=0.999, ε=1e-15, tolerance=1e-3, γ_decay=0.0):
+    """Algorithm 1 of Keskar and Socher for one vector; also at which step it switched."""
+    m, v, momentum, s, Λ = *(torch.zeros_like(w) for _ in range(3)), 0.0, None
+    for k, g in enumerate(gradients, start=1):
+        g = g + γ_decay * w
+        if Λ is not None:
+            momentum = β1 * momentum + g
+            w = w - (1 - β1) * Λ * momentum
+            continue
+        m, v = β1 * m + (1 - β1) * g, β2 * v + (1 - β2) * g * g
+        p = -lr * math.sqrt(1 - β2**k) / (1 - β1**k) * m / (v.sqrt() + ε)
+        w = w + p
+        if p @ g != 0:
+            γ = float(p @ p / -(p @ g))
+            s = β2 * s + (1 - β2) * γ
+            if k > 1 and s > 0 and abs(s / (1 - β2**k) - γ) < tolerance:
+                Λ, switched_at = s / (1 - β2**k), k
+    return w, 0 if Λ is None else switched_at
+
+
+def gradients_of(params, steps):
+    drawn = []
+    for step in range(steps):
+        observe(params, step)
+        drawn.append([p.grad.clone() for p in params])
+    return drawn
+
+
+@every_way
+@pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 0.03), (0.1, 0.03), (0.0, 1e-9)])
+def test_swats_is_its_algorithm_over_all_tensors_at_once(how, decay, tolerance):
+    optimizer, steps = swats(tolerance=tolerance, weight_decay=decay, **how), 40
+    start, drawn = vector(parameters()), gradients_of(parameters(), steps)
+    end, switched_at = swats_by_the_letter(
+        start, map(vector, drawn), 0.05, tolerance=tolerance, γ_decay=decay
+    )
+    assert bool(switched_at) == (tolerance > 1e-6)
+    assert switched_at < steps - 5
+    assert_close([vector(weights(train(optimizer, range(steps))))], [end], rtol=1e-9)
+    assert optimizer.param_groups[0]["memory"]["switched_at"] == switched_at
+
+
+def test_swats_per_tensor_switches_each_at_its_own_time():
+    optimizer, steps = swats([{"params": [p]} for p in parameters()], 0.01), 60
+    drawn, ends = gradients_of(parameters(), steps), []
+    for i, p in enumerate(parameters()):
+        of_one = [g[i].flatten() for g in drawn]
+        ends.append(swats_by_the_letter(p.detach().flatten(), of_one, 0.05, tolerance=0.01))
+    train(optimizer, range(steps))
+    for p, (end, _) in zip(parameters_of(optimizer), ends):
+        torch.testing.assert_close(p.detach().flatten(), end, rtol=1e-9, atol=1e-9)
+    switched_at = [group["memory"]["switched_at"] for group in optimizer.param_groups]
+    assert switched_at == [k for _, k in ends]
+    assert len(set(switched_at)) > 2
+
+
+def test_swats_is_another_implementation_s():
+    """pytorch_optimizer's is right for one tensor; its tolerance is relative, so both get the same
+    gradient until they switch, at the second step."""
+    theirs = pytest.importorskip("pytorch_optimizer").SWATS
+    ours, theirs = swats([parameters()[0]]), theirs([parameters()[0]], lr=0.05, eps=1e-13)
+    for optimizer in (ours, theirs):
+        for step in (0, 0, 1, 2, 3, 4):
+            observe(parameters_of(optimizer), step)
+            optimizer.step()
+    assert ours.param_groups[0]["memory"]["switched_at"] == 2
+    assert theirs.param_groups[0]["phase"] == "sgd"
+    assert_close(weights(ours), weights(theirs), rtol=1e-6)
+
+
+def test_a_rate_s_schedule_goes_on_after_the_switch():
+    optimizer = swats(tolerance=0.03, momentum=0.0, dampening=0.0)
+    train(optimizer, range(40))
+    (group,) = optimizer.param_groups
+    (_, λ), before = group["lambdas"], weights(optimizer)
+    group["lr"] = 0.005
+    observe(parameters_of(optimizer), 99)
+    optimizer.step()
+    for p, w in zip(parameters_of(optimizer), before):
+        torch.testing.assert_close(p.detach(), w - 0.005 * λ * p.grad)
+
+
+# --- Life: states, refusals, numbers. ---
+
+MAKE = {"hedge": hedged, "swats": lambda **how: swats(tolerance=0.03, **how)}
+every_controller = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+
+
+@every_way
+@every_controller
+@pytest.mark.parametrize("before", [1, 4, 30])
+def test_a_checkpoint_continues_bit_by_bit(make, how, before):
+    through = train(make(**how), range(before))
+    state, at = saved_and_loaded(through.state_dict()), weights(through)
+    train(through, range(before, before + 4))
+    resumed = make(**how)
+    with torch.no_grad():
+        for p, w in zip(parameters_of(resumed), at):
+            p.copy_(w)
+    resumed.load_state_dict(state)
+    train(resumed, range(before, before + 4))
+    assert same(snapshot(through), snapshot(resumed))
+
+
+def test_a_state_of_another_controller_is_refused():
+    plain = methods.swats(parameters(), controller=None)
+    with pytest.raises(ValueError, match=re.escape("Adam + SGD + SWATS, this is Adam + SGD")):
+        plain.load_state_dict(swats().state_dict())
+    with pytest.raises(ValueError, match=re.escape("Adam + SGD, this is Adam + SGD + SWATS")):
+        swats().load_state_dict(plain.state_dict())
+
+
+REFUSED = {
+    "merge='product'.*'sum'": dict(merge="product"),
+    r"one rule to SGD, lambdas \(1, 0\)": dict(lambdas=(0.5, 0.5)),
+}
+
+
+@pytest.mark.parametrize(("reason", "settings"), REFUSED.items())
+def test_swats_refuses_what_it_cannot_steer(reason, settings):
+    with pytest.raises(ValueError, match=reason):
+        swats(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "bad"),
+    [(Hedge, "rate", 0.0), (Hedge, "rate", math.inf), (Hedge, "share", -0.1), (Hedge, "share", 2),
+     (SWATS, "tolerance", 0.0), (SWATS, "beta2", 1.0), (SWATS, "beta2", -0.5)],
+)  # fmt: skip
+def test_settings_outside_their_range_are_refused(make, name, bad):
+    with pytest.raises(ValueError, match=f"{name}="):
+        make(**{name: bad})
+
+
+def test_a_gradient_that_is_no_number_does_not_spoil_the_weights():
+    optimizer = hedged()
+    train(optimizer, range(2))
+    diag = observe(parameters_of(optimizer), 2)
+    parameters_of(optimizer)[0].grad.fill_(math.nan)
+    optimizer.step(hess_diag=diag)
+    assert all(math.isfinite(λ) for λ in optimizer.param_groups[0]["lambdas"])
+
+
+# --- Proposals: what step() is going to do, without doing it. ---
+
+
+@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_proposals_tell_the_next_step_and_change_nothing(merge, steps):
+    rules = [Adam(weight_decay=0.01), SGD(momentum=0.9), AdaHessian(eps=0.1)]
+    optimizer = hl.Hybrid(parameters(), rules, 0.01, (0.5, 0.3, 0.2), merge=merge, maximize=True)
+    train(optimizer, range(steps))
+    diag = observe(parameters_of(optimizer), steps)
+    before = snapshot(optimizer)
+    expected = []
+    for p, (group, d, η, D) in optimizer.proposals(diag):
+        step = hl.optim.hybrid.MERGES[merge](group["lambdas"], η, list(d))
+        expected.append(p.detach() - step)
+        assert D is not None
+    assert same(before, snapshot(optimizer))
+    optimizer.step(hess_diag=diag)
+    assert_close(weights(optimizer), expected)
+    if steps:  # without a new diagonal, the one that was kept
+        asked = {p: D for p, (*_, D) in optimizer.proposals()}
+        assert all(torch.equal(asked[p], D) for p, D in zip(parameters_of(optimizer), diag))
+
+
+def test_proposals_need_what_a_step_needs():
+    optimizer = hl.adahessian(parameters())
+    observe(parameters_of(optimizer), 0)
+    with pytest.raises(RuntimeError, match="first step"):
+        list(optimizer.proposals())

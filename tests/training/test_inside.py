@@ -1,0 +1,183 @@
+"""Hybrids beyond the report's: layers apart, weights that choose themselves, a look inside."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from children import outcome
+from toys import toy
+
+import hybrid_lib as hl
+from hybrid_lib.optim.rules import SGD, Adam
+from hybrid_lib.training import inside, loop, tasks
+from hybrid_lib.training.engines import eager_pass, training_step
+from hybrid_lib.training.experiments import EXPERIMENTS, get_experiment
+from hybrid_lib.training.inside import look_inside
+
+
+def toy_of(name, **changes):
+    """Three epochs of any method at toy size."""
+    sizes = {"dataset": "digits", "width": 4, "batch_size": 16, "train_limit": 40, "test_limit": 30}
+    return replace(get_experiment(name).scaled(3), **sizes, **changes)
+
+
+# --- Layers: which are merged, and what becomes of the others. ---
+
+
+def test_layers_that_are_not_merged_follow_the_last_rule_alone():
+    """By hand: the same steps as of a group with both rules and one with SGD."""
+    for on in ("norms_and_head", "matrices"):
+        e = toy("dyn_atmo", lambda_on=on, weight_decay=0.01)
+        task = tasks.load_task(e)
+        ours, theirs = task.build_model(), task.build_model()
+        named = dict(theirs.named_parameters())
+        matrices = {n for n, p in named.items() if p.dim() > 1 and not n.startswith("head")}
+        merged = matrices if on == "matrices" else named.keys() - matrices
+        assert 0 < len(merged) < len(named)
+        parts = (
+            [p for n, p in named.items() if n in merged],
+            [p for n, p in named.items() if n not in merged],
+        )
+        both = Adam(weight_decay=0.01), SGD(momentum=0.95, weight_decay=0.01)
+        others = {"params": parts[1], "rules": both[1:], "lambdas": (1,)}
+        by_hand = hl.Hybrid([{"params": parts[0]}, others], both, e.lr, e.lambdas()(0))
+        optimizers = e.build_optimizer(ours.named_parameters()), by_hand
+        for model, optimizer in zip((ours, theirs), optimizers):
+            step = training_step(model, eager_pass(model, task), optimizer)
+            for x, y in task.training_batches(0, torch.contiguous_format):
+                step(x, y, None)
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["adasgd", "adahessian+lion", "lion+adahessian"])
+@pytest.mark.parametrize("on", ["norms_and_head", "matrices"])
+def test_every_parameter_gets_its_own_hessian_diagonal(name, on, monkeypatch):
+    """Groups reorder parameters, and with them D."""
+    given = {}
+
+    def remembered(optimizer, arguments, keywords):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        given.update(zip(params, keywords["hess_diag"], strict=True))
+
+    e = toy_of(name, lambda_on=on)
+    task = tasks.load_task(e)
+    model = task.build_model()
+    optimizer = e.build_optimizer(model.named_parameters())
+    optimizer.register_step_pre_hook(remembered)
+    diagonals = [torch.full_like(p, i) for i, p in enumerate(model.parameters())]
+
+    def one_pass(x, y, probes):
+        loss, right, grads, _ = eager_pass(model, task)(x, y, None)
+        return loss, right, grads, diagonals
+
+    step = training_step(model, one_pass, optimizer)
+    step(*next(task.training_batches(0, torch.contiguous_format)), torch.Generator())
+    for p, D in zip(model.parameters(), diagonals):
+        assert torch.equal(given[p], D)
+
+
+def test_decay_that_is_decoupled_stays_with_its_rule():
+    """Of AdaHessian + SGD the others take SGD, whose decay is its own."""
+    e = replace(EXPERIMENTS["adasgd"], weight_decay_in="both", lambda_on="matrices")
+    model = hl.resnet18(width=4)
+    merged, others = e.build_optimizer(model.named_parameters()).param_groups
+    assert (merged["decoupled_weight_decay"], others["decoupled_weight_decay"]) == (5e-4, 0)
+    assert others["rules"] == merged["rules"][1:]
+    with pytest.raises(ValueError, match="named_parameters"):
+        e.build_optimizer(model.parameters())
+
+
+# --- Runs. ---
+
+RUNS = {
+    "three rules": ("adam+lion+sgd", {"lambda_schedule": "cosine"}),
+    "hedge": ("atmo", {"lambda_schedule": "hedge", "lambda_rate": 2.0}),
+    "hedge of three": ("padam+adahessian+sgd", {"lambda_schedule": "hedge", "merge": "sum"}),
+    "hedge per tensor": ("padam_sgd", {"lambda_schedule": "hedge", "lambda_per": "tensor"}),
+    "swats": ("swats", {"lambda_tolerance": 1.0}),
+    "swats per tensor": ("swats", {"lambda_tolerance": 1e-4, "lambda_per": "tensor"}),
+    "some layers": ("dyn_padam_sgd", {"lambda_on": "norms_and_head"}),
+    "hedge on some layers": ("atmo", {"lambda_schedule": "hedge", "lambda_on": "matrices"}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), RUNS.values(), ids=RUNS)
+def test_an_interrupted_run_is_a_straight_run(name, changes, tmp_path):
+    e, steps = toy_of(name, **changes), iter(range(99))
+    straight = loop.run(e, tmp_path / "a", progress=False)
+    stopped = loop.run(e, tmp_path / "b", progress=False, should_stop=lambda: next(steps) == 4)
+    assert (straight.status, stopped.status) == ("complete", "stopped")
+    resumed = loop.run(e, tmp_path / "b", progress=False)
+    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+    assert all(len(row["lambdas"]) == len(e.method.rules) for row in resumed.rows)
+
+
+def test_weights_that_choose_themselves_are_logged():
+    h = loop.run(toy_of("atmo", lambda_schedule="hedge", lambda_rate=5.0), progress=False)
+    seen = [row["lambdas"] for row in h.rows]
+    assert len(set(seen)) == 3
+    assert all(sum(λ) == pytest.approx(1) for λ in seen)
+    switched = loop.run(toy_of("swats", lambda_tolerance=1.0), progress=False).rows
+    assert [row["switched_at"] for row in switched] == [[2]] * 3
+    assert all(row["lambdas"][0] == 0 < row["lambdas"][1] for row in switched)
+
+
+# --- A look inside. ---
+
+
+@pytest.mark.parametrize("name", ["dyn_atmo", "adasgd", "adam+lion+sgd", "sgd"])
+@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
+def test_a_look_inside_changes_nothing_and_tells_every_layer(name, merge):
+    e = toy_of(name, **({"merge": merge} if name != "sgd" else {}))
+    plain, seen = (loop.run(e, progress=False, **how) for how in ({}, {"watch": look_inside}))
+    n, layers = len(e.method.rules), {"stem.0", "blocks.7.conv2", "blocks.2.shortcut.0", "head"}
+    for row, usual in zip(seen.rows, plain.rows):
+        looked = row.pop("inside")
+        assert row.pop("hessian_age", 0) == 0
+        drop = ("train_seconds", "test_seconds")
+        assert all(row[k] == usual[k] for k in usual if k not in drop)
+        assert layers < looked.keys()
+        for of_one in looked.values():
+            assert len(of_one["cosines"]) == n * (n - 1) // 2
+            assert all(-1.001 <= c <= 1.001 for c in of_one["cosines"] if c is not None)
+            assert sum(of_one["shares"]) == pytest.approx(1, abs=2e-3)
+            assert of_one["step_size"] > 0
+            assert ("curvature" in of_one) == e.needs_hessian
+
+
+def test_what_is_seen_is_what_moves(monkeypatch):
+    """Against the weights before and after the step, and rules asked one by one."""
+    e = toy("atmo", lr=0.05)
+    task = tasks.load_task(e)
+    model = task.build_model()
+    optimizer = e.build_optimizer(model.named_parameters())
+    row = look_inside(model, optimizer)
+    step = training_step(model, eager_pass(model, task), optimizer)
+    head = model.head.weight, model.head.bias
+    before = [p.detach().clone() for p in head]
+    step(*next(task.training_batches(0, torch.contiguous_format)), None)
+    moved = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, head)])
+    g = torch.cat([p.grad.flatten() for p in head])
+    w = torch.cat([a.flatten() for a in before])
+    g = g + 5e-4 * w
+    adam = 0.1 * g / (g.abs() + 1e-8)  # (1 - beta1) g over its own root; SGD answers g
+    seen = row()["inside"]["head"]
+    plain = torch.cat([p.grad.flatten() for p in head])
+    assert seen["step_size"] == pytest.approx((moved.norm() / plain.norm()).item(), rel=1e-3)
+    assert seen["cosines"] == [
+        pytest.approx(torch.cosine_similarity(adam, g, dim=0).item(), rel=1e-2)
+    ]
+    share = (g @ moved / ((adam + g) @ moved)).item()
+    assert seen["shares"] == pytest.approx([1 - share, share], abs=2e-3)
+    assert row() == {}
+
+
+def test_d_s_age_is_counted_between_estimates():
+    e = toy("adasgd", hessian_every=4)
+    h = loop.run(e, progress=False, watch=look_inside)
+    steps = -(-40 // e.batch_size)
+    assert [row["hessian_age"] for row in h.rows] == [epoch * steps % 4 for epoch in range(3)]
+    D = h.rows[0]["inside"]["head"]["curvature"]
+    assert len(D) == len(inside.QUANTILES)
+    assert sorted(D) == D
