@@ -139,7 +139,8 @@ def epoch_seconds(histories: Sequence[History]):
 
 
 def schedules(experiments: Iterable[Experiment], title: str = ""):
-    """Learning rate and weight of SGD in every epoch: a column of two panels per name."""
+    """Learning rate and weight of SGD, or of another last rule, in every epoch: a column of two
+    panels per name. Of weights that choose themselves it is their start."""
     shown = list({e.name: e for e in reversed(list(experiments))}.values())[::-1]
     figure = make_subplots(
         2, len(shown), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
@@ -149,7 +150,7 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     for col, e in enumerate(shown, start=1):
         colour, dash = look(e.name)
         alone = 1.0 if e.optimizer == "sgd" else 0.0
-        sgd = [e.lambdas()(i)[1] if e.is_hybrid else alone for i in range(e.epochs)]
+        sgd = [e.lambdas()(i)[-1] if e.is_hybrid else alone for i in range(e.epochs)]
         for row, values, label in ((1, e.learning_rates(), "η"), (2, sgd, "λ of SGD")):
             figure.add_scatter(
                 x=np.arange(1, e.epochs + 1), y=np.asarray(values), mode="lines", name=e.label,

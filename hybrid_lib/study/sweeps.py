@@ -192,7 +192,7 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
     settings, measured = [], []
     for h in histories:
         setting = dataclasses.asdict(h.experiment)
-        if abs(sum(h.experiment.lambda_start) - 1) < 1e-9:
+        if len(h.experiment.lambda_start) == 2 and abs(sum(h.experiment.lambda_start) - 1) < 1e-9:
             setting["lambda_sgd"] = setting.pop("lambda_start")[1]
         settings.append({"run": setting.pop("name"), "seed": setting.pop("seed")} | setting)
         last, best = ({}, {}) if h.status != "complete" else (h.final, h.best)

@@ -253,9 +253,11 @@ class Experiment:
 
     @property
     def _shape_settings(self) -> dict:
-        """What the shape of lambda has besides start, end and epochs, where it is given."""
-        names = ("rate", "steepness", "share", "tolerance")
-        given = {name: getattr(self, f"lambda_{name}") for name in names}
+        """What shape or controller of lambda have besides start, end and epochs, where given."""
+        kinds = (*schedules.SHAPES.values(), *CONTROLLERS.values())
+        names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
+        names -= {"start", "end", "epochs"}
+        given = {name: getattr(self, f"lambda_{name}", None) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
     def lambdas(self):

@@ -8,7 +8,8 @@ const PANELS = [
 ];
 const LEFT = 46, RIGHT = 10, ABOVE = 32, BELOW = 40; // margins in pixels, ABOVE of each panel
 const HEIGHT = BELOW + PANELS.reduce((sum, panel) => sum + ABOVE + panel.height, 0);
-const GREEN = "#009E73", WEIGHTS = [["#D55E00", ""], ["#0072B2", "7 5"]];
+const GREEN = "#009E73"; // of the rate; of the weights, by rule: colour, dash, and how it looks in text
+const WEIGHTS = [["#D55E00", "", "━━"], ["#0072B2", "7 5", "╍╍"], [GREEN, "2 3", "┅┅"]];
 const STYLE = `
 .hybrid-curves { color: var(--jp-widgets-label-color, inherit); font-size: 12px; line-height: 1.35;
   font-family: var(--jp-ui-font-family, system-ui, sans-serif); width: 100%; }
@@ -78,7 +79,7 @@ function linesOf(data, hidden) {
   const { epoch, lr, lambdas } = data.planned, held = { part: "planned", width: 2 };
   lines[2].push({ ...held, points: points(epoch, lr), colour: GREEN, dash: "" });
   Object.values(lambdas).forEach((values, i) => {
-    const [colour, dash] = WEIGHTS[i % 2];
+    const [colour, dash] = WEIGHTS[i % 3];
     lines[3].push({ ...held, points: points(epoch, values), colour, dash });
   });
   return lines;
@@ -143,7 +144,7 @@ function panels(data, hidden, width, at) {
 function caption({ lr, lambdas }, row, at) {
   const value = (values) => (lr[at - 1] === undefined ? "" : ` = ${short(values[at - 1], 3)}`);
   const weights = Object.entries(lambdas).map(([rule, values], i) =>
-    `<tspan fill="${WEIGHTS[i % 2][0]}">${i ? "╍╍" : "━━"}</tspan> λ of ${rule}${value(values)}`);
+    `<tspan fill="${WEIGHTS[i % 3][0]}">${WEIGHTS[i % 3][2]}</tspan> λ of ${rule}${value(values)}`);
   const next = `what starts next${value(lr) && `: η${value(lr)}`}`;
   return ["thick: test, thin: training", "", next, weights.join(" \u00a0 ")][row];
 }

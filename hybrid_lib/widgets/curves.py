@@ -48,7 +48,9 @@ class Curves(anywidget.AnyWidget):
             columns = {c: [row[c] for row in run.rows] for c in COLUMNS if "seconds" not in c}
             drawn.append({"name": name, **look, **columns})
         rules = [rule.__name__ for rule in planned.method.rules]
-        weights = zip(*map(planned.lambdas(), range(planned.epochs)))
+        # Weights that choose themselves are not planned: each run's are in the table.
+        planned_epochs = range(0 if planned.chooses_lambdas else planned.epochs)
+        weights = zip(*map(planned.lambdas(), planned_epochs))
         schedules = {"lr": planned.learning_rates(), "lambdas": dict(zip(rules, weights))}
         epochs = [*range(1, planned.epochs + 1)]
         self.data = _short({

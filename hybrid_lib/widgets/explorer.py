@@ -19,6 +19,7 @@ from IPython.display import display
 from pydantic import ValidationError
 
 from hybrid_lib.optim import methods, schedules
+from hybrid_lib.optim.controllers import CONTROLLERS
 from hybrid_lib.study import planning
 from hybrid_lib.study.progress import is_interactive
 from hybrid_lib.training import data
@@ -40,7 +41,9 @@ WEIGHTS = {
     "lambda_schedule": ("Schedule of λ",), "lambda_epochs": ("over epochs", "all"),
     "lambda_start": ("λ at the start", "0.5, 0.5"), "lambda_end": ("λ at the end", "0, 1"),
     "lambda_direction": ("Direction of λ",), "merge": ("Merge",),
-    "lambda_rate": ("Rate of the shape", "5"), "lambda_steepness": ("Steepness", "12"),
+    "lambda_rate": ("Rate", "5, of hedge 0.1"), "lambda_steepness": ("Steepness", "12"),
+    "lambda_share": ("Share", "0.001"), "lambda_tolerance": ("Tolerance", "1e-9"),
+    "lambda_on": ("Merged layers",), "lambda_per": ("One λ per",),
 }  # fmt: skip
 RUN = {
     "dataset": ("Data set",), "train_limit": ("Training images", "all"),
@@ -48,7 +51,8 @@ RUN = {
     "seed": ("Seed",), "protocol": ("Protocol",),
 }  # fmt: skip
 FIELDS, HINTS = STEP | WEIGHTS | RUN, typing.get_type_hints(Experiment)
-OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness"}  # of λ's schedule
+# Of some schedules of λ.
+OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness", "lambda_share", "lambda_tolerance", "lambda_per"}
 LEFT, RIGHT = 430, 500  # widths in pixels; the curves' may grow
 WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
 
@@ -206,9 +210,11 @@ class Explorer:
         if self.controls["lr_schedule"].value == "multistep":
             used.add("lr_milestones")
         if method.is_hybrid:
-            used |= {"lambda_schedule", "lambda_start", "merge"}
-            if shape := schedules.SHAPES.get(self.controls["lambda_schedule"].value):
-                used |= {"lambda_direction", *(f"lambda_{f.name}" for f in fields(shape))}
+            used |= {"lambda_schedule", "lambda_start", "lambda_on", "merge"}
+            chosen = self.controls["lambda_schedule"].value
+            if shape := (schedules.SHAPES | CONTROLLERS).get(chosen):
+                used.add("lambda_per" if chosen in CONTROLLERS else "lambda_direction")
+                used |= {f"lambda_{f.name}" for f in fields(shape)} & FIELDS.keys()
         for name in FIELDS:
             self.controls[name].disabled = name not in used
         for name in OF_ONE_SHAPE:
@@ -312,8 +318,10 @@ class Explorer:
 
     def _make_widgets(self, method: str) -> None:
         """The controls, each in a cell with room for a message, and what answers."""
+        listed = method in (name for _, name in METHODS)
+        others = [] if listed else [(get_experiment(method).label, method)]
         self.controls = {
-            "method": _labelled(widgets.Dropdown, "Method", options=METHODS, value=method),
+            "method": _labelled(widgets.Dropdown, "Method", options=METHODS + others, value=method),
             "run_name": _labelled(widgets.Text, "Name of the run", **WHEN_COMPLETE),
             **{field: _control(field, *words) for field, words in FIELDS.items()},
         }

@@ -24,7 +24,7 @@ from hybrid_lib.widgets.explorer import FIELDS, METHODS, RUN, Explorer, explore
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"epochs": 3, "width": 2, "batch_size": 32, "train_limit": 160, "test_limit": 80}
-WEIGHED = {"lambda_schedule", "lambda_start", "merge"}  # of every hybrid
+WEIGHED = {"lambda_on", "lambda_schedule", "lambda_start", "merge"}  # of every hybrid
 
 
 @pytest.fixture
@@ -225,6 +225,7 @@ def test_what_only_the_data_can_tell_fails_and_leaves_what_waits_untouched(open_
                            "lambda_end", "lambda_epochs", "lambda_direction"}),
         ("adahessian", {"weight_decay", "hessian_power", "lr_milestones"}),
         ("adahessian+adam", {"weight_decay", "hessian_power", *WEIGHED}),
+        ("swats", {"momentum", "weight_decay", *WEIGHED, "lambda_per", "lambda_tolerance"}),
     ],
 )  # fmt: skip
 def test_controls_that_a_method_has_not_are_disabled(open_explorer, method, enabled):
@@ -476,3 +477,15 @@ def test_text_trains_as_images_do(open_explorer):
     (shown,) = drawn(explorer)
     assert shown["test_loss"] == pytest.approx([row["test_loss"] for row in history.rows], rel=1e-3)
     assert "documentation" in explorer.figure.data["title"]
+
+
+def test_a_hybrid_of_three_whose_weights_choose_themselves(open_explorer):
+    """Not in the list of methods, but to be opened; nothing is planned for its weights."""
+    explorer = open_explorer("adam+lion+sgd", **TINY, lambda_schedule="hedge", lambda_rate=2.0)
+    assert explorer.controls["lambda_rate"].value == "2.0"
+    assert explorer.figure.data["planned"]["lambdas"] == {}
+    explorer.start()
+    explorer.wait()
+    assert explorer.history.status == "complete"
+    drawn = explorer.figure.data["runs"][0]["lambdas"]
+    assert [len(λ) for λ in drawn] == [3] * len(explorer.history.rows)
