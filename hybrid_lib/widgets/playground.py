@@ -18,12 +18,14 @@ import torch
 from plotly.subplots import make_subplots
 from pydantic import Field
 
+from hybrid_lib.optim import methods
 from hybrid_lib.optim.hybrid import MERGES
-from hybrid_lib.optim.methods import METHODS
 from hybrid_lib.optim.schedules import SHAPES, Constant
 from hybrid_lib.study import figures
 from hybrid_lib.widgets.surfaces import FAR, STEPS, SURFACES, TOLERANCE, settled, walk
 
+# λ is the page's: no method that sets its own.
+METHODS = {k: m for k, m in methods.METHODS.items() if "controller" not in m.defaults}
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 

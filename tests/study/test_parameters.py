@@ -114,7 +114,7 @@ seed: int = 0  # a seed
 @pytest.mark.parametrize(
     ("given", "message"),
     [({"optimizer": "adamm"}, r"'adamm'.*did you mean adam"),
-     ({"lambda_start": "1,0,0"}, r"lambda_start=.*at most 2"),
+     ({"lambda_start": "1,0,0"}, r"lambda_start=.*one weight each for Adam, SGD"),
      ({"lr": "nan"}, r"lr=nan"),
      ({"batch_size": 161}, r"batch_size=161.*train_limit=160"),
      ({"learning_rate": 0.1}, r"learning_rate is not a parameter")],

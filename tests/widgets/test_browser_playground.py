@@ -11,9 +11,9 @@ import torch
 from test_browser import browser, pytestmark, shots  # noqa: F401
 
 from hybrid_lib.optim.hybrid import MERGES
-from hybrid_lib.optim.methods import METHODS
 from hybrid_lib.optim.schedules import SHAPES, Constant
 from hybrid_lib.widgets import playground
+from hybrid_lib.widgets.playground import METHODS
 from hybrid_lib.widgets.surfaces import STEPS, SURFACES, normal
 
 

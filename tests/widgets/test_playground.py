@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from hybrid_lib.optim.methods import METHODS
 from hybrid_lib.study import figures
 from hybrid_lib.study.parameters import reason
 from hybrid_lib.widgets import playground
+from hybrid_lib.widgets.playground import METHODS
 from hybrid_lib.widgets.surfaces import SURFACES, settled
 
 
