@@ -37,7 +37,8 @@ class History:
 
     A row per finished epoch has COLUMNS: ``epoch`` from 1; ``train_loss`` and ``train_accuracy``
     are means over the epoch's batches, while training. With a validation set there are also
-    ``validation_loss`` and ``validation_accuracy``.
+    ``validation_loss`` and ``validation_accuracy``. ``lambdas`` that choose themselves are those at
+    the epoch's end; of SWATS there is ``switched_at``, a step per parameter group (0: not yet).
     """
 
     experiment: Experiment
