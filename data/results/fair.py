@@ -1,6 +1,6 @@
 """Train the comparison under equal budgets: one command, resumable.
 
-    python data/results/fair.py            # two to three hours on two cores; runs/fair
+    python data/results/fair.py            # three to four hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
     python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width: not run yet
     python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
@@ -18,6 +18,10 @@ test set is looked at for chosen trials alone. Written before anything was run.
   hybrid against the better of its two parts with B/2 trials each, B = 10, over random halves of the
   fifteen trials. A hybrid *wins* if the 95 % interval of the difference lies above 0, and *loses*
   if it lies below.
+- λ that chooses itself (added after the ten others had run, before any of its own runs): a hybrid
+  with Hedge draws Hedge's rate where the constant one draws λ. The test is the same, and so are its
+  words: ten trials of it against the better of five with a constant and five with a falling λ.
+  SWATS draws its tolerance; its rivals are Adam and SGD.
 """
 
 from __future__ import annotations
@@ -55,23 +59,32 @@ STUDIES, TRIALS, FINAL_SEEDS = 3, 5, range(1, 6)
 PUBLISHED = {"cpu": "fair", "images": "fair-images", "paper": "fair-paper"}  # beside this file
 # Three decades of the learning rate each, around the rates that papers give for the method.
 LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
-CONTESTANTS = {  # row that its settings start from, range of the rate, whether λ is constant
-    "sgd": ("sgd", HIGH, True),
-    "adam": ("adam", LOW, True),
-    "padam": ("padam", HIGH, True),
-    "adahessian": ("adahessian", HIGH, True),
-    "atmo": ("atmo", LOW, True),
-    "padam_sgd": ("padam_sgd", HIGH, True),
-    "adasgd": ("adasgd", HIGH, True),
-    "dyn_atmo": ("dyn_atmo", LOW, False),
-    "dyn_padam_sgd": ("dyn_padam_sgd", HIGH, False),
-    "dyn_adasgd": ("adasgd", HIGH, False),
+CONTESTANTS = {  # row that its settings start from, range of the rate, schedule of λ
+    "sgd": ("sgd", HIGH, "none"),
+    "adam": ("adam", LOW, "none"),
+    "padam": ("padam", HIGH, "none"),
+    "adahessian": ("adahessian", HIGH, "none"),
+    "atmo": ("atmo", LOW, "constant"),
+    "padam_sgd": ("padam_sgd", HIGH, "constant"),
+    "adasgd": ("adasgd", HIGH, "constant"),
+    "dyn_atmo": ("dyn_atmo", LOW, "linear"),
+    "dyn_padam_sgd": ("dyn_padam_sgd", HIGH, "linear"),
+    "dyn_adasgd": ("adasgd", HIGH, "linear"),
+    "hedge_atmo": ("atmo", LOW, "hedge"),
+    "hedge_padam_sgd": ("padam_sgd", HIGH, "hedge"),
+    "hedge_adasgd": ("adasgd", HIGH, "hedge"),
+    "swats": ("swats", LOW, "swats"),
+}
+OWN = {  # what else is drawn, by the schedule of λ; the falling one is as in the report
+    "constant": {"lambda_sgd": {"low": 0.0, "high": 1.0}},
+    "hedge": {"lambda_rate": {"low": 0.01, "high": 1.0, "log": True}},
+    "swats": {"lambda_tolerance": {"low": 1e-9, "high": 1e-3, "log": True}},
 }
 
 
 def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experiment]:
-    """Five trials: rate and decay, and of a hybrid the weight of SGD, if constant."""
-    row, (low, high), constant = CONTESTANTS[contestant]
+    """Five trials: rate and decay, and what the schedule of a hybrid's λ has to be told."""
+    row, (low, high), λ = CONTESTANTS[contestant]
     sizes = dict(TASKS[task])
     dataset = sizes.pop("dataset", task)
     fixed = {**sizes, "lr_schedule": schedule, "lr_milestones": []}
@@ -80,11 +93,13 @@ def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experi
     method = get_method(row.removeprefix("dyn_"))
     if "momentum" in method.settings:
         fixed["momentum"] = 0.9
-    if method.is_hybrid and constant:
-        space["lambda_sgd"] = {"low": 0.0, "high": 1.0}
-        fixed["lambda_schedule"] = "constant"
-    elif method.is_hybrid:  # from the adaptive rule to SGD, over all epochs
+    space |= OWN.get(λ, {})
+    if λ == "linear":  # from the adaptive rule to SGD, over all epochs
         fixed |= {"lambda_start": (1, 0), "lambda_epochs": None}
+    elif method.is_hybrid:
+        fixed["lambda_schedule"] = λ
+    if λ == "hedge":
+        fixed["lambda_start"] = (0.5, 0.5)
     sweep = Sweep(optimizer=row, scale="paper", dataset=dataset, fixed=fixed, random=space,
                   draws=TRIALS, draw_seed=study)  # fmt: skip
     experiments, refused = sweep.plan()
