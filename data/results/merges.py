@@ -1,0 +1,141 @@
+"""Merges and places: what the product is worth, and where adaptivity is needed. Resumable.
+
+    python data/results/merges.py            # an hour on two cores; runs/merges
+    python data/results/merges.py --list     # what is there and what is left
+    python data/results/merges.py --publish  # data/results/fair/merges.csv: a row per run
+
+Two questions on the two tasks of ``fair.py``, with its sizes; a cosine rate for the digits and a
+constant one for the text, momentum .9. Every variant gets its own rate: the best by validation of a
+few, with seed 0; then five seeds that tuning has not seen. Written before anything was run.
+
+- *Merges.* ATMO, PADAM-SGD and AdaSGD with weights of one half each: the report's product, the sum
+  of the rules' steps, the graft (the adaptive direction at the mean length), and the sum in which
+  the adaptive rule keeps its own rate: its best in ``fair.py`` ÷ SGD's. Decay 5e-4, five rates over
+  the three decades of ``fair.py``.
+- *Places.* The adaptive rule alone on every tensor, on norms, biases and the last layer, on the
+  other matrices, and nowhere; SGD has the rest, and each rule its own rate as above. No decay;
+  SGD's best rate, a third and three times it.
+
+A variant *differs* from the product (the place, from everywhere and from nowhere) if the 95 %
+interval (Student) of the difference, seed by seed, leaves zero out; a seed that diverged counts as
+the worst of all runs on that task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from fair import CONTESTANTS, FINAL_SEEDS, TASKS, chosen_of
+
+from hybrid_lib import Experiment
+from hybrid_lib.study import tables
+from hybrid_lib.study.running import run_folder, run_many
+from hybrid_lib.training import data
+from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.history import FILE, History
+
+SCHEDULE = {"digits": "cosine", "python-docs": "constant"}
+ADAPTIVE = {"atmo": "adam", "padam_sgd": "padam", "adasgd": "adahessian"}
+EVEN = {"lambda_schedule": "constant", "lambda_start": (0.5, 0.5), "weight_decay": 5e-4}
+
+
+def best_rate(task: str, contestant: str) -> float:
+    """Of all its trials in the published comparison with that schedule, by validation."""
+    runs = tables.fair("runs")
+    of_one = (runs["task"] == task) & (runs["part"] == SCHEDULE[task])
+    here = runs[of_one & (runs["contestant"] == contestant)].dropna(subset="validation")
+    place = here["validation"].idxmin() if task == "python-docs" else here["validation"].idxmax()
+    return float(here["lr"][place])
+
+
+def variants(task: str, method: str) -> Iterator[tuple[str, dict, list[float]]]:
+    """(name, settings, rates to choose from): four merges, then four places."""
+    sgd, ratio = best_rate(task, "sgd"), best_rate(task, ADAPTIVE[method]) / best_rate(task, "sgd")
+    decades = np.geomspace(*CONTESTANTS[method][1], 5).tolist()
+    for merge in ("product", "sum", "graft"):
+        yield merge, {**EVEN, "merge": merge}, decades
+    own = {"merge": "sum", "lambda_start": (ratio / 2, 0.5)}
+    yield "own_rates", {**EVEN, **own}, np.geomspace(*CONTESTANTS["sgd"][1], 5).tolist()
+    near = [sgd / 3, sgd, 3 * sgd]
+    alone = {"merge": "sum", "lambda_schedule": "constant", "weight_decay": 0.0}
+    for on in ("all", "norms_and_head", "matrices"):
+        yield on, {**alone, "lambda_start": (ratio, 0), "lambda_on": on}, near
+    yield "nowhere", {**alone, "lambda_start": (0, 1)}, near
+
+
+def tuning(task: str) -> Iterator[list[Experiment]]:
+    """A variant's runs with seed 0, one per rate."""
+    sizes = dict(TASKS[task])
+    fixed = {**sizes, "dataset": task, "lr_schedule": SCHEDULE[task], "lr_milestones": ()}
+    for method in ADAPTIVE:
+        row = EXPERIMENTS[method].scaled(sizes["epochs"])
+        for name, settings, rates in variants(task, method):
+            if name == "nowhere" and method != "atmo":  # the same SGD
+                continue
+            changed = {**fixed, "momentum": 0.9, "lambda_epochs": None, **settings}
+            yield [replace(row, name=f"{method}-{name}-{i}", lr=lr, **changed)
+                   for i, lr in enumerate(rates)]  # fmt: skip
+
+
+def finals(task: str, out: Path) -> Iterator[list[Experiment]]:
+    """Five new seeds at the best rate."""
+    for experiments in tuning(task):
+        best = chosen_of([History.load(run_folder(out / task, e)) for e in experiments]).experiment
+        yield [replace(best, name=f"{best.name[:-2]}-final", seed=seed) for seed in FINAL_SEEDS]
+
+
+def published(out: Path) -> pd.DataFrame:
+    """A row per run: method, variant and how it ended."""
+    rows = []
+    for task in SCHEDULE:
+        measure = "loss" if task == "python-docs" else "accuracy"
+        for experiments in itertools.chain(tuning(task), finals(task, out)):
+            for e in experiments:
+                h = History.load(run_folder(out / task, e))
+                method, variant, rate = e.name.split("-")
+                last = h.final if h.status == "complete" else {}
+                rows.append({
+                    "task": task, "method": method, "variant": variant, "rate": rate,
+                    "seed": e.seed, "lr": e.lr, "lambda_adaptive": e.lambda_start[0],
+                    "status": h.status, "validation": last.get(f"validation_{measure}"),
+                    "test": last.get(f"test_{measure}"), "train_loss": last.get("train_loss"),
+                })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "merges")
+    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
+    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    parser.add_argument("--publish", action="store_true", help="write data/results/fair/merges.csv")
+    chosen = parser.parse_args(arguments)
+    if chosen.publish:
+        file = Path(__file__).with_name("fair") / "merges.csv"
+        published(chosen.out).to_csv(file, index=False, float_format="%.5g")
+        return 0
+    failed = []
+    for task in SCHEDULE:
+        if chosen.list:
+            for e in itertools.chain(*tuning(task)):
+                file = run_folder(chosen.out / task, e) / FILE
+                print(f"{History.load(file).status if file.exists() else 'to do':10s} {e.name}")
+            continue
+        for stage in (tuning, lambda task: finals(task, chosen.out)):
+            experiments = list(itertools.chain(*stage(task)))
+            done = run_many(experiments, chosen.out / task, "cpu", workers=chosen.workers,
+                            compile=False)  # fmt: skip
+            failed += done[1]
+    print(*failed, sep="\n", end="\n" if failed else "")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
