@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hybrid_lib.optim.rules import SGD, Seen, check_at_least_zero, dot, zeros
+from hybrid_lib.optim.rules import SGD, Seen, check_at_least_zero, flat, zeros
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ class Hedge:
 
     def observe(self, seen: Seen, step_sizes, directions, buffers: dict) -> list:
         """By rule the last direction's product with the gradient and its own square; g's square."""
-        products = []
+        g, products = flat(seen.g), []
         for last, d in zip(buffers.values(), directions):
-            products += [dot(last, seen.g), dot(last, last)]
+            before = flat(last)
+            products += [before.dot(g), before.dot(before)]
             last.copy_(d)
-        return [*products, dot(seen.g, seen.g)]
+        return [*products, g.dot(g)]
 
     def update(self, group: dict, states: list[dict], sums: list[float]) -> None:
         """Multiply the weights and spread the share; they sum to one then."""
@@ -129,8 +130,8 @@ class SWATS:
 
     def observe(self, seen: Seen, step_sizes, directions, buffers: dict) -> list:
         """⟨p, p⟩, -⟨p, g⟩ and -⟨p, w⟩ for the adaptive rule's step p."""
-        η, d = step_sizes[0], directions[0]
-        return [η * η * dot(d, d), η * dot(d, seen.g), η * dot(d, seen.w)]
+        η, d = step_sizes[0], flat(directions[0])
+        return [η * η * d.dot(d), η * d.dot(flat(seen.g)), η * d.dot(flat(seen.w))]
 
     def update(self, group: dict, states: list[dict], sums: list[float]) -> None:
         """Follow the rate; switch, if it has settled."""

@@ -111,7 +111,7 @@ class Hybrid(Optimizer):
             worth its compilation (seconds to a minute) for thousands of steps. The same numbers up
             to rounding; changes of ``lr`` and ``lambdas`` compile nothing again.
         foreach: compute all parameters of a group at once, as in :mod:`torch.optim`: few kernels
-            instead of many, for some memory. None: on NVIDIA GPUs.
+            instead of many, for some memory. None: on NVIDIA GPUs, and under a controller.
         merge: "product", the report's; "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
         controller: sets ``lambdas`` anew after every step, by what the rules proposed
             (:mod:`~hybrid_lib.optim.controllers`); its memory is ``memory`` in the group. It reads
@@ -316,7 +316,9 @@ class Hybrid(Optimizer):
         if self.capturable:
             later = self._numbers_in_graphs(group, params, states, corrections)
             η, λ, corrections = later if _capturing() else (η, λ, corrections)
-        foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = device.type == "cuda" or group["controller"] is not None
         if not group["compile"] and not foreach:
             each_one = zip(params, grads, diagonals, states)
             return _summed([move(p, g, D, s["rules"], η, λ, corrections, γ, *how)

@@ -58,11 +58,9 @@ def each(function: Callable[[Tensor], Tensor], x: Tensor | Tensors) -> Tensor | 
     return Tensors(map(function, x.tensors)) if isinstance(x, Tensors) else function(x)
 
 
-def dot(x: Tensor | Tensors, y: Tensor | Tensors) -> Tensor:
-    """Σ x y over all entries, of all of several tensors: one number, on their device."""
-    if isinstance(x, Tensors):
-        return torch.stack([dot(*pair) for pair in zip(x.tensors, y.tensors)]).sum()
-    return x.mul(y).sum()
+def flat(x: Tensor | Tensors) -> Tensor:
+    """All entries in one vector."""
+    return torch.cat([t.flatten() for t in x.tensors]) if isinstance(x, Tensors) else x.flatten()
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

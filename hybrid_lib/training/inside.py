@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lib.optim.hybrid import MERGES, Hybrid
-from hybrid_lib.optim.rules import dot
+from hybrid_lib.optim.rules import flat
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of D
 
@@ -61,11 +61,12 @@ def _measured(parts: list[tuple]) -> dict:
     n = len(parts[0][2])
     products, along, moved, gradient = torch.zeros(n, n), torch.zeros(n), 0.0, 0.0
     for p, group, d, η, _ in parts:
-        steps = _contributions(group, d, η)
-        whole = sum(steps)
-        products += torch.stack([torch.stack([dot(a, b) for b in d]) for a in d]).cpu()
-        along += torch.stack([dot(step, whole) for step in steps]).cpu()
-        moved += dot(whole, whole).item()
+        directions = torch.stack([*map(flat, d)])
+        steps = torch.stack([*map(flat, _contributions(group, d, η))])
+        whole = steps.sum(0)
+        products += (directions @ directions.T).cpu()
+        along += (steps @ whole).cpu()
+        moved += whole.dot(whole).item()
         gradient += p.grad.float().square().sum().item()
     lengths = products.diagonal().sqrt()
     cosines = products / torch.outer(lengths, lengths)

@@ -22,7 +22,7 @@ from hybrid_lib.optim import methods
 from hybrid_lib.optim.controllers import SWATS, Hedge
 from hybrid_lib.optim.rules import SGD, AdaHessian, Adam
 
-HOW = {"eager": {}, "foreach": {"foreach": True}, "compiled": {"compile": True}}
+HOW = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "compiled": {"compile": True}}
 every_way = pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 RULES = [Adam(weight_decay=0.01), SGD(momentum=0.9), AdaHessian(eps=0.1)]
 
