@@ -7,6 +7,7 @@ const PANELS = [
   { of: "lambdas", title: "weights λ", height: 70 },
 ];
 const LEFT = 46, RIGHT = 10, ABOVE = 32, BELOW = 40; // margins in pixels, ABOVE of each panel
+const CELL = 6, KEY = 32; // of the map of layers: height of a row, and of the key above it
 const HEIGHT = BELOW + PANELS.reduce((sum, panel) => sum + ABOVE + panel.height, 0);
 const GREEN = "#009E73"; // of the rate; of the weights, by rule: colour, dash, and how it looks in text
 const WEIGHTS = [["#D55E00", "", "━━"], ["#0072B2", "7 5", "╍╍"], [GREEN, "2 3", "┅┅"]];
@@ -27,6 +28,9 @@ const STYLE = `
 .hybrid-curves button[aria-pressed=false] { opacity: 0.45; text-decoration: line-through; }
 .hybrid-curves .faint { opacity: 0.75; }
 .hybrid-curves > svg { display: block; overflow: visible; touch-action: pan-y; }
+.hybrid-curves label { display: flex; gap: 8px; align-items: center; margin: 10px 0 6px; }
+.hybrid-curves label[hidden] { display: none; }
+.hybrid-curves select { font: inherit; max-width: 70%; }
 .hybrid-curves text { fill: currentColor; }`;
 
 const clean = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
@@ -104,10 +108,16 @@ function drawn(line, x, y, at) {
     stroke="${colour}" stroke-width="${width}" stroke-dasharray="${dash}"/>${dots.join("")}</g>`;
 }
 
+/** Where an epoch lies, in pixels. */
+function axis(epochs, width) {
+  const margin = Math.max(0.5, 0.02 * epochs), from = 1 - margin, to = epochs + margin;
+  const perEpoch = (width - LEFT - RIGHT) / (to - from);
+  return { from, perEpoch, x: (e) => LEFT + (e - from) * perEpoch };
+}
+
 /** The four panels, `width` pixels wide, with the cross-hair at an epoch. */
 function panels(data, hidden, width, at) {
-  const margin = Math.max(0.3, 0.02 * data.epochs), from = 1 - margin, to = data.epochs + margin;
-  const perEpoch = (width - LEFT - RIGHT) / (to - from), x = (e) => LEFT + (e - from) * perEpoch;
+  const { x, perEpoch, from } = axis(data.epochs, width);
   const epochs = ticks([1, data.epochs], width / 45, 1);
   const lines = linesOf(data, hidden);
   let svg = "", top = 0;
@@ -176,11 +186,47 @@ function legend(data, hidden, at) {
     <tbody>${rows.join("")}</tbody></table>`;
 }
 
+/** From the colour of the first rule to that of the last one, through grey; `share` is 0 to 1. */
+function colour(share) {
+  const [low, middle, high] = [[213, 94, 0], [214, 214, 214], [0, 114, 178]];
+  const [from, to, part] = share < 0.5 ? [low, middle, 2 * share] : [middle, high, 2 * share - 1];
+  return `rgb(${from.map((v, i) => Math.round(v + part * (to[i] - v))).join()})`;
+}
+
+/** A row per layer, a cell per epoch: what one measure was there. */
+function layerMap({ epoch, layers }, { low, high, values }, epochs, width, [row, column]) {
+  const { x, perEpoch } = axis(epochs, width), isLog = low === undefined;
+  const found = values.flat().filter((v) => v !== null && (!isLog || v > 0));
+  const ends = isLog ? [Math.min(...found), Math.max(...found)] : [low, high];
+  const of = isLog ? Math.log : (v) => v, [from, to] = ends.map(of);
+  const cells = values.flatMap((line, i) => line.map((v, j) => {
+    if (v === null || (isLog && v <= 0)) return "";
+    const share = Math.min(1, Math.max(0, (of(v) - from) / (to - from || 1)));
+    const until = epoch[j + 1] ?? epoch[j] + (epoch[j] - (epoch[j - 1] ?? epoch[j] - 1));
+    return `<rect data-layer="${i}" data-column="${j}" x="${x(epoch[j] - 0.5).toFixed(1)}"
+      y="${KEY + i * CELL}" width="${((until - epoch[j]) * perEpoch + 0.3).toFixed(1)}"
+      height="${CELL}" fill="${colour(share)}"/>`;
+  }));
+  const steps = Array.from({ length: 11 }, (_, i) => `<rect x="${LEFT + 12 * i}" y="2" width="12.5"
+    height="9" fill="${colour(i / 10)}"/>`);
+  const middle = isLog ? Math.sqrt(ends[0] * ends[1]) : (low + high) / 2;
+  const key = found.length ? [ends[0], middle, ends[1]].map((v, i) => `<text x="${LEFT + 66 * i}"
+    y="24" text-anchor="${["start", "middle", "end"][i]}">${short(v, 2)}</text>`) : [];
+  const here = layers[row] === undefined ? "" : `${clean(layers[row])}, epoch ${epoch[column]}:
+    ${values[row][column] === null ? "–" : short(values[row][column], 3)}`;
+  const name = `<text x="${width - RIGHT}" y="12" text-anchor="end">${here}</text>`;
+  const middles = layers.length * CELL / 2 + KEY, up = `rotate(-90 34 ${middles})`;
+  return `${steps.join("")}${key.join("")}${name}${cells.join("")}
+    <text x="34" y="${middles}" text-anchor="middle" transform="${up}">layers, the first on top</text>`;
+}
+
 function render({ model, el }) {
   el.innerHTML = `<div class="hybrid-curves"><style>${STYLE}</style><h4></h4><div></div>
-    <svg tabindex="0" role="img" height="${HEIGHT}" data-lm-suppress-shortcuts="true"></svg></div>`;
-  const root = el.firstChild, [, title, table, svg] = root.children, hidden = new Set();
-  let at = 0, epochAt;
+    <svg tabindex="0" role="img" height="${HEIGHT}" data-lm-suppress-shortcuts="true"></svg>
+    <label hidden><b></b> <select></select></label><svg role="img" data-panel="inside"></svg></div>`;
+  const root = el.firstChild, [, title, table, svg, label, map] = root.children;
+  const [heading, select] = label.children, hidden = new Set();
+  let at = 0, cell = [], epochAt;
   function draw() {
     const data = model.get("data"), width = Math.max(280, root.clientWidth || 500);
     at = Math.min(at, data.epochs);
@@ -193,6 +239,23 @@ function render({ model, el }) {
     svg.innerHTML = made.svg;
     svg.setAttribute("width", width);
     svg.setAttribute("aria-label", `Curves: ${data.title}. Arrow keys move the cross-hair.`);
+    drawInside(data, width);
+  }
+  function drawInside({ inside, epochs }, width) {
+    const measures = inside?.measures ?? [], names = measures.map(({ name }) => name);
+    label.hidden = !inside;
+    map.setAttribute("height", inside ? KEY + CELL * inside.layers.length + 10 : 0);
+    map.setAttribute("width", width);
+    if (select.dataset.names !== names.join()) {
+      const before = names.includes(select.value) ? select.value : names[names.length > 1 ? 1 : 0];
+      select.innerHTML = names.map((name) => `<option>${clean(name)}</option>`).join("");
+      select.dataset.names = names.join();
+      select.value = before;
+    }
+    const measure = measures.find(({ name }) => name === select.value);
+    heading.textContent = inside ? `inside ${inside.run}` : "";
+    map.innerHTML = measure ? layerMap(inside, measure, epochs, width, cell) : "";
+    map.setAttribute("aria-label", measure ? `${measure.name}, by layer and epoch` : "");
   }
   function point(epoch) { // 0: nowhere
     if (epoch === at) return;
@@ -206,6 +269,12 @@ function render({ model, el }) {
   svg.addEventListener("keydown", (e) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
     if (step) { e.preventDefault(); point(Math.max(1, at + step)); }
+  });
+  select.addEventListener("change", draw);
+  map.addEventListener("pointermove", ({ target: { dataset } }) => {
+    if (cell.join() === [dataset.layer, dataset.column].join()) return;
+    cell = [dataset.layer, dataset.column];
+    drawInside(model.get("data"), +map.getAttribute("width"));
   });
   table.addEventListener("click", (e) => {
     const name = e.target.closest("button")?.dataset.run;

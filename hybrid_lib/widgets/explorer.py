@@ -25,6 +25,7 @@ from hybrid_lib.study.progress import is_interactive
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment, get_experiment
 from hybrid_lib.training.history import FILE, History
+from hybrid_lib.training.inside import look_inside
 from hybrid_lib.training.loop import run
 from hybrid_lib.widgets.curves import Curves
 
@@ -188,7 +189,9 @@ class Explorer:
             self._draw()
 
         try:
-            keep(run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=keep))
+            how = {"watch": look_inside} if self.look.value else {}
+            keep(run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=keep,
+                     **how))  # fmt: skip
             self._say(_outcome(self.history))
         except KeyboardInterrupt:
             self._say("stopped by an interrupt; Start goes on after the last finished epoch")
@@ -339,6 +342,7 @@ class Explorer:
         self.report = _labelled(
             widgets.Checkbox, "the report's accuracies of this method (CIFAR-10)"
         )
+        self.look = _labelled(widgets.Checkbox, "look inside: what the rules propose, by layer")
         self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
         self.python = _labelled(widgets.Textarea, "With Python", rows=9)
 
@@ -349,7 +353,7 @@ class Explorer:
         for title, cells in {**sections, again: [self.papermill, self.python]}.items():
             heading = widgets.HTML(f'<div style="margin-top: 8px"><b>{title}</b></div>')
             form += [heading, widgets.Box(cells, layout=wrap)]
-        right = widgets.VBox([self.figure, self.earlier, self.report])
+        right = widgets.VBox([self.figure, self.look, self.earlier, self.report])
         right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
         names = widgets.VBox([self._cells["method"], self._cells["run_name"]], layout=left)
         answers = widgets.VBox([widgets.HBox(self.buttons), self.status])

@@ -146,6 +146,17 @@ def test_a_look_inside_changes_nothing_and_tells_every_layer(name, merge):
             assert ("curvature" in of_one) == e.needs_hessian
 
 
+@pytest.mark.slow
+def test_a_compiled_run_is_looked_into_as_an_eager_one():
+    e = toy_of("dyn_atmo")
+    eager, compiled = (loop.run(e, progress=False, watch=look_inside, compile=c)
+                       for c in (False, True))  # fmt: skip
+    for one, other in zip(eager.rows, compiled.rows):
+        for layer, seen in one["inside"].items():
+            for key, value in seen.items():
+                assert other["inside"][layer][key] == pytest.approx(value, rel=0.05, abs=0.01)
+
+
 def test_what_is_seen_is_what_moves(monkeypatch):
     """Against the weights before and after the step, and rules asked one by one."""
     e = toy("atmo", lr=0.05)

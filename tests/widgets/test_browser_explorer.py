@@ -153,6 +153,31 @@ def test_in_colab_curves_come_while_the_run_occupies_the_notebook(opened):
     assert complaints == []
 
 
+def test_a_look_inside_is_a_map_of_layers(opened, shots):  # noqa: F811
+    page, complaints = opened
+    page.get_by_label("look inside", exact=False).check()
+    _control(page, "Epochs").fill("3")
+    page.keyboard.press("Tab")
+    press(page, "Start", "complete")
+    cells = page.locator("[data-panel=inside] rect[data-layer]")
+    layers = page.evaluate(
+        "new Set([...document.querySelectorAll('rect[data-layer]')].map(r => r.dataset.layer)).size"
+    )
+    assert cells.count() == 3 * layers > 100
+    choice = page.locator(".hybrid-curves select")
+    colours = set()
+    for name in ("share of SGD in the movement", "cosine of Padam and SGD", "movement ÷ gradient"):
+        choice.select_option(name)
+        page.locator('rect[data-layer="0"][data-column="1"]').hover()
+        assert re.search(
+            r"stem.0, epoch 2:\s+[-.e\d]+", page.locator("[data-panel=inside]").text_content()
+        )
+        colours.add(cells.nth(1).get_attribute("fill"))
+    assert len(colours) > 1
+    page.locator(".hybrid-explorer").screenshot(path=shots / "explorer-inside.png")
+    assert complaints == []
+
+
 def test_the_keyboard_alone_is_enough(opened):
     page, complaints = opened
     _control(page, "Method").focus()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -477,6 +478,49 @@ def test_text_trains_as_images_do(open_explorer):
     (shown,) = drawn(explorer)
     assert shown["test_loss"] == pytest.approx([row["test_loss"] for row in history.rows], rel=1e-3)
     assert "documentation" in explorer.figure.data["title"]
+
+
+@pytest.mark.parametrize("on", ["all", "norms_and_head"])
+def test_a_look_inside_shows_every_layer_and_changes_nothing(open_explorer, tmp_path, on):
+    explorer = open_explorer("adasgd", **TINY, lambda_on=on)
+    plain = train(explorer)
+    assert explorer.figure.data["inside"] is None
+    press(explorer, "Reset")
+    explorer.look.value = True
+    seen = train(explorer)
+    drop = ("inside", "hessian_age")
+    rows = [{k: v for k, v in row.items() if k not in drop} for row in seen.rows]
+    assert numbers(hl.History(seen.experiment, rows)) == numbers(plain)
+    shown = explorer.figure.data["inside"]
+    assert (shown["run"], shown["epoch"]) == ("this run", [1, 2, 3])
+    one, other, cosine, step, curvature = shown["measures"]
+    for i, name in enumerate(shown["layers"]):
+        is_convolution = re.search(r"conv\d|shortcut\.0|stem\.0", name)
+        merged = on == "all" or not is_convolution
+        for j, row in enumerate(seen.rows):
+            layer = row["inside"][name]
+            assert [one["values"][i][j], other["values"][i][j]] == (
+                layer["shares"] if merged else [0, 1]
+            )
+            assert cosine["values"][i][j] == (layer["cosines"][0] if merged else None)
+            assert step["values"][i][j] == layer["step_size"]
+            assert curvature["values"][i][j] == (layer["curvature"][-1] if merged else None)
+    explorer.look.value = False  # of an earlier run it is shown as well
+    press(explorer, "Reset")
+    explorer.earlier.value = [explorer.earlier.options[-1][1]]
+    assert explorer.figure.data["inside"]["measures"] == shown["measures"]
+
+
+def test_a_long_run_is_shown_in_a_hundred_columns(open_explorer):
+    explorer = open_explorer("sgd", **TINY)
+    explorer.look.value = True
+    (row, *_) = train(explorer).rows
+    long = hl.History(explorer.history.experiment, [row | {"epoch": i + 1} for i in range(350)])
+    explorer.figure.draw({"long": long}, long.experiment)
+    shown = explorer.figure.data["inside"]
+    assert shown["epoch"] == [*range(1, 351, 4)]
+    (measure,) = shown["measures"]  # one rule has no share and no other to agree with
+    assert {len(values) for values in measure["values"]} == {88}
 
 
 def test_a_hybrid_of_three_whose_weights_choose_themselves(open_explorer):
