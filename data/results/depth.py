@@ -20,17 +20,16 @@ handwritten digits, with five seeds. Written before anything was run.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from command import PUBLISHED, command
 
 from hybrid_lib import EXPERIMENTS, Experiment
-from hybrid_lib.study.running import run_folder, run_many
-from hybrid_lib.training import data
-from hybrid_lib.training.history import FILE, History
+from hybrid_lib.study.running import run_folder
+from hybrid_lib.training.history import History
 
 SEEDS = range(5)
 SIZES = {"dataset": "digits", "width": 8}
@@ -88,25 +87,10 @@ def published(out: Path) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "depth")
-    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
-    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
-    parser.add_argument("--publish", action="store_true", help="write data/results/fair/depth.csv")
-    chosen = parser.parse_args(arguments)
-    if chosen.publish:
-        file = Path(__file__).with_name("fair") / "depth.csv"
-        published(chosen.out).to_csv(file, index=False, float_format="%.5g")
-        return 0
-    if chosen.list:
-        for e in variants():
-            file = run_folder(chosen.out, e) / FILE
-            status = History.load(file).status if file.exists() else "to do"
-            print(f"{status:10s} {file.parent.name}")
-        return 0
-    failed = run_many(variants(), chosen.out, "cpu", workers=chosen.workers, compile=False)[1]
-    print(*failed, sep="\n", end="\n" if failed else "")
-    return int(bool(failed))
+    def tables(chosen) -> dict[Path, pd.DataFrame]:
+        return {PUBLISHED / "depth.csv": published(chosen.out)}
+
+    return command(__doc__, lambda chosen: [[("", variants())]], tables, arguments)
 
 
 if __name__ == "__main__":

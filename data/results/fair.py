@@ -26,7 +26,6 @@ test set is looked at for chosen trials alone. Written before anything was run.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import sys
@@ -35,13 +34,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from command import PUBLISHED, command
 
 from hybrid_lib import Experiment
 from hybrid_lib.optim.methods import get_method
-from hybrid_lib.study.running import run_folder, run_many
+from hybrid_lib.study.running import run_folder
 from hybrid_lib.study.sweeps import Sweep
-from hybrid_lib.training import data
-from hybrid_lib.training.history import FILE, History
+from hybrid_lib.training.history import History
 
 TASKS = {
     "digits": {"epochs": 12, "width": 8, "batch_size": 32, "validation_limit": 240},
@@ -56,7 +55,7 @@ TASKS = {
 SCALES = {"cpu": ("digits", "python-docs"), "images": ("cifar10-jpeg",), "paper": ("cifar10",)}
 SCHEDULES = ("cosine", "constant")  # of the learning rate, for everyone
 STUDIES, TRIALS, FINAL_SEEDS = 3, 5, range(1, 6)
-PUBLISHED = {"cpu": "fair", "images": "fair-images", "paper": "fair-paper"}  # beside this file
+FOLDERS = {"cpu": "fair", "images": "fair-images", "paper": "fair-paper"}  # beside this file
 # Three decades of the learning rate each, around the rates that papers give for the method.
 LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
 CONTESTANTS = {  # row that its settings start from, range of the rate, schedule of λ
@@ -154,6 +153,7 @@ def published(out: Path, scale: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame
                 "trial": trial[0] if trial else "", "seed": e.seed, "lr": e.lr,
                 "lr_schedule": e.lr_schedule, "weight_decay": e.weight_decay,
                 "lambda_sgd": e.lambda_start[1] if e.is_hybrid else None,
+                "lambda_sgd_at_the_end": h.rows[-1]["lambdas"][-1] if h.rows else None,
                 "status": h.status, "validation": last.get(f"validation_{measure}"),
                 "test": last.get(f"test_{measure}"),
                 "train_seconds": sum(row["train_seconds"] for row in h.rows),
@@ -165,41 +165,17 @@ def published(out: Path, scale: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "fair")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
-    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
-    parser.add_argument(
-        "--publish", action="store_true", help="into data/results/fair, or fair-SCALE"
-    )
-    chosen = parser.parse_args(arguments)
-    if chosen.publish:
-        folder = Path(__file__).resolve().with_name(PUBLISHED[chosen.scale])
-        folder.mkdir(exist_ok=True)
-        for name, table in zip(("runs", "epochs"), published(chosen.out, chosen.scale)):
-            table.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g")
-        return 0
-    failed = []
-    # What is chosen is known once all trials are there.
-    left = [] if chosen.list else [finals(chosen.out, chosen.scale)]
-    for folder, experiments in itertools.chain(studies(chosen.scale), *left):
-        out = chosen.out / folder
-        if chosen.list:
-            files = [run_folder(out, e) / FILE for e in experiments]
-            done = [History.load(file).status for file in files if file.exists()]
-            print(f"{folder} {experiments[0].name[:-2]}: {len(done)} of {TRIALS} {' '.join(done)}")
-        else:
-            failed += run_many(
-                experiments,
-                out,
-                chosen.device,
-                workers=chosen.workers,
-                compile=False if chosen.device == "cpu" else None,
-            )[1]
-    print(*failed, sep="\n", end="\n" if failed else "")
-    return int(bool(failed))
+    def stages(chosen) -> Iterator:
+        yield studies(chosen.scale)
+        yield finals(chosen.out, chosen.scale)
+
+    def tables(chosen) -> dict[Path, pd.DataFrame]:
+        folder = PUBLISHED.with_name(FOLDERS[chosen.scale])
+        runs, epochs = published(chosen.out, chosen.scale)
+        return {folder / "runs.csv": runs, folder / "epochs.csv": epochs}
+
+    scale = {"choices": SCALES, "default": "cpu", "help": "default: %(default)s"}
+    return command(__doc__, stages, tables, arguments, scale=scale)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ the worst of all runs on that task.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Iterator
@@ -32,14 +31,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from command import PUBLISHED, command
 from fair import CONTESTANTS, FINAL_SEEDS, TASKS, chosen_of
 
 from hybrid_lib import Experiment
 from hybrid_lib.study import tables
-from hybrid_lib.study.running import run_folder, run_many
-from hybrid_lib.training import data
+from hybrid_lib.study.running import run_folder
 from hybrid_lib.training.experiments import EXPERIMENTS
-from hybrid_lib.training.history import FILE, History
+from hybrid_lib.training.history import History
 
 SCHEDULE = {"digits": "cosine", "python-docs": "constant"}
 ADAPTIVE = {"atmo": "adam", "padam_sgd": "padam", "adasgd": "adahessian"}
@@ -111,30 +110,15 @@ def published(out: Path) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / "merges")
-    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
-    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
-    parser.add_argument("--publish", action="store_true", help="write data/results/fair/merges.csv")
-    chosen = parser.parse_args(arguments)
-    if chosen.publish:
-        file = Path(__file__).with_name("fair") / "merges.csv"
-        published(chosen.out).to_csv(file, index=False, float_format="%.5g")
-        return 0
-    failed = []
-    for task in SCHEDULE:
-        if chosen.list:
-            for e in itertools.chain(*tuning(task)):
-                file = run_folder(chosen.out / task, e) / FILE
-                print(f"{History.load(file).status if file.exists() else 'to do':10s} {e.name}")
-            continue
-        for stage in (tuning, lambda task: finals(task, chosen.out)):
-            experiments = list(itertools.chain(*stage(task)))
-            done = run_many(experiments, chosen.out / task, "cpu", workers=chosen.workers,
-                            compile=False)  # fmt: skip
-            failed += done[1]
-    print(*failed, sep="\n", end="\n" if failed else "")
-    return int(bool(failed))
+    def stages(chosen) -> Iterator:
+        """All of a task's at once, so that no core waits for a slow one."""
+        yield [(task, [*itertools.chain(*tuning(task))]) for task in SCHEDULE]
+        yield [(task, [*itertools.chain(*finals(task, chosen.out))]) for task in SCHEDULE]
+
+    def tables(chosen) -> dict[Path, pd.DataFrame]:
+        return {PUBLISHED / "merges.csv": published(chosen.out)}
+
+    return command(__doc__, stages, tables, arguments)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ class Experiment:
     # Which layers are merged; the others take the last rule alone. norms_and_head: norms, biases
     # and the last layer; matrices: the rest, convolutions and matrices.
     lambda_on: Literal["all", "norms_and_head", "matrices"] = "all"
-    lambda_per: Literal["model", "tensor"] = "model"  # whose weights a controller sets together
+    # Whose weights a controller sets together; of one per tensor, rows hold the plain mean.
+    lambda_per: Literal["model", "tensor"] = "model"
     # From start to end (report), as schedules.Released, or as the protocol says: released for ATMO
     # and PADAM-SGD under the released protocol, the report's everywhere else.
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"

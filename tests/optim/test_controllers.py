@@ -1,5 +1,6 @@
 """λ that chooses itself: Hedge and SWATS, by the letter, everywhere where Hybrid runs."""
 
+import itertools
 import math
 import re
 
@@ -23,7 +24,14 @@ from hybrid_lib.optim.controllers import SWATS, Hedge
 from hybrid_lib.optim.rules import SGD, AdaHessian, Adam
 
 HOW = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "compiled": {"compile": True}}
-every_way = pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+
+
+def every_way(names, values, compiled):
+    """All values eagerly and with foreach; one compiled, since compiling takes seconds."""
+    cases = [*itertools.product(("eager", "foreach"), values), ("compiled", compiled)]
+    return pytest.mark.parametrize(("way", names), cases)
+
+
 RULES = [Adam(weight_decay=0.01), SGD(momentum=0.9), AdaHessian(eps=0.1)]
 
 
@@ -44,11 +52,10 @@ def vector(tensors):
     return torch.cat([x.detach().flatten() for x in tensors])
 
 
-@every_way
-@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
-def test_hedge_multiplies_weights_by_the_last_direction_s_agreement(how, merge):
+@every_way("merge", ["product", "sum", "graft"], compiled="product")
+def test_hedge_multiplies_weights_by_the_last_direction_s_agreement(way, merge):
     """The directions of three optimizers that each hold one rule, and see the same weights."""
-    optimizer, λ, last = hedged(merge, **how), (0.5, 0.3, 0.2), None
+    optimizer, λ, last = hedged(merge, **HOW[way]), (0.5, 0.3, 0.2), None
     for step in range(5):
         diag = observe(parameters_of(optimizer), step)
         asked = [of_one for _, of_one in optimizer.proposals(diag)]
@@ -93,10 +100,10 @@ def gradients_of(params, steps):
     return drawn
 
 
-@every_way
-@pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 0.03), (0.1, 0.03), (0.0, 1e-9)])
-def test_swats_is_its_algorithm_over_all_tensors_at_once(how, decay, tolerance):
-    optimizer, steps = swats(tolerance=tolerance, weight_decay=decay, **how), 40
+@every_way("settings", [(0.0, 0.03), (0.1, 0.03), (0.0, 1e-9)], compiled=(0.1, 0.03))
+def test_swats_is_its_algorithm_over_all_tensors_at_once(way, settings):
+    decay, tolerance = settings
+    optimizer, steps = swats(tolerance=tolerance, weight_decay=decay, **HOW[way]), 40
     start, drawn = vector(parameters()), gradients_of(parameters(), steps)
     end, switched_at = swats_by_the_letter(
         start, map(vector, drawn), 0.05, tolerance=tolerance, γ_decay=decay
@@ -153,10 +160,10 @@ MAKE = {"hedge": hedged, "swats": lambda **how: swats(tolerance=0.03, **how)}
 every_controller = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 
-@every_way
 @every_controller
-@pytest.mark.parametrize("before", [1, 4, 30])
-def test_a_checkpoint_continues_bit_by_bit(make, how, before):
+@every_way("before", [1, 4, 30], compiled=4)
+def test_a_checkpoint_continues_bit_by_bit(make, way, before):
+    how = HOW[way]
     through = train(make(**how), range(before))
     state, at = saved_and_loaded(through.state_dict()), weights(through)
     train(through, range(before, before + 4))

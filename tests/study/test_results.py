@@ -19,7 +19,9 @@ def script(name):
     source = data.PROJECT / "data" / "results" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"results_{name}", source)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # as for a script: what is beside it
+        patch.syspath_prepend(source.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -45,7 +47,7 @@ def test_the_matrix_has_every_row_and_audits_that_change_one_setting_of_a_row(sc
     assert restarted == (15 if scale == "cpu" else 146)
 
 
-def test_every_contestant_has_the_same_budget_and_shares_its_draws():
+def test_every_contestant_has_the_same_budget_and_shares_its_draws(monkeypatch):
     """So that nobody has the luckier rates: the same shares of equally wide ranges."""
     fair, seen = script("fair"), {}
     for folder, experiments in fair.studies():
@@ -66,11 +68,37 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws():
         assert [contestant for contestant, *_ in of_one] == list(fair.CONTESTANTS)
         assert all(others[1:] == of_one[0][1:] for others in of_one)
     assert len({of_one[0][2] for of_one in seen.values()}) == 3, "each study draws anew"
+    monkeypatch.setattr(fair, "STUDIES", 1)
     for scale, tasks in fair.SCALES.items():
-        assert len(list(fair.studies(scale))) == len(tasks) * 2 * 3 * len(fair.CONTESTANTS)
+        assert len(list(fair.studies(scale))) == len(tasks) * 2 * len(fair.CONTESTANTS)
     dynamic = fair.trials("digits", "cosine", "dyn_adasgd", 0)
     assert {e.lambdas()(0) for e in dynamic} == {(1.0, 0.0)}
     assert len({e.lambdas()(0) for e in fair.trials("digits", "cosine", "adasgd", 0)}) == 5
+    for name, setting in (("hedge_atmo", "lambda_rate"), ("swats", "lambda_tolerance")):
+        drawn = fair.trials("digits", "cosine", name, 0)
+        assert len({getattr(e, setting) for e in drawn}) == 5
+        assert all(e.chooses_lambdas for e in drawn)
+
+
+def test_merges_and_places_differ_in_nothing_else():
+    merges = script("merges")
+    for task in merges.SCHEDULE:
+        tried = {es[0].name[:-2]: es for es in merges.tuning(task)}
+        assert len(tried) == 3 * 7 + 1
+        for method in merges.ADAPTIVE:
+            own = {"name", "lr", "merge", "lambda_start", "lambda_on", "weight_decay"}
+            one = asdict(tried[f"{method}-product"][0])
+            of_method = [name for name in tried if name.startswith(f"{method}-")]
+            for name in of_method:
+                other = asdict(tried[name][0])
+                assert {k for k in one if one[k] != other[k]} <= own
+            for names, same in (
+                (("product", "sum", "graft"), ("lr", "lambda_start")),
+                (("all", "norms_and_head", "matrices"), ("lr", "lambda_start", "merge")),
+            ):
+                for setting in same:
+                    values = [[getattr(e, setting) for e in tried[f"{method}-{n}"]] for n in names]
+                    assert values[1:] == values[:-1]
 
 
 def test_padam_sgd_is_walked_to_sgd_one_setting_at_a_time():

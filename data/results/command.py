@@ -1,0 +1,65 @@
+"""What fair.py, depth.py and merges.py share: a command that trains, lists and publishes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from hybrid_lib import Experiment
+from hybrid_lib.study.running import run_folder, run_many
+from hybrid_lib.training import data
+from hybrid_lib.training.history import FILE, History
+
+PUBLISHED = Path(__file__).with_name("fair")
+Batches = Iterable[tuple[str, list[Experiment]]]  # (folder below --out, experiments)
+
+
+def command(
+    doc: str,
+    stages: Callable[[argparse.Namespace], Iterable[Batches]],
+    tables: Callable[[argparse.Namespace], dict[Path, pd.DataFrame]],
+    arguments: list[str] | None = None,
+    **options: dict,
+) -> int:
+    """Train stage after stage, each planned once those before it are there; the exit status.
+
+    Args:
+        doc: the script's docstring.
+        stages, tables: called with what was parsed: what to train, and what to publish where.
+        options: further ones of the command line, as for ``add_argument``.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    name = doc.split("data/results/")[1].split(".py")[0]
+    parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / name)
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
+    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    parser.add_argument("--publish", action="store_true", help="write the tables beside this file")
+    for option, how in options.items():
+        parser.add_argument(f"--{option}", **how)
+    chosen = parser.parse_args(arguments)
+    if chosen.publish:
+        for file, table in tables(chosen).items():
+            file.parent.mkdir(exist_ok=True)
+            table.to_csv(file, index=False, float_format="%.5g")
+        return 0
+    failed = []
+    compile = False if chosen.device == "cpu" else None
+    for stage in stages(chosen):
+        for folder, experiments in stage:
+            out = chosen.out / folder
+            if chosen.list:
+                for e in experiments:
+                    file = run_folder(out, e) / FILE
+                    status = History.load(file).status if file.exists() else "to do"
+                    print(f"{status:10s} {folder} {file.parent.name}")
+            else:
+                how = {"workers": chosen.workers, "compile": compile}
+                failed += run_many(experiments, out, chosen.device, **how)[1]
+        if chosen.list:  # later stages follow from the results of this one
+            break
+    print(*failed, sep="\n", end="\n" if failed else "")
+    return int(bool(failed))
