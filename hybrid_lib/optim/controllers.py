@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hybrid_lib.optim.rules import SGD, Seen, check_at_least_zero, flat, zeros
+from hybrid_lib.optim.rules import SGD, Seen, flat, zeros
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Hedge:
 
     def start(self, group: dict) -> dict:
         """Nothing: the weights are all that it remembers."""
+        if not any(group["lambdas"]):
+            raise ValueError("lambdas are all 0: Hedge multiplies them, so one must be above 0")
         return {}
 
     def init(self, w: Tensor, rules) -> dict[str, Tensor]:
@@ -77,7 +79,8 @@ class Hedge:
         weights = [float(λ) for λ in group["lambdas"]]
         gains = [_ratio(along, math.sqrt(d2 * g2)) if d2 * g2 >= 0 else 0.0
                  for along, d2 in zip(products[::2], products[1::2])]  # fmt: skip
-        grown = [λ * math.exp(self.rate * a) for λ, a in zip(weights, gains)]
+        best = max(gains)  # only differences count; larger exponents would overflow
+        grown = [λ * math.exp(self.rate * (a - best)) for λ, a in zip(weights, gains)]
         if sum(grown) > 0:
             even = self.share / len(grown)
             group["lambdas"] = tuple((1 - self.share) * x / sum(grown) + even for x in grown)
@@ -95,29 +98,26 @@ class SWATS:
 
     Once :math:`|\Lambda_t - \gamma_t| < \epsilon` (and :math:`\Lambda_t > 0`), SGD goes on with the
     rate :math:`\Lambda_t`: λ becomes :math:`(0, \Lambda_t / \eta)`, so that a schedule of η goes on
-    too, and its momentum starts at zero. For ``merge="sum"`` and two rules, the second
-    :class:`~hybrid_lib.optim.rules.SGD`; the paper's has momentum and dampening :math:`\beta_1`.
-    g includes SGD's weight decay. ``memory["switched_at"]`` is the step, 0 before.
+    too, and its momentum starts at zero. For ``merge="sum"`` and two rules, the first with
+    ``betas``, the second :class:`~hybrid_lib.optim.rules.SGD`; the paper's has momentum and
+    dampening :math:`\beta_1`. g includes SGD's weight decay. ``memory["switched_at"]`` is the step,
+    0 before.
 
     Args:
         tolerance: :math:`\epsilon > 0`, of a learning rate.
-        beta2: decay rate of the average, in [0, 1); the paper's is Adam's.
     """
 
     tolerance: float = 1e-9
-    beta2: float = 0.999
 
     def __post_init__(self):
         if not self.tolerance > 0:
             raise ValueError(f"tolerance={self.tolerance!r}: must be above 0")
-        check_at_least_zero(beta2=self.beta2)
-        if self.beta2 >= 1:
-            raise ValueError(f"beta2={self.beta2!r}: must lie in [0, 1)")
 
     def start(self, group: dict) -> dict:
         """The average of the rates, the step count, and at which step it switched."""
         rules, λ = group["rules"], tuple(group["lambdas"])
-        if len(rules) != 2 or not isinstance(rules[1], SGD) or λ != (1, 0):
+        from_to = len(rules) == 2 and hasattr(rules[0], "betas") and isinstance(rules[1], SGD)
+        if not from_to or λ != (1, 0):
             given = f"{' + '.join(type(r).__name__ for r in rules)} with lambdas={λ}"
             raise ValueError(f"SWATS switches from one rule to SGD, lambdas (1, 0), not {given}")
         if group["merge"] != "sum":
@@ -143,8 +143,9 @@ class SWATS:
         rate = _ratio(pp, pg + sgd.weight_decay * pw)
         if rate == 0:  # the gradient says nothing about it
             return
-        memory["average"] += (1 - self.beta2) * (rate - memory["average"])
-        settled = memory["average"] / (1 - self.beta2**t)
+        beta2 = group["rules"][0].betas[1]
+        memory["average"] += (1 - beta2) * (rate - memory["average"])
+        settled = memory["average"] / (1 - beta2**t)
         if t > 1 and settled > 0 and abs(settled - rate) < self.tolerance and group["lr"] > 0:
             group["lambdas"] = (0.0, settled / float(group["lr"]))
             memory["switched_at"] = t

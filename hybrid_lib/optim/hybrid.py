@@ -272,9 +272,12 @@ class Hybrid(Optimizer):
                 observed.append(self._move(group, *zip(*part), t, device, dtype))
                 for _, state in part if not _capturing() else ():  # what is captured moves later
                     state["step"] = t
-            if group["controller"] is not None and states:
+            # A step with lr = 0 only makes buffers.
+            if group["controller"] is not None and states and _if_here(group["lr"]) != 0:
                 numbers = [torch.stack(part).tolist() for part in observed]  # waits for a device
-                group["controller"].update(group, states, [sum(of) for of in zip(*numbers)])
+                known = (self.state.get(p, {}) for p in group["params"])
+                everyone = [state for state in known if "rules" in state]
+                group["controller"].update(group, everyone, [sum(of) for of in zip(*numbers)])
         return loss
 
     @torch.no_grad()
@@ -296,8 +299,10 @@ class Hybrid(Optimizer):
             for p in self._checked(group, given):
                 state = self.state.get(p, {})
                 D = given.get(p, state.get("hess_diag"))
-                kept = state.get("rules") or [r.init(p) for r in group["rules"]]
-                buffers = [{name: b.clone() for name, b in of_rule.items()} for of_rule in kept]
+                D = zeros(p) if D is None and _needs_hessian(group) else D  # at lr = 0
+                kept = state.get("rules") or [{}] * len(group["rules"])
+                buffers = [r.init(p) | {name: b.clone() for name, b in of_rule.items()}
+                           for r, of_rule in zip(group["rules"], kept)]  # fmt: skip
                 g = -_wide(p.grad) if group["maximize"] else _wide(p.grad)
                 asked = zip(group["rules"], buffers, _corrections(group, state.get("step", 0) + 1))
                 answers = [r.propose(Seen(_wide(p), g, D), b, group["lr"], c) for r, b, c in asked]

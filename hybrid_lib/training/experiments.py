@@ -92,7 +92,7 @@ class Experiment:
     lambda_epochs: Count | None = None  # None: all
     lambda_rate: Positive | None = None  # of exponential and of hedge
     lambda_steepness: Positive | None = None  # of sigmoid
-    lambda_share: NotNegative | None = None  # of hedge
+    lambda_share: Annotated[float, Field(ge=0, le=1)] | None = None  # of hedge
     lambda_tolerance: Positive | None = None  # of swats
     # Which layers are merged; the others take the last rule alone. norms_and_head: norms, biases
     # and the last layer; matrices: the rest, convolutions and matrices.

@@ -24,28 +24,35 @@ def look_inside(model: nn.Module, optimizer: Hybrid) -> Callable[[], dict]:
 
     - ``cosines``: of each pair of directions, in the order (1, 2), (1, 3), …, (2, 3), …;
     - ``shares``: of each rule in the movement, along it; they sum to one. None if nothing moved;
-    - ``step_size``: the length of the movement ÷ the gradient's, the rate at which plain SGD would
-      have gone as far;
+    - ``step_size``: the length of the movement, without decoupled weight decay, ÷ the gradient's:
+      the rate at which plain SGD would have gone as far;
     - ``curvature``: the quantiles :data:`QUANTILES` of D, where a rule wants it.
 
-    ``row["hessian_age"]``: how many steps old D was.
+    A parameter that is not merged follows the last rule, so shares end with that one's, and cosines
+    are those of the merged parameters; a layer without any has none. ``row["hessian_age"]`` is how
+    many steps old D was, None if it was estimated before the run went on from a checkpoint.
+    Gradients that a closure makes, as in ``step(closure)``, come too late to be looked at.
     """
     layer_of = {p: name.rpartition(".")[0] or name for name, p in model.named_parameters()}
+    needs_hessian, age = optimizer.needs_hessian, None
     seen: dict = {}
-    age = 0
 
-    def before_step(optimizer: Hybrid, arguments, keywords) -> None:
+    def before_step(optimizer: Hybrid, arguments, keywords) -> tuple:
         nonlocal age
         hess_diag = keywords.get("hess_diag")
-        age = age + 1 if hess_diag is None else 0
-        if seen:
-            return
-        layers: dict[str, list] = {}
-        for p, of_one in optimizer.proposals(hess_diag):
-            layers.setdefault(layer_of[p], []).append((p, *of_one))
-        seen["inside"] = {name: _measured(parts) for name, parts in layers.items()}
-        if optimizer.needs_hessian:
-            seen["hessian_age"] = age
+        if hess_diag is not None:
+            hess_diag, age = list(hess_diag), 0
+        elif age is not None:
+            age += 1
+        layers: dict[str, list] = {name: [] for name in layer_of.values()}
+        for p, of_one in () if seen else optimizer.proposals(hess_diag):
+            layers[layer_of[p]].append((p, *of_one))
+        found = {name: _measured(parts) for name, parts in layers.items() if parts}
+        if found:
+            seen["inside"] = found
+            if needs_hessian:
+                seen["hessian_age"] = age
+        return arguments, {**keywords, "hess_diag": hess_diag}
 
     def row() -> dict:
         answer = dict(seen)
@@ -58,14 +65,15 @@ def look_inside(model: nn.Module, optimizer: Hybrid) -> Callable[[], dict]:
 
 def _measured(parts: list[tuple]) -> dict:
     """Of one layer: its parameters with group, directions, step sizes and D."""
-    n = len(parts[0][2])
+    n = max(len(d) for _, _, d, *_ in parts)
     products, along, moved, gradient = torch.zeros(n, n), torch.zeros(n), 0.0, 0.0
     for p, group, d, η, _ in parts:
         directions = torch.stack([*map(flat, d)])
         steps = torch.stack([*map(flat, _contributions(group, d, η))])
         whole = steps.sum(0)
-        products += (directions @ directions.T).cpu()
-        along += (steps @ whole).cpu()
+        if len(d) == n:
+            products += (directions @ directions.T).cpu()
+        along[n - len(d) :] += (steps @ whole).cpu()  # rules are left out from the first on
         moved += whole.dot(whole).item()
         gradient += p.grad.float().square().sum().item()
     lengths = products.diagonal().sqrt()
@@ -79,6 +87,7 @@ def _measured(parts: list[tuple]) -> dict:
     curvatures = [D.flatten().float() for *_, D in parts if D is not None]
     if curvatures:
         D = torch.cat(curvatures)
+        D = D[:: D.numel() // 2**24 + 1]  # earlier versions of torch take no more
         places = torch.tensor(QUANTILES, device=D.device)
         answer["curvature"] = [_short(x) for x in D.quantile(places).tolist()]
     return answer

@@ -123,6 +123,8 @@ def run(
     on_gpu = task.device.type == "cuda"
     if capture and not on_gpu:
         raise ValueError(f"capture=True needs an NVIDIA GPU, not {task.device.type!r}")
+    if capture and watch is not _nobody:
+        raise ValueError("capture=True: a CUDA graph repeats steps without asking watch; drop one")
     if capture is None:
         seen = experiment.chooses_lambdas or watch is not _nobody
         capture = on_gpu and not seen and begun.get("cuda_graphs", True)

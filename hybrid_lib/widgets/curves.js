@@ -194,7 +194,7 @@ function colour(share) {
 }
 
 /** A row per layer, a cell per epoch: what one measure was there. */
-function layerMap({ epoch, layers }, { low, high, values }, epochs, width, [row, column]) {
+function layerMap({ epoch, every, layers }, { low, high, values }, epochs, width, [row, column]) {
   const { x, perEpoch } = axis(epochs, width), isLog = low === undefined;
   const found = values.flat().filter((v) => v !== null && (!isLog || v > 0));
   const ends = isLog ? [Math.min(...found), Math.max(...found)] : [low, high];
@@ -202,7 +202,7 @@ function layerMap({ epoch, layers }, { low, high, values }, epochs, width, [row,
   const cells = values.flatMap((line, i) => line.map((v, j) => {
     if (v === null || (isLog && v <= 0)) return "";
     const share = Math.min(1, Math.max(0, (of(v) - from) / (to - from || 1)));
-    const until = epoch[j + 1] ?? epoch[j] + (epoch[j] - (epoch[j - 1] ?? epoch[j] - 1));
+    const until = Math.min(epoch[j + 1] ?? epochs + 1, epoch[j] + every);
     return `<rect data-layer="${i}" data-column="${j}" x="${x(epoch[j] - 0.5).toFixed(1)}"
       y="${KEY + i * CELL}" width="${((until - epoch[j]) * perEpoch + 0.3).toFixed(1)}"
       height="${CELL}" fill="${colour(share)}"/>`;
@@ -212,7 +212,7 @@ function layerMap({ epoch, layers }, { low, high, values }, epochs, width, [row,
   const middle = isLog ? Math.sqrt(ends[0] * ends[1]) : (low + high) / 2;
   const key = found.length ? [ends[0], middle, ends[1]].map((v, i) => `<text x="${LEFT + 66 * i}"
     y="24" text-anchor="${["start", "middle", "end"][i]}">${short(v, 2)}</text>`) : [];
-  const here = layers[row] === undefined ? "" : `${clean(layers[row])}, epoch ${epoch[column]}:
+  const here = layers[row] === undefined || epoch[column] === undefined ? "" : `${clean(layers[row])}, epoch ${epoch[column]}:
     ${values[row][column] === null ? "–" : short(values[row][column], 3)}`;
   const name = `<text x="${width - RIGHT}" y="12" text-anchor="end">${here}</text>`;
   const middles = layers.length * CELL / 2 + KEY, up = `rotate(-90 34 ${middles})`;
@@ -226,7 +226,7 @@ function render({ model, el }) {
     <label hidden><b></b> <select></select></label><svg role="img" data-panel="inside"></svg></div>`;
   const root = el.firstChild, [, title, table, svg, label, map] = root.children;
   const [heading, select] = label.children, hidden = new Set();
-  let at = 0, cell = [], epochAt;
+  let at = 0, cell = [], wanted, epochAt;
   function draw() {
     const data = model.get("data"), width = Math.max(280, root.clientWidth || 500);
     at = Math.min(at, data.epochs);
@@ -247,7 +247,7 @@ function render({ model, el }) {
     map.setAttribute("height", inside ? KEY + CELL * inside.layers.length + 10 : 0);
     map.setAttribute("width", width);
     if (select.dataset.names !== names.join()) {
-      const before = names.includes(select.value) ? select.value : names[names.length > 1 ? 1 : 0];
+      const before = names.includes(wanted) ? wanted : names[names.length > 1 ? 1 : 0];
       select.innerHTML = names.map((name) => `<option>${clean(name)}</option>`).join("");
       select.dataset.names = names.join();
       select.value = before;
@@ -270,12 +270,15 @@ function render({ model, el }) {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
     if (step) { e.preventDefault(); point(Math.max(1, at + step)); }
   });
-  select.addEventListener("change", draw);
-  map.addEventListener("pointermove", ({ target: { dataset } }) => {
-    if (cell.join() === [dataset.layer, dataset.column].join()) return;
-    cell = [dataset.layer, dataset.column];
+  select.addEventListener("change", () => { wanted = select.value; draw(); });
+  function pointInside(...here) {
+    if (cell.join() === here.join()) return;
+    cell = here;
     drawInside(model.get("data"), +map.getAttribute("width"));
-  });
+  }
+  map.addEventListener("pointermove", ({ target }) =>
+    pointInside(target.dataset.layer, target.dataset.column));
+  map.addEventListener("pointerleave", () => pointInside());
   table.addEventListener("click", (e) => {
     const name = e.target.closest("button")?.dataset.run;
     if (name === undefined) return;

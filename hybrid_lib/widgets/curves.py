@@ -78,7 +78,8 @@ def _report(method: str) -> dict:
 def _inside(name: str, history: History) -> dict | None:
     """By measure a row of values per layer, one for each epoch in ``epoch``, and how to colour."""
     seen = [row for row in history.rows if "inside" in row]
-    seen = seen[:: math.ceil(len(seen) / COLUMNS_INSIDE) or 1]
+    every = math.ceil(len(seen) / COLUMNS_INSIDE)
+    seen = seen[:: every or 1]
     if not seen:
         return None
     rules = [rule.__name__ for rule in history.experiment.method.rules]
@@ -104,13 +105,13 @@ def _inside(name: str, history: History) -> dict | None:
         cosine = {"name": f"cosine of {one} and {other}", "low": -1, "high": 1}
         measures.append({**cosine, "values": values("cosines", i, len(pairs))})
     measures.append({"name": "movement ÷ gradient", "values": values("step_size", 0, 1)})
-    if "curvature" in seen[0]["inside"][layers[0]]:
+    if any("curvature" in layer for layer in seen[0]["inside"].values()):
         last = len(QUANTILES) - 1
         of_d = values("curvature", last, len(QUANTILES))
         measures.append(
             {"name": f"curvature: {QUANTILES[last]:.0%} of D lie below", "values": of_d}
         )
-    return {"run": name, "epoch": [row["epoch"] for row in seen], "layers": layers,
+    return {"run": name, "epoch": [row["epoch"] for row in seen], "every": every, "layers": layers,
             "measures": measures}  # fmt: skip
 
 

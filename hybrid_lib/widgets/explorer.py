@@ -82,7 +82,8 @@ class Explorer:
         self.history: History | None = None
         self.foreground = "google.colab" in sys.modules
         self._name: str | None = None  # of the run in ``history``
-        self._jobs: dict[Path, Experiment] = {}  # the one that trains, then those that wait
+        # The one that trains, then those that wait; and whether to look inside.
+        self._jobs: dict[Path, tuple[Experiment, bool]] = {}
         self.messages = dict.fromkeys(("method", "run_name", *FIELDS), "")
         self._failures: list[str] = []  # since Start was pressed
         self._stop, self._thread = threading.Event(), threading.Thread()
@@ -121,7 +122,7 @@ class Explorer:
     def start(self) -> None:
         """Train the experiment, or go on with it; while another one trains, it waits."""
         with self._lock:
-            self._jobs[self.folder] = self.experiment()
+            self._jobs[self.folder] = self.experiment(), self.look.value
             waits = len(self._jobs) > 1
         self._check()
         if not waits:
@@ -158,8 +159,8 @@ class Explorer:
         """Train what waits, one after another."""
         more = True
         while more:
-            folder, experiment = next(iter(self._jobs.items()))
-            self._train(experiment, folder)
+            folder, (experiment, look) = next(iter(self._jobs.items()))
+            self._train(experiment, folder, {"watch": look_inside} if look else {})
             with self._lock:
                 del self._jobs[folder]
                 more = bool(self._jobs)
@@ -169,7 +170,7 @@ class Explorer:
             self._list_earlier(also=folder.name if more else "")
             self._check()
 
-    def _train(self, experiment: Experiment, folder: Path) -> None:
+    def _train(self, experiment: Experiment, folder: Path, how: dict) -> None:
         steps, said = itertools.count(), time.monotonic()
 
         def should_stop() -> bool:
@@ -189,7 +190,6 @@ class Explorer:
             self._draw()
 
         try:
-            how = {"watch": look_inside} if self.look.value else {}
             keep(run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=keep,
                      **how))  # fmt: skip
             self._say(_outcome(self.history))
@@ -267,7 +267,8 @@ class Explorer:
     def _is_taken(self, folder: Path, experiment: Experiment | None) -> bool:
         """Whether another experiment is kept there, or will be."""
         try:
-            kept = self._jobs.get(folder) or History.load(folder).experiment
+            job = self._jobs.get(folder)
+            kept = job[0] if job else History.load(folder).experiment
             return experiment is not None and kept != experiment
         except FileNotFoundError:
             return False

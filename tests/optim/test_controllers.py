@@ -1,5 +1,6 @@
 """λ that chooses itself: Hedge and SWATS, by the letter, everywhere where Hybrid runs."""
 
+import copy
 import itertools
 import math
 import re
@@ -199,11 +200,63 @@ def test_swats_refuses_what_it_cannot_steer(reason, settings):
 @pytest.mark.parametrize(
     ("make", "name", "bad"),
     [(Hedge, "rate", 0.0), (Hedge, "rate", math.inf), (Hedge, "share", -0.1), (Hedge, "share", 2),
-     (SWATS, "tolerance", 0.0), (SWATS, "beta2", 1.0), (SWATS, "beta2", -0.5)],
+     (SWATS, "tolerance", 0.0), (SWATS, "tolerance", math.nan)],
 )  # fmt: skip
 def test_settings_outside_their_range_are_refused(make, name, bad):
     with pytest.raises(ValueError, match=f"{name}="):
         make(**{name: bad})
+
+
+def test_a_group_without_any_weight_is_refused():
+    with pytest.raises(ValueError, match="all 0"):
+        hl.Hybrid(parameters(), RULES, 0.01, (0, 0, 0), controller=Hedge())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_rate_gives_the_best_rule_everything(sign):
+    """Gradients that agree, or that turn round: the gains are near 1, or near -1."""
+    w = torch.nn.Parameter(torch.zeros(3))
+    optimizer = hl.Hybrid([w], [SGD(), Adam()], 0.1, (0.5, 0.5), controller=Hedge(1e4, share=0))
+    for g in ([1.0, 2, 3], [sign * 1.0, sign * 2, sign * 3]):
+        w.grad = torch.tensor(g)
+        optimizer.step()
+    λ = optimizer.param_groups[0]["lambdas"]
+    best = 0 if sign > 0 else 1  # SGD's direction is the gradient's, for better or worse
+    assert λ[best] == pytest.approx(1)
+    assert sum(λ) == pytest.approx(1)
+
+
+def test_adam_s_own_average_tells_when_swats_switches():
+    one, other = (swats(betas=(0.9, β2), tolerance=0.03) for β2 in (0.9, 0.999))
+    for optimizer in (one, other):
+        train(optimizer, range(40))
+    start, drawn = vector(parameters()), [*map(vector, gradients_of(parameters(), 40))]
+    letter = swats_by_the_letter(start, drawn, 0.05, β2=0.9, tolerance=0.03)
+    assert one.param_groups[0]["memory"]["switched_at"] == letter[1]
+
+
+def test_whoever_waited_starts_without_momentum_too():
+    optimizer = swats(tolerance=10.0)
+    mover, waits, *_ = parameters_of(optimizer)
+    observe(parameters_of(optimizer), 0)
+    optimizer.step()
+    observe(parameters_of(optimizer), 1)
+    waits.grad = None
+    optimizer.step()
+    assert optimizer.param_groups[0]["memory"]["switched_at"] == 2
+    for p in (mover, waits):
+        assert not optimizer.state[p]["rules"][1]["momentum_buffer"].any()
+
+
+@every_controller
+def test_a_step_that_moves_nothing_decides_nothing(make):
+    optimizer = make()
+    before = copy.deepcopy(
+        (optimizer.param_groups[0]["memory"], optimizer.param_groups[0]["lambdas"])
+    )
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, range(2))
+    assert before == (optimizer.param_groups[0]["memory"], optimizer.param_groups[0]["lambdas"])
 
 
 def test_a_gradient_that_is_no_number_does_not_spoil_the_weights():
@@ -237,6 +290,19 @@ def test_proposals_tell_the_next_step_and_change_nothing(merge, steps):
     if steps:  # without a new diagonal, the one that was kept
         asked = {p: D for p, (*_, D) in optimizer.proposals()}
         assert all(torch.equal(asked[p], D) for p, D in zip(parameters_of(optimizer), diag))
+
+
+def test_proposals_work_wherever_a_step_does():
+    """Before there is a D, at a rate of zero; and for a rule that was changed."""
+    optimizer = hl.adasgd(parameters())
+    observe(parameters_of(optimizer), 0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert all(D is not None for _, (*_, D) in optimizer.proposals())
+    plain = hl.sgd(parameters(), momentum=0.0)
+    train(plain, range(2))
+    plain.param_groups[0]["rules"] = (SGD(momentum=0.9),)
+    observe(parameters_of(plain), 2)
+    assert len(list(plain.proposals())) == len(parameters_of(plain))
 
 
 def test_proposals_need_what_a_step_needs():

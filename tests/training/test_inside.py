@@ -184,11 +184,72 @@ def test_what_is_seen_is_what_moves(monkeypatch):
     assert row() == {}
 
 
-def test_d_s_age_is_counted_between_estimates():
-    e = toy("adasgd", hessian_every=4)
+@pytest.mark.parametrize("on", ["norms_and_head", "matrices"])
+def test_a_layer_may_mix_merged_and_other_parameters(on, monkeypatch):
+    """A transformer's matrices have biases in the same layer: by hand, parameter by parameter."""
+    sizes = {"dataset": "python-docs", "width": 8, "train_limit": 64, "test_limit": 8}
+    e = replace(get_experiment("atmo").scaled(1), **sizes, batch_size=16, lambda_on=on)
+    task = tasks.load_task(e)
+    model = task.build_model()
+    optimizer = e.build_optimizer(model.named_parameters())
+    asked, name_of = {}, {p: name for name, p in model.named_parameters()}
+
+    def remember(optimizer, arguments, keywords):
+        asked.update((name_of[p], of_one) for p, of_one in optimizer.proposals())
+
+    optimizer.register_step_pre_hook(remember)
+    row = look_inside(model, optimizer)
+    step = training_step(model, eager_pass(model, task), optimizer)
+    for x, y in task.training_batches(0, torch.contiguous_format):
+        row()
+        step(x, y, None)
+    seen = row()["inside"]
+    assert [*seen] == [*dict.fromkeys(n.rpartition(".")[0] or n for n in name_of.values())]
+    mixed = 0
+    for layer, measured in seen.items():
+        parts = [
+            of_one for name, of_one in asked.items() if (name.rpartition(".")[0] or name) == layer
+        ]
+        merged = [d for _, d, *_ in parts if len(d) == 2]
+        mixed += 0 < len(merged) < len(parts)
+        if merged:
+            one, other = (torch.cat([d[i].flatten() for d in merged]) for i in range(2))
+            cosine = torch.cosine_similarity(one, other, dim=0).item()
+            assert measured["cosines"] == [pytest.approx(cosine, abs=1e-3)]
+        else:
+            assert measured["cosines"] == []
+        assert sum(measured["shares"]) == pytest.approx(1, abs=2e-3)
+    assert mixed > 3
+
+
+def test_d_may_be_an_iterator_and_what_a_closure_makes_is_not_looked_at():
+    model = torch.nn.Linear(2, 1)
+    optimizer = hl.adahessian(model.parameters())
+    row = look_inside(model, optimizer)
+    optimizer.step(lambda: torch.zeros(()))  # without a gradient
+    assert row() == {}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(hess_diag=(torch.ones_like(p) for p in model.parameters()))
+    assert row()["inside"].keys() == {"weight", "bias"}
+
+
+def test_watching_and_capturing_exclude_each_other(monkeypatch):
+    task = tasks.load_task(toy("sgd"))
+    monkeypatch.setattr(type(task), "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"capture=True.*watch"):
+        loop.run(toy("sgd"), capture=True, watch=look_inside)
+
+
+def test_d_s_age_is_counted_between_estimates(tmp_path):
+    e, steps = toy("adasgd", hessian_every=7), iter(range(99))
     h = loop.run(e, progress=False, watch=look_inside)
-    steps = -(-40 // e.batch_size)
-    assert [row["hessian_age"] for row in h.rows] == [epoch * steps % 4 for epoch in range(3)]
+    n = -(-40 // e.batch_size)
+    assert [row["hessian_age"] for row in h.rows] == [epoch * n % 7 for epoch in range(3)]
+    loop.run(e, tmp_path, progress=False, watch=look_inside,
+             should_stop=lambda: next(steps) == 4)  # fmt: skip
+    resumed = loop.run(e, tmp_path, progress=False, watch=look_inside)
+    assert [row["hessian_age"] for row in resumed.rows][1] is None  # unknown is not zero
     D = h.rows[0]["inside"]["head"]["curvature"]
     assert len(D) == len(inside.QUANTILES)
     assert sorted(D) == D
