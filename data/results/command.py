@@ -35,6 +35,7 @@ def command(
     name = doc.split("data/results/")[1].split(".py")[0]
     parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / name)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="also on a CPU: a minute per run")
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
     parser.add_argument("--list", action="store_true", help="show what is there and what is left")
     parser.add_argument("--publish", action="store_true", help="write the tables beside this file")
@@ -47,7 +48,7 @@ def command(
             table.to_csv(file, index=False, float_format="%.5g")
         return 0
     failed = []
-    compile = False if chosen.device == "cpu" else None
+    compile = chosen.compile if chosen.device == "cpu" else None
     for stage in stages(chosen):
         for folder, experiments in stage:
             out = chosen.out / folder

@@ -2,6 +2,7 @@
 
     python data/results/fair.py            # three to four hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
+    python data/results/fair.py --scale images --compile      # 10,000 images of CIFAR-10: two hours
     python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width: not run yet
     python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
 
@@ -15,9 +16,9 @@ test set is looked at for chosen trials alone. Written before anything was run.
   and of the best of all its trials with five seeds that tuning has not seen.
 - Epochs to a target: the target is what the median contestant's chosen trials reach in validation.
 - The portfolio test. A hybrid contains its parts, so it must not lose to them: B trials of the
-  hybrid against the better of its two parts with B/2 trials each, B = 10, over random halves of the
-  fifteen trials. A hybrid *wins* if the 95 % interval of the difference lies above 0, and *loses*
-  if it lies below.
+  hybrid against the better of its two parts with B/2 trials each, B = 10, over random choices of
+  those trials that there are. A hybrid *wins* if the 95 % interval of the difference lies above 0,
+  and *loses* if it lies below.
 - λ that chooses itself (added after the ten others had run, before any of its own runs): a hybrid
   with Hedge draws Hedge's rate where the constant one draws λ. The test is the same, and so are its
   words: ten trials of it against the better of five with a constant and five with a falling λ.
@@ -46,15 +47,13 @@ TASKS = {
     "digits": {"epochs": 12, "width": 8, "batch_size": 32, "validation_limit": 240},
     "python-docs": {"epochs": 6, "width": 32, "batch_size": 32, "train_limit": 2200,
                     "test_limit": 500, "validation_limit": 200},
-    "cifar10-jpeg": {"dataset": "folder:data/cifar10-jpeg", "epochs": 15, "width": 8,
+    "cifar10-jpeg": {"dataset": "folder:data/cifar10-jpeg", "epochs": 8, "width": 8,
                      "batch_size": 128, "train_limit": 11_000, "test_limit": 2_000,
                      "validation_limit": 1_000},
     "cifar10": {"epochs": 30, "batch_size": 128, "validation_limit": 5_000},
 }  # fmt: skip
-# What is published; real images on a CPU (most of a day, an estimate); and on a GPU, at full width.
-SCALES = {"cpu": ("digits", "python-docs"), "images": ("cifar10-jpeg",), "paper": ("cifar10",)}
-SCHEDULES = ("cosine", "constant")  # of the learning rate, for everyone
-STUDIES, TRIALS, FINAL_SEEDS = 3, 5, range(1, 6)
+# For everyone: schedules of the learning rate, studies of so many trials, new seeds.
+SCHEDULES, STUDIES, TRIALS, FINAL_SEEDS = ("cosine", "constant"), 3, 5, range(1, 6)
 FOLDERS = {"cpu": "fair", "images": "fair-images", "paper": "fair-paper"}  # beside this file
 # Three decades of the learning rate each, around the rates that papers give for the method.
 LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
@@ -73,6 +72,13 @@ CONTESTANTS = {  # row that its settings start from, range of the rate, schedule
     "hedge_padam_sgd": ("padam_sgd", HIGH, "hedge"),
     "hedge_adasgd": ("adasgd", HIGH, "hedge"),
     "swats": ("swats", LOW, "swats"),
+}
+FIRST_ORDER = ("sgd", "adam", "padam", "atmo", "padam_sgd", "hedge_atmo")
+SCALES = {  # tasks, schedules, studies, contestants
+    "cpu": (("digits", "python-docs"), SCHEDULES, STUDIES, tuple(CONTESTANTS)),
+    # All of the above on real images would take two cores a week: what two hours allow.
+    "images": (("cifar10-jpeg",), ("cosine",), 2, FIRST_ORDER),
+    "paper": (("cifar10",), SCHEDULES, STUDIES, tuple(CONTESTANTS)),  # on a GPU, at full width
 }
 OWN = {  # what else is drawn, by the schedule of λ; the falling one is as in the report
     "constant": {"lambda_sgd": {"low": 0.0, "high": 1.0}},
@@ -108,8 +114,9 @@ def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experi
 
 def studies(scale: str = "cpu") -> Iterator[tuple[str, list[Experiment]]]:
     """(folder, trials): everyone's first study, then everyone's second, …"""
-    for study, task, schedule in itertools.product(range(STUDIES), SCALES[scale], SCHEDULES):
-        for contestant in CONTESTANTS:
+    tasks, schedules, n, contestants = SCALES[scale]
+    for study, task, schedule in itertools.product(range(n), tasks, schedules):
+        for contestant in contestants:
             yield f"{task}/{schedule}", trials(task, schedule, contestant, study)
 
 

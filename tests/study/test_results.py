@@ -47,7 +47,7 @@ def test_the_matrix_has_every_row_and_audits_that_change_one_setting_of_a_row(sc
     assert restarted == (15 if scale == "cpu" else 146)
 
 
-def test_every_contestant_has_the_same_budget_and_shares_its_draws(monkeypatch):
+def test_every_contestant_has_the_same_budget_and_shares_its_draws():
     """So that nobody has the luckier rates: the same shares of equally wide ranges."""
     fair, seen = script("fair"), {}
     for folder, experiments in fair.studies():
@@ -61,16 +61,20 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws(monkeypatch):
         shares = tuple(round(np.log10(e.lr / low) / 3, 6) for e in experiments)
         seen.setdefault((folder, study), []).append((contestant, kept, shares))
     assert {key[0] for key in seen} == {
-        f"{task}/{schedule}" for task in fair.SCALES["cpu"] for schedule in ("cosine", "constant")
+        f"{task}/{schedule}"
+        for task in ("digits", "python-docs")
+        for schedule in ("cosine", "constant")
     }
     assert len(seen) == 4 * 3
     for of_one in seen.values():
         assert [contestant for contestant, *_ in of_one] == list(fair.CONTESTANTS)
         assert all(others[1:] == of_one[0][1:] for others in of_one)
     assert len({of_one[0][2] for of_one in seen.values()}) == 3, "each study draws anew"
-    monkeypatch.setattr(fair, "STUDIES", 1)
-    for scale, tasks in fair.SCALES.items():
-        assert len(list(fair.studies(scale))) == len(tasks) * 2 * len(fair.CONTESTANTS)
+    assert [len(list(fair.studies(scale))) for scale in fair.SCALES] == [
+        4 * 3 * 14,
+        2 * 6,
+        2 * 3 * 14,
+    ]
     dynamic = fair.trials("digits", "cosine", "dyn_adasgd", 0)
     assert {e.lambdas()(0) for e in dynamic} == {(1.0, 0.0)}
     assert len({e.lambdas()(0) for e in fair.trials("digits", "cosine", "adasgd", 0)}) == 5
