@@ -44,15 +44,19 @@ def look_inside(model: nn.Module, optimizer: Hybrid) -> Callable[[], dict]:
             hess_diag, age = list(hess_diag), 0
         elif age is not None:
             age += 1
+        if not seen:
+            look(hess_diag)
+        return arguments, {**keywords, "hess_diag": hess_diag}
+
+    def look(hess_diag) -> None:
         layers: dict[str, list] = {name: [] for name in layer_of.values()}
-        for p, of_one in () if seen else optimizer.proposals(hess_diag):
+        for p, of_one in optimizer.proposals(hess_diag):
             layers[layer_of[p]].append((p, *of_one))
         found = {name: _measured(parts) for name, parts in layers.items() if parts}
         if found:
             seen["inside"] = found
             if needs_hessian:
                 seen["hessian_age"] = age
-        return arguments, {**keywords, "hess_diag": hess_diag}
 
     def row() -> dict:
         answer = dict(seen)
