@@ -2,7 +2,7 @@
 
     python data/results/fair.py            # three to four hours on two cores; runs/fair
     python data/results/fair.py --list     # what is there and what is left
-    python data/results/fair.py --scale images --compile      # 10,000 images of CIFAR-10: not run yet
+    python data/results/fair.py --scale images --compile  # 10,000 images of CIFAR-10: not run yet
     python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width: not run yet
     python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
 
@@ -76,7 +76,7 @@ CONTESTANTS = {  # row that its settings start from, range of the rate, schedule
 FIRST_ORDER = ("sgd", "adam", "padam", "atmo", "padam_sgd", "hedge_atmo")
 SCALES = {  # tasks, schedules, studies, contestants
     "cpu": (("digits", "python-docs"), SCHEDULES, STUDIES, tuple(CONTESTANTS)),
-    # All of the above on real images would take two cores most of a day, this a few hours (estimates).
+    # On real images all of it would take two cores most of a day, this a few hours (estimates).
     "images": (("cifar10-jpeg",), ("cosine",), 2, FIRST_ORDER),
     "paper": (("cifar10",), SCHEDULES, STUDIES, tuple(CONTESTANTS)),  # on a GPU, at full width
 }
