@@ -244,6 +244,7 @@ function render({ model, el }) {
   function drawInside({ inside, epochs }, width) {
     const measures = inside?.measures ?? [], names = measures.map(({ name }) => name);
     label.hidden = !inside;
+    map.style.display = inside ? "block" : "none"; // an empty picture is nothing to anybody
     map.setAttribute("height", inside ? KEY + CELL * inside.layers.length + 10 : 0);
     map.setAttribute("width", width);
     if (select.dataset.names !== names.join()) {

@@ -210,7 +210,11 @@ def _legend_and_cross_hair(page):
         name.click()
         page.wait_for_function(f"{CURVES}.length === {count}")
         assert name.get_attribute("aria-pressed") == pressed
-    figure, head = page.locator(".hybrid-curves > svg"), page.locator(".hybrid-curves th").first
+    assert page.locator("[data-panel=inside]").is_hidden()  # nobody looked
+    figure, head = (
+        page.locator(".hybrid-curves > svg").first,
+        page.locator(".hybrid-curves th").first,
+    )
     assert head.inner_text() == "last epoch"
     box = figure.bounding_box()
     page.mouse.move(box["x"] + 50, box["y"] + 90)
