@@ -1,16 +1,16 @@
-"""λ that chooses itself: a controller sees what the rules propose and sets the next step's weights.
+"""Self-adjusting λ: a controller sets the next step's weights from what the rules propose.
 
-Given to :class:`~hybrid_lib.Hybrid`, it has the weights of a parameter group in its hands: of one
-group for all parameters they share λ; with a group per parameter each has its own. A controller is
-a frozen dataclass, as a rule is, with
+Given to :class:`~hybrid_lib.Hybrid`, it sets λ per parameter group: all parameters of a group share
+λ, so pass one group per parameter to give each its own. A controller is a frozen dataclass, like a
+rule, with
 
-- ``start(group)``: what it remembers between steps, numbers by name; ValueError for a group that it
-  cannot steer,
-- ``init(w, rules)``: its buffers for one parameter, by name,
-- ``observe(seen, step_sizes, directions, buffers)``: moves them in place and answers numbers, as
-  tensors of no dimension, to be summed over the parameters. Written as ``propose`` of a rule is,
-- ``update(group, states, sums)``: once a step, after the weights have moved: sets
-  ``group["lambdas"]`` and ``group["memory"]``, Python's numbers.
+- ``start(group)``: returns its memory between steps, a dict of numbers; raises ValueError for a
+  group that it cannot control,
+- ``init(w, rules)``: returns its buffers for one parameter, a dict of tensors,
+- ``observe(seen, step_sizes, directions, buffers)``: updates the buffers in place and returns
+  0-dimensional tensors, to be summed over the parameters. Write it like a rule's ``propose``,
+- ``update(group, states, sums)``: called once per step, after the weights have moved; sets
+  ``group["lambdas"]`` and ``group["memory"]`` to Python numbers.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from hybrid_lib.optim.rules import SGD, Seen, flat, zeros
 
 @dataclass(frozen=True)
 class Hedge:
-    r"""Weights that grow with how well a rule's last direction fits the next gradient.
+    r"""Raise the weight of rules whose last direction aligns with the next gradient.
 
-    The gain of a rule is the cosine of the direction that it proposed a step ago and the gradient
-    now, over all parameters of the group:
+    A rule's gain is the cosine between the direction it proposed one step ago and the current
+    gradient, over all parameters of the group:
 
     .. math:: a_i = \frac{\langle d_i^{(t-1)}, g_t \rangle}{\|d_i^{(t-1)}\| \, \|g_t\|}, \qquad
               \lambda_i \leftarrow (1 - s) \frac{\lambda_i e^{r a_i}}{\sum_j \lambda_j e^{r a_j}}
               + \frac{s}{n}
 
-    To first order :math:`a_i` is what one more step of unit length along :math:`d_i` would gain
-    relative to the best direction, measured on a batch that had no part in :math:`d_i`.
-    Multiplicative weights (Freund and Schapire 1997) collect nearly as much of it as the best rule
-    does; a share s that is spread evenly at each step lets them follow a best rule that changes
-    (fixed share, Herbster and Warmuth 1998). Costs a buffer per rule and no pass.
+    To first order, :math:`a_i` is what one more unit-length step along :math:`d_i` would gain,
+    relative to the best direction, on a batch that did not contribute to :math:`d_i`.
+    Multiplicative weights (Freund and Schapire 1997) collect nearly as much gain as the best rule;
+    spreading a share s evenly at each step lets them follow changes of the best rule (fixed share,
+    Herbster and Warmuth 1998). Costs one buffer per rule and no extra pass.
 
     Args:
-        rate: r > 0. A rule whose gain is .1 above another's doubles its odds in 7 / r steps.
+        rate: r > 0. A rule whose gain exceeds another's by .1 doubles its odds in 7 / r steps.
         share: s in [0, 1].
     """
 
@@ -55,17 +55,17 @@ class Hedge:
             raise ValueError(f"share={self.share!r}: must lie in [0, 1]")
 
     def start(self, group: dict) -> dict:
-        """Nothing: the weights are all that it remembers."""
+        """Return an empty memory: the weights hold all that is needed."""
         if not any(group["lambdas"]):
             raise ValueError("lambdas are all 0: Hedge multiplies them, so one must be above 0")
         return {}
 
     def init(self, w: Tensor, rules) -> dict[str, Tensor]:
-        """The last direction of every rule."""
+        """Return a buffer for the last direction of each rule."""
         return {f"direction_{i}": zeros(w) for i, _ in enumerate(rules)}
 
     def observe(self, seen: Seen, step_sizes, directions, buffers: dict) -> list:
-        """By rule the last direction's product with the gradient and its own square; g's square."""
+        """Return ⟨d, g⟩ and ⟨d, d⟩ for each rule's last direction d, and finally ⟨g, g⟩."""
         g, products = flat(seen.g), []
         for last, d in zip(buffers.values(), directions):
             before = flat(last)
@@ -74,12 +74,12 @@ class Hedge:
         return [*products, g.dot(g)]
 
     def update(self, group: dict, states: list[dict], sums: list[float]) -> None:
-        """Multiply the weights and spread the share; they sum to one then."""
+        """Multiply the weights and spread the share, so that they sum to one."""
         *products, g2 = sums
         weights = [float(λ) for λ in group["lambdas"]]
         gains = [_ratio(along, math.sqrt(d2 * g2)) if d2 * g2 >= 0 else 0.0
                  for along, d2 in zip(products[::2], products[1::2])]  # fmt: skip
-        best = max(gains)  # only differences count; larger exponents would overflow
+        best = max(gains)  # only differences matter; without this, exp could overflow
         grown = [λ * math.exp(self.rate * (a - best)) for λ, a in zip(weights, gains)]
         if sum(grown) > 0:
             even = self.share / len(grown)
@@ -88,23 +88,23 @@ class Hedge:
 
 @dataclass(frozen=True)
 class SWATS:
-    r"""From Adam to SGD, once, at a rate that Adam's own steps tell (Keskar and Socher 2017).
+    r"""Switch once from Adam to SGD, at a rate found from Adam's steps (Keskar and Socher 2017).
 
-    Adam's step p, projected on the gradient, tells the rate at which SGD would have gone as far:
+    Projecting Adam's step p on the gradient gives the rate at which SGD would have gone as far:
 
     .. math:: \gamma_t = \frac{\langle p_t, p_t \rangle}{-\langle p_t, g_t \rangle}, \quad
               s_t = \beta_2 s_{t-1} + (1 - \beta_2) \gamma_t, \quad
               \Lambda_t = \frac{s_t}{1 - \beta_2^t}
 
-    Once :math:`|\Lambda_t - \gamma_t| < \epsilon` (and :math:`\Lambda_t > 0`), SGD goes on with the
-    rate :math:`\Lambda_t`: λ becomes :math:`(0, \Lambda_t / \eta)`, so that a schedule of η goes on
-    too, and its momentum starts at zero. For ``merge="sum"`` and two rules, the first with
-    ``betas``, the second :class:`~hybrid_lib.optim.rules.SGD`; the paper's has momentum and
-    dampening :math:`\beta_1`. g includes SGD's weight decay. ``memory["switched_at"]`` is the step,
-    0 before.
+    Once :math:`|\Lambda_t - \gamma_t| < \epsilon` (and :math:`\Lambda_t > 0`), SGD takes over at
+    the rate :math:`\Lambda_t`: λ becomes :math:`(0, \Lambda_t / \eta)`, so that a schedule of η
+    continues, and SGD's momentum starts at zero. Needs ``merge="sum"`` and two rules, the first
+    with ``betas``, the second :class:`~hybrid_lib.optim.rules.SGD`, whose momentum and dampening
+    are :math:`\beta_1` in the paper. g includes SGD's weight decay. ``memory["switched_at"]`` is
+    the step of the switch, or 0 before it.
 
     Args:
-        tolerance: :math:`\epsilon > 0`, of a learning rate.
+        tolerance: :math:`\epsilon > 0`, a difference of learning rates.
     """
 
     tolerance: float = 1e-9
@@ -114,34 +114,34 @@ class SWATS:
             raise ValueError(f"tolerance={self.tolerance!r}: must be above 0")
 
     def start(self, group: dict) -> dict:
-        """The average of the rates, the step count, and at which step it switched."""
+        """Return the initial memory: average rate, step count and step of the switch."""
         rules, λ = group["rules"], tuple(group["lambdas"])
-        from_to = len(rules) == 2 and hasattr(rules[0], "betas") and isinstance(rules[1], SGD)
-        if not from_to or λ != (1, 0):
+        supported = len(rules) == 2 and hasattr(rules[0], "betas") and isinstance(rules[1], SGD)
+        if not supported or λ != (1, 0):
             given = f"{' + '.join(type(r).__name__ for r in rules)} with lambdas={λ}"
-            raise ValueError(f"SWATS switches from one rule to SGD, lambdas (1, 0), not {given}")
+            raise ValueError(f"{given}: SWATS needs (a rule with betas, SGD) and lambdas (1, 0)")
         if group["merge"] != "sum":
-            raise ValueError(f"merge={group['merge']!r}: SWATS sets a rate of SGD's own: 'sum'")
+            raise ValueError(f"merge={group['merge']!r}: SWATS sets SGD's own rate, so use 'sum'")
         return {"average": 0.0, "steps": 0, "switched_at": 0}
 
     def init(self, w: Tensor, rules) -> dict[str, Tensor]:
-        """None."""
+        """Return no buffers."""
         return {}
 
     def observe(self, seen: Seen, step_sizes, directions, buffers: dict) -> list:
-        """⟨p, p⟩, -⟨p, g⟩ and -⟨p, w⟩ for the adaptive rule's step p."""
+        """Return ⟨p, p⟩, -⟨p, g⟩ and -⟨p, w⟩ for the adaptive rule's step p."""
         η, d = step_sizes[0], flat(directions[0])
         return [η * η * d.dot(d), η * d.dot(flat(seen.g)), η * d.dot(flat(seen.w))]
 
     def update(self, group: dict, states: list[dict], sums: list[float]) -> None:
-        """Follow the rate; switch, if it has settled."""
+        """Update the average rate; switch to SGD once it has settled."""
         memory, sgd = group["memory"], group["rules"][1]
         if memory["switched_at"]:
             return
         pp, pg, pw = sums
         t = memory["steps"] = memory["steps"] + 1
         rate = _ratio(pp, pg + sgd.weight_decay * pw)
-        if rate == 0:  # the gradient says nothing about it
+        if rate == 0:  # this step determines no rate
             return
         beta2 = group["rules"][0].betas[1]
         memory["average"] += (1 - beta2) * (rate - memory["average"])
@@ -158,5 +158,5 @@ CONTROLLERS = {"hedge": Hedge, "swats": SWATS}
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b, but 0 where that is no number."""
+    """Return a / b, or 0 if b is 0 or either is not finite."""
     return a / b if b != 0 and math.isfinite(a) and math.isfinite(b) else 0.0

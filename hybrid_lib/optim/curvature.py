@@ -1,4 +1,4 @@
-"""The diagonal of the Hessian, estimated from Hessian-vector products (Hutchinson)."""
+"""Hutchinson's estimate of the Hessian diagonal, from Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hessian_diagonal(
     n_samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor]] | tuple[list[Tensor], list[Tensor], object]:
-    r"""Gradient and Hutchinson's estimate of the Hessian diagonal of ``loss``.
+    r"""Compute the gradient of ``loss`` and Hutchinson's estimate of its Hessian diagonal.
 
     .. math:: D = \frac{1}{n} \sum_{s=1}^{n} z_s \odot (H z_s), \qquad
               z_s \in \{-1, 1\}^N \text{ uniformly}
@@ -25,29 +25,29 @@ def hessian_diagonal(
     :math:`E[z_i \sum_j H_{ij} z_j] = H_{ii}`. The variance of entry i is
     :math:`\frac{1}{n} \sum_{j \ne i} H_{ij}^2`; on a diagonal Hessian every probe is exact.
 
-    A pure function: it writes no ``.grad``, and no graph outlives it but the one that ``loss``
-    itself holds; keep ``loss.detach()``. With a GradScaler pass the unscaled loss, since
+    A pure function: it writes no ``.grad`` and leaves no graph behind, except the one that ``loss``
+    itself holds, so keep only ``loss.detach()``. With a GradScaler, pass the unscaled loss, since
     ``unscale_`` divides gradients only.
 
     Args:
-        loss: a scalar, computed from ``params`` by operations that differentiate twice; or a
-            function of the parameters that answers (scalar, other) and writes nothing:
-            :func:`forward_over_reverse` calls it once per probe (dropout is drawn anew for each).
-        params: the tensors to differentiate by.
-        n_samples: probes to average, at least 1; each costs about two gradients.
-        generator: where probes are drawn from, on the parameters' device; None: the global one.
+        loss: a scalar, computed from ``params`` by twice differentiable operations; or a function
+            of the parameters that returns (scalar, other) and has no side effects:
+            :func:`forward_over_reverse` calls it once per probe (each with new dropout masks).
+        params: the tensors to differentiate with respect to.
+        n_samples: number of probes to average, at least 1; each costs about two gradients.
+        generator: source of the probes, on the parameters' device; None: the global generator.
 
     Returns:
-        ``(grads, diag)``, one tensor per parameter, in order. A parameter that the loss does not
-        depend on has gradient None; one without second derivative (it enters linearly) has D = 0.
-        Of a function ``(grads, diag, other)``, with gradient 0 where it does not depend.
+        ``(grads, diag)``, each with one tensor per parameter, in order. If the loss does not depend
+        on a parameter, its gradient is None; if it is linear in a parameter, D is 0. For a
+        function, ``(grads, diag, other)``, with a gradient of 0 instead of None.
 
     Raises:
-        ValueError: for ``n_samples`` below 1, a loss that is not a scalar or that depends on none
-            of the parameters, frozen parameters or none at all.
+        ValueError: if ``n_samples`` is below 1, the loss is not a scalar or depends on none of the
+            parameters, or ``params`` is empty or contains frozen parameters.
         TypeError: if ``params`` is a single tensor.
-        RuntimeError, NotImplementedError: where torch cannot differentiate twice (fused attention,
-            compiled models) or, of a function, forward (LSTM); with the way out.
+        RuntimeError, NotImplementedError: if torch cannot differentiate the loss twice (fused
+            attention, compiled models) or a function in forward mode (LSTM), with a remedy.
 
     Reference: Hutchinson 1990; Bekas, Kokiopoulou and Saad 2007.
 
@@ -63,34 +63,34 @@ def hessian_diagonal(
         raise TypeError("params is a tensor: pass a list of tensors, as in [w]")
     params = list(params)
     if not params:
-        raise ValueError("params is empty: there is nothing to differentiate by")
+        raise ValueError("params is empty: pass at least one tensor")
     if n_samples < 1:
-        raise ValueError(f"n_samples={n_samples!r}: at least 1")
+        raise ValueError(f"n_samples={n_samples!r}: must be at least 1")
     if callable(loss):
         probes = [rademacher(params, generator) for _ in range(n_samples)]
         try:
-            with torch.no_grad():  # of other tensors that the function uses
+            with torch.no_grad():  # for other tensors that the function uses
                 return forward_over_reverse(loss, [p.detach() for p in params], probes)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"this loss has no derivative forward ({_first_line(error)}): pass the loss itself "
-                f"instead of a function; {ATTENTION}"
+                f"this loss cannot be differentiated in forward mode ({_first_line(error)}): pass "
+                f"the loss itself instead of a function, or {ATTENTION}"
             ) from error
     if loss.numel() != 1:
-        raise ValueError(f"loss has shape {tuple(loss.shape)}: a scalar is needed")
+        raise ValueError(f"loss has shape {tuple(loss.shape)}: it must be a scalar")
     if not loss.requires_grad:
-        raise ValueError("loss has no graph: compute it with gradients on, and do not detach it")
+        raise ValueError("loss has no graph: compute it with gradients on and do not detach it")
     frozen = [i for i, p in enumerate(params) if not p.requires_grad]
     if frozen:
-        raise ValueError(f"params at {frozen} require no gradient: leave frozen parameters out")
+        raise ValueError(f"params at {frozen} require no gradient: omit frozen parameters")
     try:
         return _reverse_over_reverse(loss, params, n_samples, generator)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}; of a "
-            "compiled model, take the one before torch.compile"
+            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}, or "
+            "use the model before torch.compile"
         ) from error
 
 
@@ -102,16 +102,16 @@ def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, ge
     grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     if all(g is None for g in grads):
         raise ValueError(
-            "the loss depends on none of params: are they the model's own? Checkpointed "
-            "activations hide them, too: checkpoint(..., use_reentrant=False) does not"
+            "the loss depends on none of params: pass the parameters of its model, and checkpoint "
+            "activations, if at all, with checkpoint(..., use_reentrant=False)"
         )
-    # Summed in at least float32: in bfloat16 many small terms would be lost.
+    # Sum in at least float32: bfloat16 would lose many small terms.
     diag = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
-    curved = [g for g in grads if g is not None and g.requires_grad]  # the rest has H z = 0
-    if not curved and _has_own_backward(loss):
+    curved = [g for g in grads if g is not None and g.requires_grad]  # H z = 0 for the rest
+    if not curved and _has_custom_backward(loss):
         raise ValueError(
-            "no gradient of this loss can be differentiated again, so D would be 0: an "
-            "autograd.Function of its own has a backward() that is not differentiable"
+            "no gradient of this loss can be differentiated again, so D would be 0: rewrite the "
+            "backward() of its custom autograd.Function, which is not differentiable"
         )
     for sample in range(n_samples if curved else 0):
         zs = rademacher(params, generator)
@@ -127,18 +127,20 @@ def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, ge
     )
 
 
-def _has_own_backward(loss: Tensor) -> bool:
-    """Whether an autograd.Function in Python is part of the graph; torch's own operations are
-    differentiable twice, or say that they are not."""
-    waiting, seen = [loss.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
+def _has_custom_backward(loss: Tensor) -> bool:
+    """Whether the graph contains an autograd.Function written in Python.
+
+    Torch's own operations are twice differentiable or raise an error.
+    """
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             return True
         seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+        pending += [child for child, _ in node.next_functions]
     return False
 
 
@@ -147,20 +149,20 @@ def forward_over_reverse(
     params: list[Tensor],
     probes: Sequence[Sequence[Tensor]],
 ) -> tuple[list[Tensor], list[Tensor], object]:
-    r"""As :func:`hessian_diagonal`, the other way round, for loops that are compiled.
+    r"""Compute :func:`hessian_diagonal` in forward-over-reverse mode, for compiled loops.
 
-    H z is the derivative of the gradient along z, taken forward (``torch.func.jvp``) while the
-    gradient itself is computed: one pass, no graph. Eager it is slower than two backward passes,
-    under ``torch.compile`` twice as fast: a convolution's derivative is again a convolution.
+    H z is the derivative of the gradient along z, computed in forward mode (``torch.func.jvp``)
+    together with the gradient: one pass, no graph. Eager, it is slower than two backward passes;
+    under ``torch.compile``, twice as fast: a convolution's derivative is again a convolution.
 
     Args:
-        function: of the parameters, writing nothing; answers the scalar loss and tensors that are
-            wanted of the pass, in tuples, lists or dicts.
-        params: the point.
-        probes: one z per sample, each with a tensor per parameter, of its shape and strides.
+        function: takes the parameters and has no side effects; returns the scalar loss and any
+            other tensors to keep from the pass, in tuples, lists or dicts.
+        params: the tensors at which ``function`` is differentiated.
+        probes: one z per sample, with one tensor per parameter, of the same shape and strides.
 
     Returns:
-        ``(grads, diag, other)``: gradient, D, and what ``function`` answered beside the loss.
+        ``(grads, diag, other)``: gradient, D, and what ``function`` returns besides the loss.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0])
@@ -170,16 +172,16 @@ def forward_over_reverse(
     """
     gradient = torch.func.grad(function, has_aux=True)
     sums = None
-    for z in probes:  # a compiler sees that the gradient is the same every time
+    for z in probes:  # a compiler recognises that the gradient is the same each time
         grads, Hz, other = torch.func.jvp(gradient, (params,), (list(z),), has_aux=True)
-        # Summed in at least float32: in bfloat16 many small terms would be lost.
+        # Sum in at least float32: bfloat16 would lose many small terms.
         terms = [(zi * h).to(torch.promote_types(h.dtype, torch.float32)) for zi, h in zip(z, Hz)]
         sums = terms if sums is None else [s + term for s, term in zip(sums, terms)]
     return grads, [(s / len(probes)).to(h.dtype) for s, h in zip(sums, Hz)], other
 
 
 def rademacher(params: Sequence[Tensor], generator: torch.Generator | None = None) -> list[Tensor]:
-    """Independent signs, -1 or 1 with equal probability, one tensor like each of ``params``.
+    """Draw independent signs, -1 or 1 with equal probability, in tensors like ``params``.
 
     >>> (z,) = rademacher([torch.empty(1000)], torch.Generator().manual_seed(0))
     >>> sorted(set(z.tolist()))
@@ -190,18 +192,18 @@ def rademacher(params: Sequence[Tensor], generator: torch.Generator | None = Non
 
 
 def random_bits(params: Sequence[Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """At least one bit for every entry of ``params``, in bytes."""
+    """Draw at least one random bit per entry of ``params``, packed into bytes."""
     n = sum(p.numel() for p in params)
     words = torch.empty(-(-n // 64), dtype=torch.int64, device=params[0].device)
     return words.random_(-(2**63), None, generator=generator).view(torch.uint8)  # None: all 64 bits
 
 
 def signs(bits: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """-1 for a bit that is 0, 1 for a bit that is 1, in tensors like ``params``."""
+    """Map bit 0 to -1 and bit 1 to 1, in tensors like ``params``."""
     sizes = [p.numel() for p in params]
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    coins = bits.unsqueeze(1).bitwise_right_shift(places).bitwise_and(1).flatten()
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    unpacked = bits.unsqueeze(1).bitwise_right_shift(shifts).bitwise_and(1).flatten()
     zs = [torch.empty_like(p, requires_grad=False) for p in params]
-    for z, part in zip(zs, coins[: sum(sizes)].split(sizes)):
+    for z, part in zip(zs, unpacked[: sum(sizes)].split(sizes)):
         z.copy_(part.view(z.shape)).mul_(2).sub_(1)
     return zs

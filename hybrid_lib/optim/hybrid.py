@@ -1,6 +1,6 @@
-"""One optimizer for all hybrids: rules propose, and :func:`move` merges what they answer.
+"""One optimizer for all hybrids: rules propose, and :func:`move` merges their proposals.
 
-The report's merge (Algorithms 2 and 4) is a product of sums, not the sum of the rules' own steps.
+The report's merge (Algorithms 2 and 4) is a product of sums, not a sum of the rules' own steps.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def product(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
 
 
 def sum_of_steps(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
-    """Σ λᵢ ηᵢ dᵢ: what adding up the steps of finished optimizers gives."""
-    return _weighted_sum(_weighed(λ, η), d)
+    """Σ λᵢ ηᵢ dᵢ: the weighted sum of separate optimizers' steps."""
+    return _weighted_sum(_weighted_step_sizes(λ, η), d)
 
 
 def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
-    """(Σ λᵢ ‖ηᵢ dᵢ‖) d₁ / ‖d₁‖ for each tensor: the first rule's direction, at the length that the
-    rules agree on (Agarwal et al. 2020, at λ = (0, 1))."""
+    """(Σ λᵢ ‖ηᵢ dᵢ‖) d₁ / ‖d₁‖ for each tensor: the first rule's direction, scaled to the weighted
+    sum of all step lengths (Agarwal et al. 2020 for λ = (0, 1))."""
     lengths = [each(torch.linalg.vector_norm, di) for di in d]
-    length = _weighted_sum(_weighed(λ, η), lengths)
+    length = _weighted_sum(_weighted_step_sizes(λ, η), lengths)
     unit = d[0].div(lengths[0].clamp_min(torch.finfo(torch.float32).tiny))
     return None if length is None else unit.mul_(length)
 
@@ -45,26 +45,26 @@ MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
 
 
 def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge, controller) -> list:
-    """One step, in place: the only place where weights move.
+    """Take one step in place. Weights move nowhere else.
 
     Args:
-        w, g, D: weights, gradient and Hessian diagonal (or None): a tensor or ``Tensors`` each.
-        buffers, corrections: a dict, and what ``corrections`` answered, per rule; last the
-            controller's dict, if there is one.
+        w, g, D: weights, gradient and Hessian diagonal (or None), each a tensor or ``Tensors``.
+        buffers: one dict per rule, then the controller's, if there is one.
         η, λ, γ: learning rate, weights, decoupled weight decay.
-        rules, maximize, merge, controller: of the parameter group.
+        corrections: what each rule's ``corrections`` returned.
+        rules, maximize, merge, controller: the parameter group's.
 
     Returns:
         What the controller observed.
     """
-    x, g = _wide(w), _wide(g)  # under bfloat16 the arithmetic is float32's; otherwise x is w
-    seen = Seen(x, -g if maximize else g, D)  # D enters squared: its sign is free
-    held = [dict(b) for b in buffers]
-    answers = [r.propose(seen, b, η, c) for r, b, c in zip(rules, buffers, corrections)]
-    d, step_sizes = zip(*answers)
+    x, g = _wide(w), _wide(g)  # bfloat16 is updated in float32; otherwise x is w
+    seen = Seen(x, -g if maximize else g, D)  # D enters squared, so its sign is irrelevant
+    originals = [dict(b) for b in buffers]
+    proposals = [r.propose(seen, b, η, c) for r, b, c in zip(rules, buffers, corrections)]
+    d, step_sizes = zip(*proposals)
     observed = controller.observe(seen, step_sizes, d, buffers[-1]) if controller else []
-    if any(b[name] is not h[name] for b, h in zip(buffers, held) for name in h):
-        raise TypeError("a rule must move its buffers in place, as in buffers['m'].mul_(0.9)")
+    if any(b[name] is not o[name] for b, o in zip(buffers, originals) for name in o):
+        raise TypeError("a rule must update its buffers in place, as in buffers['m'].mul_(0.9)")
 
     step = MERGES[merge](λ, step_sizes, d)
     if isinstance(γ, Tensor) or γ != 0:
@@ -77,54 +77,54 @@ def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge, cont
 
 
 def move_each(params, grads, diagonals, buffers, *settings) -> list:
-    """:func:`move` of several parameters, one by one, and the sums of what was observed.
+    """Apply :func:`move` to each parameter and sum what the controller observed.
 
-    A buffer is a list here. For a compiler, too.
+    Each buffer is a list of tensors here. A compiler can trace this function.
     """
     observed = []
     for i, (w, g) in enumerate(zip(params, grads)):
-        of_this = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
-        observed.append(move(w, g, diagonals[i], of_this, *settings))
+        buffers_i = [{name: b[i] for name, b in of_rule.items()} for of_rule in buffers]
+        observed.append(move(w, g, diagonals[i], buffers_i, *settings))
     return _summed(observed)
 
 
 class Hybrid(Optimizer):
     r"""Merge the proposals of several rules into one step.
 
-    With rules i that answer a direction :math:`d_i` and a step size :math:`\eta_i`:
+    If rule i proposes direction :math:`d_i` and step size :math:`\eta_i`, a step is
 
     .. math:: w \leftarrow w (1 - \eta\gamma)
               - \Big(\sum_i \lambda_i \eta_i\Big) \Big(\sum_i \lambda_i d_i\Big)
 
     ``lr`` and ``lambdas`` live in ``param_groups``: change them there at any time, by hand or with
-    a scheduler of torch's. All rules move their buffers on every step, whatever their weight, so a
-    rule that is faded in later is warm. Buffers are never coarser than float32.
+    a torch scheduler. Every rule updates its buffers on every step, whatever its weight, so a rule
+    that is faded in later is already warmed up. Buffers have at least float32 precision.
 
     Args:
         params: parameters or parameter groups; a group may override every argument below.
         rules: the rules, adaptive ones first by convention.
-        lr: learning rate :math:`\eta > 0`, handed to every rule.
+        lr: learning rate :math:`\eta > 0`, passed to every rule.
         lambdas: one weight per rule, in their order: finite, at least 0. They need not sum to 1.
         decoupled_weight_decay: :math:`\gamma \ge 0`; weights shrink before they move (Algorithm 3).
         maximize: ascend instead of descend.
-        compile: let ``torch.compile`` fuse the step, which then reads and writes each tensor once:
-            worth its compilation (seconds to a minute) for thousands of steps. The same numbers up
-            to rounding; changes of ``lr`` and ``lambdas`` compile nothing again.
+        compile: fuse the step with ``torch.compile``, so that it reads and writes each tensor once.
+            Compilation takes seconds to a minute and pays off over thousands of steps. Results are
+            equal up to rounding; changing ``lr`` or ``lambdas`` does not recompile.
         foreach: compute all parameters of a group at once, as in :mod:`torch.optim`: few kernels
-            instead of many, for some memory. None: on NVIDIA GPUs, and under a controller.
-        merge: "product", the report's; "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
-        controller: sets ``lambdas`` anew after every step, by what the rules proposed
-            (:mod:`~hybrid_lib.optim.controllers`); its memory is ``memory`` in the group. It reads
-            a few numbers back from the device per step, so a CUDA graph cannot hold it. None: they
-            stay as they are.
+            instead of many, at the cost of some memory. None: on NVIDIA GPUs or with a controller.
+        merge: "product" (the report's), "sum" (:func:`sum_of_steps`) or "graft" (:func:`graft`).
+        controller: sets ``lambdas`` after every step, based on what the rules proposed
+            (:mod:`~hybrid_lib.optim.controllers`); keeps its memory in the group's ``memory``. It
+            reads a few numbers back from the device per step, so it does not work in CUDA graphs.
+            None: lambdas are left unchanged.
 
-    Set the attribute ``capturable`` to capture ``step`` in a CUDA graph; then :meth:`advance` has
-    to be called before every replay.
+    To capture ``step`` in a CUDA graph, set the attribute ``capturable`` and call :meth:`advance`
+    before every replay.
 
     Raises:
-        ValueError: for anything outside its range, in ``step`` too if it was changed to that.
-        TypeError: for complex parameters, and for rules that are not rules.
-        CannotCompile: in a group's first step; earlier groups have already moved.
+        ValueError: for a value out of range, at construction or, if changed since, in ``step``.
+        TypeError: for complex parameters, and if ``rules`` contains anything but rules.
+        CannotCompile: on a group's first step, if compilation fails; earlier groups have moved.
 
     Example:
         >>> from hybrid_lib.optim.rules import SGD, Adam
@@ -136,7 +136,7 @@ class Hybrid(Optimizer):
         Parameter containing:
         tensor([ 0.4225, -0.8725], requires_grad=True)
 
-        Adam answers 0.1 sign(g) and 0.1 / (1 - 0.9), SGD g and 0.1: the first weight moves by
+        Adam proposes 0.1 sign(g) and 0.1 / (1 - 0.9), SGD g and 0.1, so the first weight moves by
         (0.5 * 1 + 0.5 * 0.1) * (0.5 * 0.1 + 0.5 * 2) = 0.5775.
     """
 
@@ -160,41 +160,41 @@ class Hybrid(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
             "compile": compile, "foreach": foreach, "merge": merge, "controller": controller,
         }  # fmt: skip
-        self._forget()
+        self._clear_caches()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict) -> None:
-        """Of a copy, or of a loaded state: the buffers are others now."""
+        """Restore a copy or a loaded state: anything cached by buffer identity is now stale."""
         super().__setstate__(state)
-        self._forget()
+        self._clear_caches()
         for group in self.param_groups:
-            group.setdefault("foreach", None)  # of a pickle from before these existed
+            group.setdefault("foreach", None)  # missing in pickles from before these existed
             group.setdefault("merge", "product")
             group.setdefault("controller", None)
 
-    def _forget(self) -> None:
-        self._compiled: dict[tuple, tuple] = {}  # by all that torch does not look at
-        # Numbers that CUDA graphs read, by parameters that move together; and those that do.
+    def _clear_caches(self) -> None:
+        self._compiled: dict[tuple, tuple] = {}  # keyed by all that torch does not check
+        # Keyed by parameters that move together: numbers that CUDA graphs read; captured steps.
         self._cells: dict[tuple, tuple] = {}
-        self._replayed: set[tuple] = set()
+        self._captured: set[tuple] = set()
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether any rule of any group asks for ``hess_diag``."""
+        """Whether any rule of any group needs ``hess_diag``."""
         return any(map(_needs_hessian, self.param_groups))
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add parameters with settings of their own; what is not given is taken from the defaults.
+        """Add a parameter group; settings that it does not give are taken from the defaults.
 
         Raises:
-            ValueError, TypeError: as at construction; the optimizer is then left as it was.
+            ValueError, TypeError: as at construction; the optimizer is then left unchanged.
         """
         group = {**self.defaults, **param_group}
         group["rules"], group["lambdas"] = tuple(group["rules"]), _weights(group["lambdas"])
         needed = "needs_hessian", "init", "corrections", "propose"
         for r in group["rules"]:
             if isinstance(r, type) or not is_dataclass(r) or not all(hasattr(r, n) for n in needed):
-                raise TypeError(f"rules: {r!r} is not a rule; use those of rules, as in SGD()")
+                raise TypeError(f"rules: {r!r} is not a rule; pass instances, as in rules.SGD()")
         if group["merge"] not in MERGES:
             raise ValueError(f"merge={group['merge']!r}: must be one of {', '.join(MERGES)}")
         _check_rates(group)
@@ -205,30 +205,30 @@ class Hybrid(Optimizer):
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 self.param_groups.pop()
-                raise TypeError(f"a parameter is {p.dtype}, complex: pass torch.view_as_real of it")
+                raise TypeError(f"a parameter is complex, {p.dtype}: pass torch.view_as_real of it")
 
     def advance(self) -> None:
-        """Count the step that a CUDA graph is about to repeat, and hand it that step's numbers.
+        """Count the step that a CUDA graph is about to replay, and give the graph its numbers.
 
-        To be called before every replay of a graph in which ``step`` was captured. Learning rates,
-        weights and bias corrections are those of now; what was 0 in the capture stays 0.
+        Call this before every replay of a graph that captured ``step``. The replay uses the current
+        learning rates, weights and bias corrections, but weights that were 0 at capture stay 0.
 
         Raises:
             RuntimeError: if no step has been captured since the state was made or loaded.
-            ValueError: as ``step`` does; nothing has been counted then.
+            ValueError: as in :meth:`step`; no step is counted then.
         """
-        if not self._replayed:
-            raise RuntimeError("no step was captured since this state was made or loaded: do so")
+        if not self._captured:
+            raise RuntimeError("no step was captured with the current state: capture one first")
         for group in self.param_groups:
             _check_rates(group)
-        for together in self._replayed:
+        for together in self._captured:
             group, states, cells = self._cells[together]
             t = states[0]["step"] + 1
             for state in states:
                 state["step"] = t
             η, λ, corrections = group["lr"], group["lambdas"], _corrections(group, t)
-            now = [η, *λ, *itertools.chain(*corrections)]
-            cells.copy_(torch.tensor(now, dtype=cells.dtype), non_blocking=True)
+            current = [η, *λ, *itertools.chain(*corrections)]
+            cells.copy_(torch.tensor(current, dtype=cells.dtype), non_blocking=True)
 
     @torch.no_grad()
     def step(
@@ -237,22 +237,22 @@ class Hybrid(Optimizer):
         *,
         hess_diag: Iterable[Tensor | None] | None = None,
     ):
-        """Move all parameters that have a gradient, once.
+        """Take one step for all parameters that have a gradient.
 
         Args:
-            closure: evaluates the model again, sets the gradients and returns the loss.
-            hess_diag: one tensor per parameter, in the order of ``param_groups``, each of its
-                parameter's shape, as :func:`~hybrid_lib.hessian_diagonal` returns them. None, for
-                all or for one, uses the last again. Ignored where no rule needs it.
+            closure: re-evaluates the model, sets the gradients and returns the loss.
+            hess_diag: one tensor per parameter, in the order of ``param_groups``, with the
+                parameter's shape, as returned by :func:`~hybrid_lib.hessian_diagonal`. None, for
+                all or for one, reuses the last. Ignored where no rule needs it.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, where a rule needs ``hess_diag`` and never had one,
-                or in the capture of a CUDA graph, but for an optimizer whose ``capturable`` is set.
-                Nothing has moved then.
-            ValueError: if ``hess_diag`` does not fit the parameters.
+            RuntimeError: for sparse gradients, if a rule needs ``hess_diag`` and never got one, or
+                during the capture of a CUDA graph unless ``capturable`` is set. Nothing has moved
+                then.
+            ValueError: if ``hess_diag`` does not match the parameters.
         """
         loss = None
         if closure is not None:
@@ -261,38 +261,39 @@ class Hybrid(Optimizer):
 
         given = {} if hess_diag is None else self._by_parameter(list(hess_diag))
         moving = [self._checked(group, given) for group in self.param_groups]
-        self._keep(given)
+        self._store_diagonals(given)
         for group, params in zip(self.param_groups, moving):
             states, observed = self._states(group, params), []
-            # Parameters that have waited are at an earlier step: their corrections are others.
-            alike: dict[tuple, list] = {}
+            # Parameters that skipped steps have an earlier step count and so other corrections.
+            by_step: dict[tuple, list] = {}
             for p, state in zip(params, states):
-                alike.setdefault((state["step"] + 1, p.device, p.dtype), []).append((p, state))
-            for (t, device, dtype), part in alike.items():
+                by_step.setdefault((state["step"] + 1, p.device, p.dtype), []).append((p, state))
+            for (t, device, dtype), part in by_step.items():
                 observed.append(self._move(group, *zip(*part), t, device, dtype))
-                for _, state in part if not _capturing() else ():  # what is captured moves later
+                for _, state in part if not _capturing() else ():  # a capture moves nothing yet
                     state["step"] = t
-            # A step with lr = 0 only makes buffers.
-            if group["controller"] is not None and states and _if_here(group["lr"]) != 0:
-                numbers = [torch.stack(part).tolist() for part in observed]  # waits for a device
+            # A step with lr = 0 only allocates buffers.
+            if group["controller"] is not None and states and _value_if_on_cpu(group["lr"]) != 0:
+                numbers = [torch.stack(part).tolist() for part in observed]  # waits for the device
                 known = (self.state.get(p, {}) for p in group["params"])
-                everyone = [state for state in known if "rules" in state]
-                group["controller"].update(group, everyone, [sum(of) for of in zip(*numbers)])
+                started = [state for state in known if "rules" in state]
+                sums = [sum(column) for column in zip(*numbers)]
+                group["controller"].update(group, started, sums)
         return loss
 
     @torch.no_grad()
     def proposals(self, hess_diag: Iterable[Tensor | None] | None = None) -> Iterator[tuple]:
-        """What the rules would answer now, asked on copies of their buffers: nothing changes.
+        """Yield what the rules would propose now, from copies of their buffers: nothing changes.
 
         Args:
             hess_diag: as for :meth:`step`.
 
         Yields:
             ``(parameter, (group, directions, step sizes, D or None))`` for each parameter that has
-            a gradient; a direction and a step size per rule.
+            a gradient, with one direction and one step size per rule.
 
         Raises:
-            RuntimeError, ValueError: as :meth:`step` does.
+            RuntimeError, ValueError: as in :meth:`step`.
         """
         given = {} if hess_diag is None else self._by_parameter(list(hess_diag))
         for group in self.param_groups:
@@ -300,74 +301,74 @@ class Hybrid(Optimizer):
                 state = self.state.get(p, {})
                 D = given.get(p, state.get("hess_diag"))
                 D = zeros(p) if D is None and _needs_hessian(group) else D  # at lr = 0
-                kept = state.get("rules") or [{}] * len(group["rules"])
+                saved = state.get("rules") or [{}] * len(group["rules"])
                 buffers = [r.init(p) | {name: b.clone() for name, b in of_rule.items()}
-                           for r, of_rule in zip(group["rules"], kept)]  # fmt: skip
+                           for r, of_rule in zip(group["rules"], saved)]  # fmt: skip
                 g = -_wide(p.grad) if group["maximize"] else _wide(p.grad)
-                asked = zip(group["rules"], buffers, _corrections(group, state.get("step", 0) + 1))
-                answers = [r.propose(Seen(_wide(p), g, D), b, group["lr"], c) for r, b, c in asked]
+                inputs = zip(group["rules"], buffers, _corrections(group, state.get("step", 0) + 1))
+                answers = [r.propose(Seen(_wide(p), g, D), b, group["lr"], c) for r, b, c in inputs]
                 d, step_sizes = zip(*answers)
                 yield p, (group, d, step_sizes, D)
 
     def _move(self, group: dict, params, states, t: int, device, dtype) -> list[Tensor]:
-        """The step t of parameters of one device and dtype; the sums of what was observed."""
+        """Take step t for parameters of one device and dtype; return the observed sums."""
         η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
         rules, corrections = group["rules"], _corrections(group, t)
-        how = rules, group["maximize"], group["merge"], group["controller"]
+        settings = rules, group["maximize"], group["merge"], group["controller"]
         grads, diagonals = [p.grad for p in params], [None] * len(params)
         if _needs_hessian(group):  # missing only in a step with lr = 0, which moves nothing
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
         if self.capturable:
-            later = self._numbers_in_graphs(group, params, states, corrections)
-            η, λ, corrections = later if _capturing() else (η, λ, corrections)
+            graph_numbers = self._graph_numbers(group, params, states, corrections)
+            η, λ, corrections = graph_numbers if _capturing() else (η, λ, corrections)
         foreach = group["foreach"]
         if foreach is None:
             foreach = device.type == "cuda" or group["controller"] is not None
         if not group["compile"] and not foreach:
-            each_one = zip(params, grads, diagonals, states)
-            return _summed([move(p, g, D, s["rules"], η, λ, corrections, γ, *how)
-                            for p, g, D, s in each_one])  # fmt: skip
+            each_parameter = zip(params, grads, diagonals, states)
+            return _summed([move(p, g, D, s["rules"], η, λ, corrections, γ, *settings)
+                            for p, g, D, s in each_parameter])  # fmt: skip
         buffers = [{name: [s["rules"][i][name] for s in states] for name in of_rule}
                    for i, of_rule in enumerate(states[0]["rules"])]  # fmt: skip
         if not group["compile"]:
             D = None if diagonals[0] is None else Tensors(diagonals)
             buffers = [{name: Tensors(b) for name, b in of_rule.items()} for of_rule in buffers]
             tensors = Tensors(params), Tensors(grads), D, buffers
-            return move(*tensors, η, λ, corrections, γ, *how)
+            return move(*tensors, η, λ, corrections, γ, *settings)
         number = functools.partial(_on, device, torch.promote_types(dtype, torch.float32))
         lists = [b for of_rule in buffers for b in of_rule.values()]
-        held = list(itertools.chain(params, diagonals, *lists))  # so that no id is another's
-        key = (*how, γ == 0, *map(id, held))  # all that the compiled step does not look at itself
+        kept = list(itertools.chain(params, diagonals, *lists))  # so that their ids stay unique
+        key = (*settings, γ == 0, *map(id, kept))  # everything the compiled step does not check
         if key not in self._compiled:
             options = {"only": "grads", "size_asserts": False}
-            self._compiled[key] = held, compiled(move_each, "the optimizer's step", **options)
+            self._compiled[key] = kept, compiled(move_each, "the optimizer's step", **options)
         _, fused = self._compiled[key]
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
         decay = number(γ) if γ != 0 else 0
-        return fused(params, grads, diagonals, buffers, *numbers, decay, *how)
+        return fused(params, grads, diagonals, buffers, *numbers, decay, *settings)
 
-    def _numbers_in_graphs(self, group: dict, params, states, corrections) -> tuple:
-        """η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
+    def _graph_numbers(self, group: dict, params, states, corrections) -> tuple:
+        """Return η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
 
-        Allocated by a step before the capture: memory of the graph's own may have been another
-        tensor's, one that is dead by the time the optimizer runs.
+        A step before the capture allocates them: memory of the graph's own pool may have belonged
+        to another tensor, dead by the time the optimizer runs.
         """
         λ, together = group["lambdas"], tuple(map(id, params))
         if together not in self._cells:
             if _capturing():
-                raise RuntimeError("take a step with capturable set before you capture one")
+                raise RuntimeError("take a step with capturable set before capturing one")
             n, dtype = 1 + len(λ) + sum(map(len, corrections)), state_dtype(params[0])
             cells = torch.empty(n, dtype=dtype, device=params[0].device)
             self._cells[together] = group, states, cells
         if _capturing():
-            self._replayed.add(together)
+            self._captured.add(together)
         cell = iter(self._cells[together][-1].unbind())
         η, λ = next(cell), [c if λi != 0 else 0.0 for λi, c in zip(λ, cell)]
         return η, λ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
 
     def _states(self, group: dict, params: list[Tensor]) -> list[dict]:
-        """With all buffers that rules and controller, which may have been changed since, want."""
+        """Return the states, with any new buffers that a changed rule or controller needs."""
         makers = _makers(group)
         wanted = [make(torch.empty(0)).keys() for make in makers]
         states = [self.state[p] for p in params]
@@ -379,17 +380,17 @@ class Hybrid(Optimizer):
                     buffers |= {k: b for k, b in make(p).items() if k not in buffers}
         return states
 
-    def _keep(self, given: dict[Tensor, Tensor]) -> None:
-        """Copy diagonals: "the last again" must not change with the caller's tensor."""
+    def _store_diagonals(self, given: dict[Tensor, Tensor]) -> None:
+        """Copy diagonals, as they may be reused after the caller changes its tensors."""
         kept = {p: self.state[p].get("hess_diag") for p in given}
-        again = [p for p, D in kept.items() if D is not None]
-        if again:
-            torch._foreach_copy_([kept[p] for p in again], [given[p] for p in again])
-        for p in given.keys() - set(again):
+        old = [p for p, D in kept.items() if D is not None]
+        if old:
+            torch._foreach_copy_([kept[p] for p in old], [given[p] for p in old])
+        for p in given.keys() - set(old):
             self.state[p]["hess_diag"] = given[p].detach().to(state_dtype(p), copy=True)
 
     def _by_parameter(self, hess_diag: list[Tensor | None]) -> dict[Tensor, Tensor]:
-        """The given tensors, where a rule needs them."""
+        """Map parameters to the given tensors, where a rule needs them."""
         needs = {p: _needs_hessian(group) for group in self.param_groups for p in group["params"]}
         if len(hess_diag) != len(needs):
             counts = f"{len(hess_diag)} tensors for {len(needs)} parameters"
@@ -397,24 +398,24 @@ class Hybrid(Optimizer):
         for i, (p, D) in enumerate(zip(needs, hess_diag)):
             if D is None or (D.shape, D.device, D.is_floating_point()) == (p.shape, p.device, True):
                 continue
-            ours, theirs = (f"{tuple(x.shape)}, {x.dtype} on {x.device}" for x in (D, p))
-            raise ValueError(f"hess_diag[{i}]: shape {ours}; its parameter: shape {theirs}")
+            actual, expected = (f"{tuple(x.shape)}, {x.dtype} on {x.device}" for x in (D, p))
+            raise ValueError(f"hess_diag[{i}] has shape {actual}; its parameter has {expected}")
         return {p: D for p, D in zip(needs, hess_diag) if D is not None and needs[p]}
 
     def _checked(self, group: dict, given: dict[Tensor, Tensor]) -> list[Tensor]:
-        """The parameters of a group that move, once nothing speaks against it."""
+        """Return a group's parameters that move, after checking that they can."""
         _check_rates(group)
         moving = [p for p in group["params"] if p.grad is not None]
-        # A step with lr = 0 only makes buffers, as torch.distributed.checkpoint does.
-        must_have_diagonal = _needs_hessian(group) and _if_here(group["lr"]) != 0
+        # A step with lr = 0 only allocates buffers; torch.distributed.checkpoint takes one.
+        must_have_diagonal = _needs_hessian(group) and _value_if_on_cpu(group["lr"]) != 0
         for p in moving:
             state = self.state.get(p, {})
             if p.grad.layout is not torch.strided:
                 raise RuntimeError(f"a gradient is {p.grad.layout}: make it dense (sparse=False)")
             if "rules" in state and len(state["rules"]) != len(_makers(group)):
                 raise RuntimeError(
-                    "rules were added or removed after the first step, or a controller was, so "
-                    "buffers are missing: make a new optimizer, or weigh a rule with 0 for a while"
+                    "rules were added or removed, or a controller was, after the first step, so "
+                    "buffers are missing: make a new optimizer, or set a rule's weight to 0 instead"
                 )
             if must_have_diagonal and "hess_diag" not in state and p not in given:
                 raise RuntimeError(
@@ -422,18 +423,18 @@ class Hybrid(Optimizer):
                     "grads, diag = hessian_diagonal(loss, params), then step(hess_diag=diag)"
                 )
         if _capturing() and group["controller"] is not None:
-            raise RuntimeError("a controller looks at every step: leave it out of CUDA graphs")
+            raise RuntimeError("a controller reads values every step: keep it out of CUDA graphs")
         if _capturing() and not self.capturable:
             reason = "a CUDA graph would repeat this step's bias corrections for ever"
-            ways = "capture the passes alone; or set capturable, and call advance() before replays"
+            ways = "capture only the passes, or set capturable and call advance() before replays"
             raise RuntimeError(f"{reason}: {ways}")
         return moving
 
     def state_dict(self) -> dict:
-        """As in :class:`torch.optim.Optimizer`; rules become dicts of numbers and strings.
+        """As in :class:`torch.optim.Optimizer`, with rules as dicts of numbers and strings.
 
-        The result holds tensors and primitives only, so that ``torch.load(...,
-        weights_only=True)`` reads it back.
+        The result holds only tensors and primitives, so that ``torch.load(..., weights_only=True)``
+        can read it.
         """
         packed = super().state_dict()
         for group in packed["param_groups"]:
@@ -444,20 +445,20 @@ class Hybrid(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore a ``state_dict()``, copied: later steps do not write into it.
+        """Restore a copy of a ``state_dict()``: later steps do not write into the original.
 
-        How to compute (``compile``, ``foreach``) stays this optimizer's own.
+        This optimizer keeps its own ``compile`` and ``foreach``.
 
         Raises:
-            ValueError: if it belongs to other rules or to other parameters.
+            ValueError: if the state belongs to other rules or other parameters.
         """
         saved: dict = {}
 
-        def checked(_, state_dict: dict) -> dict:  # after the hooks that the user has registered
+        def checked(_, state_dict: dict) -> dict:  # runs after the user's own hooks
             saved.update(state_dict)
             return {**state_dict, "param_groups": self._restored_groups(state_dict)}
 
-        def copy(_) -> None:  # torch rounds to the parameter's dtype; under bfloat16 ours are wider
+        def copy(_) -> None:  # torch rounds to the parameter's dtype; for bfloat16, ours is wider
             for key, p in self._keyed(saved):
                 if key in saved["state"]:
                     self.state[p] = _copied(saved["state"][key], p)
@@ -471,19 +472,19 @@ class Hybrid(Optimizer):
                 hook.remove()
 
     def _keyed(self, state_dict: dict):
-        """(key in the saved state, parameter), in order."""
+        """Pair the keys of the saved state with the parameters, in order."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         return zip(keys, (p for group in self.param_groups for p in group["params"]))
 
     def _restored_groups(self, state_dict: dict) -> list[dict]:
         groups = list(state_dict["param_groups"])
         for i, (saved, group) in enumerate(zip(groups, self.param_groups)):
-            saved = {"merge": "product", "controller": None, **saved}  # older states name neither
-            theirs = [r["rule"] for r in [*saved.get("rules", []), saved["controller"]] if r]
-            ours = [type(r).__name__ for r in [*group["rules"], group["controller"]] if r]
-            if theirs != ours:
-                whose = " + ".join(theirs) or "another optimizer"
-                raise ValueError(f"the saved state is of {whose}, this is {' + '.join(ours)}")
+            saved = {"merge": "product", "controller": None, **saved}  # older states lack both
+            given = [r["rule"] for r in [*saved.get("rules", []), saved["controller"]] if r]
+            needed = [type(r).__name__ for r in [*group["rules"], group["controller"]] if r]
+            if given != needed:
+                source = " + ".join(given) or "another optimizer"
+                raise ValueError(f"the saved state is from {source}, this is {' + '.join(needed)}")
             controller = group["controller"] and _unpacked(group["controller"], saved["controller"])
             groups[i] = {
                 **saved,
@@ -507,20 +508,20 @@ def _summed(observed: list[list[Tensor]]) -> list[Tensor]:
 
 
 def _weighted_sum(weights: Sequence[Number], terms: Sequence):
-    """A new tensor, or None if nothing has weight.
+    """Return the weighted sum in a new tensor, or None if all weights are 0.
 
-    What has none is left out, even where a direction that nobody wants is not finite.
+    Terms of weight 0 are left out, so that their directions need not be finite.
     """
-    weighed = [
+    weighted = [
         _times(λ, x) if isinstance(λ, Tensor) and isinstance(x, Tensor) else x.mul(λ)
         for λ, x in zip(weights, terms)
         if isinstance(λ, Tensor) or λ != 0
     ]
-    return functools.reduce(lambda total, term: total.add_(term), weighed) if weighed else None
+    return functools.reduce(lambda total, term: total.add_(term), weighted) if weighted else None
 
 
-def _weighed(λ: Sequence[Number], η: Sequence[Number]) -> list[Number]:
-    """λᵢ ηᵢ, but the number 0 where λᵢ is: a rule that has no weight is left out."""
+def _weighted_step_sizes(λ: Sequence[Number], η: Sequence[Number]) -> list[Number]:
+    """λᵢ ηᵢ, but the number 0 where λᵢ is 0, so that a rule without weight is left out."""
     return [λi * ηi if isinstance(λi, Tensor) or λi != 0 else 0.0 for λi, ηi in zip(λ, η)]
 
 
@@ -531,7 +532,7 @@ def _times(λ: Tensor, x: Tensor) -> Tensor:
 def _wide(x):
     first = x.tensors[0] if isinstance(x, Tensors) else x
     dtype = state_dtype(first)
-    return x if first.dtype == dtype else each(lambda of_one: of_one.to(dtype), x)
+    return x if first.dtype == dtype else each(lambda t: t.to(dtype), x)
 
 
 def _capturing() -> bool:
@@ -543,7 +544,7 @@ def _corrections(group: dict, t: int) -> list[tuple[float, ...]]:
 
 
 def _makers(group: dict) -> list[Callable]:
-    """What makes a parameter's buffers: by rule, and last the controller's."""
+    """Functions that create a parameter's buffers: one per rule, then the controller's."""
     rules, controller = group["rules"], group["controller"]
     makers = [r.init for r in rules]
     return [*makers, functools.partial(controller.init, rules=rules)] if controller else makers
@@ -553,8 +554,8 @@ def _packed(part) -> dict:
     return {"rule": type(part).__name__, **asdict(part)}
 
 
-def _unpacked(ours, saved: dict):
-    return replace(ours, **{k: v for k, v in saved.items() if k != "rule"})
+def _unpacked(part, saved: dict):
+    return replace(part, **{k: v for k, v in saved.items() if k != "rule"})
 
 
 def _needs_hessian(group: dict) -> bool:
@@ -562,26 +563,26 @@ def _needs_hessian(group: dict) -> bool:
 
 
 def _check_rates(group: dict) -> None:
-    """lr and lambdas may be changed between steps: looked at again before each."""
+    """Check lr, weight decay and lambdas, which may be changed between steps."""
     for name in ("lr", "decoupled_weight_decay"):
         if not _is_weight(group[name]):
             raise ValueError(f"{name}={group[name]!r}: must be a finite number, at least 0")
     lambdas = tuple(group["lambdas"])
     if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):
-        raise ValueError(f"lambdas={lambdas!r} for {len(group['rules'])} rules: one weight each")
+        raise ValueError(f"lambdas={lambdas!r} for {len(group['rules'])} rules: pass one for each")
     if not all(map(_is_weight, lambdas)):
         raise ValueError(f"lambdas={lambdas!r}: weights must be finite and at least 0")
 
 
 def _is_weight(number) -> bool:
-    number = _if_here(number)
+    number = _value_if_on_cpu(number)
     return isinstance(number, numbers.Real) and math.isfinite(number) and number >= 0
 
 
-def _if_here(number: Number) -> float:
-    """Of a tensor elsewhere, which would have to be waited for, only that there is one."""
-    elsewhere = isinstance(number, Tensor) and number.device.type != "cpu"
-    return 1.0 if elsewhere else _value(number)
+def _value_if_on_cpu(number: Number) -> float:
+    """Return the value, or 1.0 for a tensor on another device, where reading it would block."""
+    on_device = isinstance(number, Tensor) and number.device.type != "cpu"
+    return 1.0 if on_device else _value(number)
 
 
 def _weights(lambdas) -> tuple | Tensor:
@@ -601,7 +602,7 @@ def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
 
 
 def _copied(value, p: Tensor, name: str = ""):
-    """A copy of one parameter's state, on its device and in the dtype its buffers have."""
+    """Copy one parameter's state to its device and to the dtype of its buffers."""
     if isinstance(value, dict):
         return {k: _copied(v, p, k) for k, v in value.items()}
     if isinstance(value, list):
@@ -612,7 +613,7 @@ def _copied(value, p: Tensor, name: str = ""):
 
 
 def _plain(value):
-    """Tensors' and NumPy's numbers as Python's, which every loader accepts."""
+    """Convert numbers of torch and NumPy to Python's, which every loader accepts."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

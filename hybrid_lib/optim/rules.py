@@ -1,17 +1,17 @@
-"""Update rules: SGD, Adam, Padam, AdaHessian and Lion, each reduced to what a hybrid needs of it.
+"""The update rules SGD, Adam, Padam, AdaHessian and Lion, reduced to what a hybrid needs.
 
-Used alone, a rule would move the weights by ``-step_size * direction``; the merge of several
-answers, and the only place where weights move, is :mod:`hybrid_lib.optim.hybrid`. A rule is a
-frozen dataclass of hyper-parameters, which raises ValueError for one outside its range, with
+Used alone, a rule would move the weights by ``-step_size * direction``. Proposals are merged, and
+weights moved, only in :mod:`hybrid_lib.optim.hybrid`. A rule is a frozen dataclass of
+hyper-parameters, which raises ValueError for one outside its range, with
 
-- ``needs_hessian``: whether it wants the diagonal of the Hessian,
-- ``init(w)``: its buffers for one parameter, by name,
-- ``corrections(t)``: what depends on the step count t = 1, 2, … alone, as Python floats,
-- ``propose(seen, buffers, lr, corrections)``: moves the buffers in place and answers
+- ``needs_hessian``: whether it needs the diagonal of the Hessian,
+- ``init(w)``: returns its buffers for one parameter, a dict of tensors,
+- ``corrections(t)``: returns, as Python floats, what depends only on the step count t = 1, 2, …,
+- ``propose(seen, buffers, lr, corrections)``: updates the buffers in place and returns
   (direction, step size).
 
-In ``propose`` write methods (``x.add(y)``), not functions of torch, and do not look at values: one
-text serves a tensor, all tensors of a parameter group at once (:class:`Tensors`) and a compiler.
+In ``propose``, call tensor methods (``x.add(y)``), not torch functions, and do not read values: the
+same code serves one tensor, all tensors of a parameter group (:class:`Tensors`) and a compiler.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Number = float | Tensor  # in a compiled step, numbers are tensors of no dimension
+Number = float | Tensor  # in a compiled step, numbers are 0-dimensional tensors
 
 
 class Tensors:
-    """Tensors that compute as one: every method is ``torch._foreach_<method>`` of all of them.
+    """Tensors that act as one: every method calls ``torch._foreach_<method>`` on all of them.
 
     >>> x = Tensors([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
     >>> x.add(x, alpha=2).tensors
@@ -42,44 +42,44 @@ class Tensors:
     def __getattr__(self, name: str) -> Callable[..., Tensors]:
         operation = getattr(torch, f"_foreach_{name}")
 
-        def of_all(*others, **options):
+        def apply_to_all(*others, **options):
             others = [x.tensors if isinstance(x, Tensors) else x for x in others]
             result = operation(self.tensors, *others, **options)
             return self if name.endswith("_") else Tensors(result)
 
-        return of_all
+        return apply_to_all
 
     def __neg__(self) -> Tensors:
         return self.neg()
 
 
 def each(function: Callable[[Tensor], Tensor], x: Tensor | Tensors) -> Tensor | Tensors:
-    """``function`` of a tensor, or of every one of several."""
+    """Apply ``function`` to a tensor, or to each of several."""
     return Tensors(map(function, x.tensors)) if isinstance(x, Tensors) else function(x)
 
 
 def flat(x: Tensor | Tensors) -> Tensor:
-    """All entries in one vector."""
+    """Return all entries as one vector."""
     return torch.cat([t.flatten() for t in x.tensors]) if isinstance(x, Tensors) else x.flatten()
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of what a rule sees and keeps of a parameter: its own, but float32 at least."""
-    wide = p.dtype in (torch.float32, torch.float64)  # asked often, so without promote_types
+    """The dtype of a rule's inputs and buffers: the parameter's own, but at least float32."""
+    wide = p.dtype in (torch.float32, torch.float64)  # called often: avoids promote_types
     return p.dtype if wide else torch.promote_types(p.dtype, torch.float32)
 
 
 def zeros(w: Tensor) -> Tensor:
-    """A buffer for ``w``: of its shape and strides, in float32 at least."""
+    """A zero buffer for ``w``, with its shape and strides, in at least float32."""
     return torch.zeros_like(w, dtype=state_dtype(w), requires_grad=False)
 
 
 class Seen(NamedTuple):
-    """What a rule may look at in one step; the three are of the same shape."""
+    """What a rule may read in one step; all three have the same shape."""
 
     w: Tensor | Tensors  # the weights before this step
-    g: Tensor | Tensors  # the gradient there, negated where the loss is maximised
-    hess_diag: Tensor | Tensors | None = None  # None if no rule asked
+    g: Tensor | Tensors  # the gradient at w, negated if the loss is maximised
+    hess_diag: Tensor | Tensors | None = None  # None if no rule needs it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class SGD:
               \quad \text{direction } b_t \;(\text{Nesterov: } g'_t + \mu b_t), \quad \eta_t = \eta
 
     As in :class:`torch.optim.SGD`, the first buffer is not dampened. With momentum .95 the
-    direction grows to about 20 gradients: half of SGD is not half the movement.
+    direction grows to about 20 gradients, so half the weight is not half the movement.
 
     Args:
         momentum: :math:`\mu \ge 0`.
@@ -123,7 +123,7 @@ class SGD:
         return (1.0 if t == 1 else 1 - self.dampening,)
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
-        """Move the momentum buffer and answer (direction, step size)."""
+        """Update the momentum buffer and return (direction, step size)."""
         (share,) = corrections
         g = _with_l2(seen, self.weight_decay)
         if self.momentum == 0:
@@ -142,14 +142,14 @@ class Adam:
               \text{direction } \frac{m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \varepsilon}, \quad
               \eta_t = \frac{\eta}{1 - \beta_1^t}
 
-    The bias correction of m sits in the step size, not in the direction. Alone that changes
-    nothing (it is :class:`torch.optim.Adam`); merged with SGD, it scales SGD's direction too.
+    The bias correction of m is part of the step size, not of the direction. For Adam alone this
+    changes nothing (it is :class:`torch.optim.Adam`); in a merge it scales SGD's direction too.
 
     Args:
         betas: decay rates of m and v, each in [0, 1).
         eps: :math:`\varepsilon \ge 0`, added to the root.
-        weight_decay: L2 term added to the gradient. Algorithm 2 writes none here; the released
-            code has it, and so do the defaults of :func:`hybrid_lib.atmo`.
+        weight_decay: L2 term added to the gradient. Algorithm 2 has none here; the released code
+            and the defaults of :func:`hybrid_lib.atmo` have it.
         amsgrad: divide by the running maximum of v.
     """
 
@@ -173,18 +173,18 @@ class Adam:
         return _unbiased(self.betas[0], t, -1), _unbiased(self.betas[1], t, -0.5)
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
-        """Move m and v and answer (direction, step size)."""
+        """Update m and v and return (direction, step size)."""
         m, root = self._average_and_root(seen, buffers, corrections[1])
         return m.div(root), lr * corrections[0]
 
-    def _average_and_root(self, seen: Seen, buffers: dict, of_root: Number) -> tuple:
-        """m, and the corrected root of v or of its maximum, plus eps."""
+    def _average_and_root(self, seen: Seen, buffers: dict, root_correction: Number) -> tuple:
+        """Return m and the corrected root of v, or of its maximum, plus eps."""
         g = _with_l2(seen, self.weight_decay)
-        m, v = _moved_averages(buffers, g, g, self.betas)
+        m, v = _updated_averages(buffers, g, g, self.betas)
         if self.amsgrad:
             largest = buffers["max_exp_avg_sq"]
             v = largest.copy_(largest.maximum(v))
-        return m, v.sqrt().mul_(of_root).add_(self.eps)
+        return m, v.sqrt().mul_(root_correction).add_(self.eps)
 
 
 @dataclass(frozen=True)
@@ -194,20 +194,20 @@ class Padam(Adam):
     .. math:: \text{direction } \frac{m_t}{(\sqrt{\hat v_t} + \varepsilon)^{2p}}, \quad
               \hat v_t = \max(\hat v_{t-1}, v_t)
 
-    p = 1/2 divides by the root as Adam does, p towards 0 approaches SGD with momentum. Published
+    p = 1/2 divides by the root, as Adam does; as p → 0 it approaches SGD with momentum. Published
     versions disagree on the bias correction:
 
-    - "released": the step size is :math:`\eta\sqrt{1-\beta_2^t}/(1-\beta_1^t)` whatever p is; the
-      authors of Padam and of the report.
-    - "none": it is :math:`\eta`; Algorithm 1, to the letter.
-    - "consistent": it is :math:`\eta / (1-\beta_1^t)`, with :math:`\hat v_t/(1-\beta_2^t)` in the
-      root: corrected before the power, equal to Adam at p = 1/2.
+    - "released": the step size is :math:`\eta\sqrt{1-\beta_2^t}/(1-\beta_1^t)` whatever p is, as in
+      the code of the authors of Padam and of the report.
+    - "none": the step size is :math:`\eta`, as in Algorithm 1 to the letter.
+    - "consistent": the step size is :math:`\eta / (1-\beta_1^t)`, and the root is that of
+      :math:`\hat v_t/(1-\beta_2^t)`: corrected before the power, equal to Adam at p = 1/2.
 
     Args:
         betas, eps, weight_decay: as for :class:`Adam`.
         amsgrad: divide by the running maximum of v (Algorithm 1). The released PADAM-SGD does not.
         partial: p in (0, 1/2]; the exponent on the root of v is 2p.
-        bias_correction: which of these.
+        bias_correction: one of the versions above.
     """
 
     amsgrad: bool = True
@@ -223,13 +223,13 @@ class Padam(Adam):
             raise ValueError(f"bias_correction={self.bias_correction!r}: must be one of {readings}")
 
     def corrections(self, t: int) -> tuple[float, ...]:
-        """Factors of the step size and of the root of v, as ``bias_correction`` reads them."""
+        """Factors of the step size and of the root of v, according to ``bias_correction``."""
         if self.bias_correction == "released":
             return _unbiased(self.betas[1], t, 0.5) * _unbiased(self.betas[0], t, -1), 1.0
         return super().corrections(t) if self.bias_correction == "consistent" else (1.0, 1.0)
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
-        """Move m and v and answer (direction, step size)."""
+        """Update m and v and return (direction, step size)."""
         m, root = self._average_and_root(seen, buffers, corrections[1])
         return m.div(root.pow_(2 * self.partial)), lr * corrections[0]
 
@@ -242,19 +242,19 @@ class AdaHessian:
               \text{direction } \frac{m_t}{(v_t / (1 - \beta_2^t))^{k/2} + \varepsilon}, \quad
               \eta_t = \frac{\eta}{1 - \beta_1^t}
 
-    m averages the plain gradient: weight decay is decoupled and :class:`~hybrid_lib.Hybrid`'s. v
-    moves on every step, also when the last D is used again.
+    m averages the plain gradient; :class:`~hybrid_lib.Hybrid` applies decoupled weight decay. v is
+    updated on every step, even when the last D is reused.
 
     Args:
         betas: decay rates of m and v, each in [0, 1).
         eps: :math:`\varepsilon \ge 0`, added after the power is taken.
-        hessian_power: k in (0, 1]; 1 is a Newton-like scaling, towards 0 plain momentum.
+        hessian_power: k in (0, 1]; 1 is a Newton-like scaling, k → 0 plain momentum.
         spatial_average: how :math:`D^{(s)}` is made from D. None: :math:`D^{(s)} = D`. "kernel":
             mean of \|D\| over the last two dimensions of 4-D tensors. "auto": also over the last
-            dimension of 2-D and 3-D tensors. An integer b: over runs of b entries in row-major
-            order (Algorithm 3's block size; the last run may be shorter).
-        signed_average: average D itself, as Algorithm 3 is printed. Both public implementations
-            take \|D\|: entries of opposite sign would cancel.
+            dimension of 2-D and 3-D tensors. An integer b: over blocks of b entries in
+            row-major order (Algorithm 3's block size; the last block may be shorter).
+        signed_average: average D itself, as printed in Algorithm 3; entries of opposite sign then
+            cancel. Both public implementations average \|D\|.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -284,28 +284,28 @@ class AdaHessian:
         return _unbiased(self.betas[0], t, -1), _unbiased(self.betas[1], t, -1)
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
-        """Move m and v and answer (direction, step size)."""
-        of_m, of_v = corrections
+        """Update m and v and return (direction, step size)."""
+        m_correction, v_correction = corrections
         D = seen.hess_diag
         if self.spatial_average is not None:
             D = D if self.signed_average else D.abs()
-            D = each(lambda of_one: spatial_average(of_one, self.spatial_average), D)
-        m, v = _moved_averages(buffers, seen.g, D, self.betas)
-        scale = v.mul(of_v).pow_(self.hessian_power / 2)
-        return m.div(scale.add_(self.eps)), lr * of_m
+            D = each(lambda t: spatial_average(t, self.spatial_average), D)
+        m, v = _updated_averages(buffers, seen.g, D, self.betas)
+        scale = v.mul(v_correction).pow_(self.hessian_power / 2)
+        return m.div(scale.add_(self.eps)), lr * m_correction
 
 
 @dataclass(frozen=True)
 class Lion:
-    r"""Lion, a sign of two averages (Chen et al. 2023); not in the report.
+    r"""Lion, sign steps from two averages (Chen et al. 2023); not in the report.
 
     .. math:: \text{direction } \mathrm{sign}(\beta_1 m_{t-1} + (1 - \beta_1) g_t), \quad
               m_t = \beta_2 m_{t-1} + (1 - \beta_2) g_t, \quad \eta_t = \eta
 
-    Weight decay, if any, is decoupled and belongs to :class:`~hybrid_lib.Hybrid`.
+    :class:`~hybrid_lib.Hybrid` applies decoupled weight decay, if any.
 
     Args:
-        betas: how the direction and the average m weigh the past, each in [0, 1).
+        betas: weights of the past in the direction and in the average m, each in [0, 1).
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -320,11 +320,11 @@ class Lion:
         return {"exp_avg": zeros(w)}
 
     def corrections(self, t: int) -> tuple[float, ...]:
-        """None: m starts at zero and is not corrected."""
+        """Return none: m starts at zero and is not corrected."""
         return ()
 
     def propose(self, seen: Seen, buffers: dict, lr: Number, corrections) -> tuple:
-        """Move m and answer (direction, step size)."""
+        """Update m and return (direction, step size)."""
         beta1, beta2 = self.betas
         m = buffers["exp_avg"]
         direction = m.mul(beta1).add_(seen.g, alpha=1 - beta1).sign_()
@@ -333,7 +333,7 @@ class Lion:
 
 
 def spatial_average(values: Tensor, block: str | int | None) -> Tensor:
-    """Replace every entry by the mean of its block; :class:`AdaHessian` says which blocks.
+    """Replace every entry by the mean of its block; :class:`AdaHessian` defines the blocks.
 
     >>> spatial_average(torch.tensor([1.0, 3.0, 5.0, 7.0, 10.0]), 2)
     tensor([ 2.,  2.,  6.,  6., 10.])
@@ -359,8 +359,8 @@ def _averages(w: Tensor, amsgrad: bool = False) -> dict[str, Tensor]:
     return {name: zeros(w) for name in names}
 
 
-def _moved_averages(buffers: dict, first, second, betas: tuple[float, float]) -> tuple:
-    """Exponential moving averages m of ``first`` and v of ``second`` squared."""
+def _updated_averages(buffers: dict, first, second, betas: tuple[float, float]) -> tuple:
+    """Update and return moving averages, m of ``first`` and v of ``second`` squared."""
     beta1, beta2 = betas
     m = buffers["exp_avg"].lerp_(first, 1 - beta1)
     v = buffers["exp_avg_sq"].mul_(beta2).addcmul_(second, second, value=1 - beta2)
@@ -368,12 +368,12 @@ def _moved_averages(buffers: dict, first, second, betas: tuple[float, float]) ->
 
 
 def _unbiased(beta: float, t: int, power: float) -> float:
-    """(1 - beta^t)^power: 1 - beta^t is the bias of a moving average that started at zero."""
+    """Return (1 - beta^t)^power; a moving average started at zero is biased by 1 - beta^t."""
     return (1 - beta**t) ** power
 
 
 def check_at_least_zero(**values: float) -> None:
-    """ValueError for a number that is negative or not finite."""
+    """Raise ValueError for a number that is negative or not finite."""
     for name, value in values.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value!r}: must be a finite number, at least 0")

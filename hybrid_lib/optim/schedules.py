@@ -1,11 +1,11 @@
 """Schedules of the weights λ: pure functions of the epoch.
 
-A schedule is a frozen dataclass, called with the 0-based epoch, that answers the weights in force
-during it, in rule order: (adaptive, SGD). It can be plotted, compared and tested without an
-optimizer and has no state to save: the epoch is the state.
+A schedule is a frozen dataclass. Called with the 0-based epoch, it returns that epoch's weights in
+rule order: (adaptive, SGD). It can be plotted, compared and tested without an optimizer and has no
+state to save: the epoch is the state.
 
-Epoch e of the report, which counts from 1, uses ``schedule(e - 1)``: the first epoch runs on
-``start``, and ``end`` is reached in epoch ``epochs + 1`` (and kept).
+The report counts epochs from 1, so its epoch e uses ``schedule(e - 1)``: the first epoch uses
+``start``, and ``end`` is reached in epoch ``epochs + 1`` and kept.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """Straight from ``start`` to ``end`` over ``epochs`` epochs, then ``end``; as in the report.
+    """Linear from ``start`` to ``end`` over ``epochs`` epochs, then ``end``; as in the report.
 
-    The other shapes differ in :meth:`progress` alone.
+    The other shapes differ only in :meth:`progress`.
 
     Args:
-        start, end: the first and the last weights, one per rule; by default as in the report,
-            from the adaptive rule to SGD.
+        start, end: first and last weights, one per rule; the default is the report's, from the
+            adaptive rule to SGD.
         epochs: the horizon, at least 1.
 
     Raises:
-        ValueError: for weights that are negative, not finite or of unequal number; for a horizon
+        ValueError: if weights are negative, not finite or of unequal number, or the horizon is
             below 1.
 
     >>> [Linear(epochs=2)(epoch) for epoch in range(4)]
@@ -59,7 +59,7 @@ class Linear:
     def __post_init__(self):
         start, end = _checked_weights("start", self.start), _checked_weights("end", self.end)
         if len(start) != len(end):
-            raise ValueError(f"start={start} and end={end}: one weight per rule in both")
+            raise ValueError(f"start={start} and end={end}: both need one weight per rule")
         if not (math.isfinite(self.epochs) and self.epochs >= 1):
             raise ValueError(f"epochs={self.epochs!r}: the horizon must be at least 1 epoch")
         object.__setattr__(self, "start", start)
@@ -70,13 +70,13 @@ class Linear:
         return tuple((1 - done) * a + done * b for a, b in zip(self.start, self.end))
 
     def progress(self, u: float) -> float:
-        """How much of the way is done when the share u of the horizon is over; 0 to 0, 1 to 1."""
+        """Share of the way from start to end at share u of the horizon; maps 0 to 0 and 1 to 1."""
         return u
 
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """Half a cosine: slow, fast, slow.
+    """Half a cosine: slow at both ends, fast in the middle.
 
     >>> [round(Cosine(epochs=100)(epoch)[1], 3) for epoch in (0, 10, 50, 90, 100)]
     [0.0, 0.024, 0.5, 0.976, 1.0]
@@ -88,7 +88,7 @@ class Cosine(Linear):
 
 @dataclass(frozen=True)
 class Step(Linear):
-    """All at once, when the horizon is over: a hard switch (as in SWATS).
+    """A hard switch at the end of the horizon (as in SWATS).
 
     >>> [Step(epochs=2)(epoch) for epoch in range(3)]
     [(1.0, 0.0), (1.0, 0.0), (0.0, 1.0)]
@@ -100,7 +100,7 @@ class Step(Linear):
 
 @dataclass(frozen=True)
 class Exponential(Linear):
-    """Fast first: what is left shrinks by the factor exp(-rate) over the horizon.
+    """Fast at first: the speed falls by the factor exp(-rate) over the horizon.
 
     >>> round(Exponential(epochs=100, rate=5.0)(50)[1], 3)
     0.924
@@ -118,7 +118,7 @@ class Exponential(Linear):
 
 @dataclass(frozen=True)
 class Sigmoid(Linear):
-    """A soft switch in the middle of the horizon, the sharper the larger ``steepness``.
+    """A soft switch in the middle of the horizon; a larger ``steepness`` makes it sharper.
 
     >>> Sigmoid(epochs=100)(50)
     (0.5, 0.5)
@@ -131,7 +131,7 @@ class Sigmoid(Linear):
         _check_above_zero(steepness=self.steepness)
 
     def progress(self, u: float) -> float:
-        # tanh is the sigmoid shifted to be odd; dividing by its end makes the ends exact.
+        # tanh is an odd, rescaled sigmoid; dividing by its end value makes both ends exact.
         half = self.steepness / 4
         return (1 + math.tanh(half * (2 * u - 1)) / math.tanh(half)) / 2
 
@@ -144,12 +144,12 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Released(Linear):
-    """The dynamic weights as the report's released code runs them for ATMO and PADAM-SGD.
+    """The dynamic weights of ATMO and PADAM-SGD in the report's released code.
 
     Its scheduler acts at the end of an epoch and drives SGD's weight from 1 to 0, while the
-    optimizer begins with the adaptive rule alone: epoch 1 runs on ``first``, epoch 2 is almost
-    purely SGD, and from there the weights return to the adaptive rule; ``start`` is never in
-    force. The report describes the opposite direction, :class:`Linear`.
+    optimizer begins with the adaptive rule alone. So epoch 1 uses ``first``, epoch 2 is almost
+    purely SGD, and the weights then return to the adaptive rule; ``start`` is never used. The
+    report describes the opposite direction, :class:`Linear`.
 
     >>> schedule = Released(epochs=100)
     >>> [tuple(round(w, 2) for w in schedule(epoch)) for epoch in (0, 1, 2, 100, 150)]

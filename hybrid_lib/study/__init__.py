@@ -1,4 +1,4 @@
-"""Many runs, and what they say. Needs what the extra ``study`` installs."""
+"""Studies of many runs: planning, training, statistics, figures. Needs the extra ``study``."""
 
 from importlib.util import find_spec
 

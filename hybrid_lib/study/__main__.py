@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from hybrid_lib.study import planning  # the others, which take seconds to import, where used
+from hybrid_lib.study import planning  # slow modules are imported where used
 from hybrid_lib.study.parameters import reason, seed_list
 from hybrid_lib.study.running import run_many
 from hybrid_lib.training import data
@@ -14,7 +14,7 @@ from hybrid_lib.training.tasks import load_task
 
 
 def study(arguments: list[str] | None = None) -> int:
-    """Train many experiments, execute the notebooks on them, write one report."""
+    """Train many experiments, execute the notebooks on them and write one report."""
     parser = argparse.ArgumentParser("hybrid-study", description=study.__doc__)
     option, methods = parser.add_argument, ",".join(planning.PAPER_METHODS)
     option("--scale", choices=planning.SCALES, default="demo", help="default: demo")
@@ -22,15 +22,15 @@ def study(arguments: list[str] | None = None) -> int:
     option("--only", default=methods, help="methods, separated by commas")
     option("--seeds", default="0", help="as in 0,3 or 0-4; default: 0")
     option("--protocol", default="clean", help="clean or released")
-    option("--epochs", type=int, help="other than the scale's; schedules keep their shape")
-    option("--out", type=Path, help="default: runs/SCALE-DATASET-PROTOCOL, less digits and clean")
+    option("--epochs", type=int, help="default: the scale's; schedules keep their shape")
+    option("--out", type=Path, help="default: runs/SCALE-DATASET-PROTOCOL without digits or clean")
 
     def plan(args) -> tuple:
         only, seeds = args.only.split(","), seed_list(args.seeds)
         how = {"epochs": args.epochs, "protocol": args.protocol}
         experiments = planning.plan(args.scale, args.dataset, only, seeds, **how)
         for experiment in {e.batch_size: e for e in experiments}.values():
-            load_task(experiment, args.device)  # what is wrong with the data is said at once
+            load_task(experiment, args.device)  # report faulty data before training starts
         return experiments, [], planning.default_out(args.scale, args.dataset, args.protocol)
 
     def results(args, found, out: Path) -> tuple:
@@ -46,7 +46,7 @@ def study(arguments: list[str] | None = None) -> int:
 
 
 def sweep(arguments: list[str] | None = None) -> int:
-    """Train a grid or random draws over settings, write one table and one report."""
+    """Train a grid or random draws of settings, and write one table and one report."""
     parser = argparse.ArgumentParser("hybrid-sweep", description=sweep.__doc__)
     parser.add_argument("space", help="FILE.yaml, or its text: '{grid: {lr: [0.01, 0.1]}}'")
     parser.add_argument("--out", type=Path, help="default: runs/sweep-FILE")
@@ -55,7 +55,7 @@ def sweep(arguments: list[str] | None = None) -> int:
 
     def plan(args) -> tuple:
         experiments, refused = sweeps.read(args.space).plan()
-        with contextlib.suppress(ValueError):  # a run that asks for too much says so itself
+        with contextlib.suppress(ValueError):  # an impossible run reports that itself
             load_task(experiments[0], args.device)
         return experiments, refused, sweeps.default_out(args.space)
 
@@ -71,25 +71,25 @@ def sweep(arguments: list[str] | None = None) -> int:
 
 
 def _command(parser: argparse.ArgumentParser, arguments, plan, results) -> int:
-    """Parse, plan, train, report. The exit code is 1 if something failed, 2 if nothing ran."""
+    """Parse, plan, train and report. Exit code: 1 if something failed, 2 if nothing ran."""
     option, number = parser.add_argument, {"type": int, "metavar": "N"}
     option("--device", help="cpu, cuda, …; default: a GPU if there is one")
-    option("--workers", **number, help="runs at once; default: one per core, on a GPU one")
-    option("--threads", **number, help="of each run on a CPU; default: 1")
+    option("--workers", **number, help="runs at once; default: one per core, one on a GPU")
+    option("--threads", **number, help="CPU threads per run; default: 1")
     option("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
-    compiling = "fuse the training step with torch.compile; default: where a run is long enough"
+    compiling = "fuse the training step with torch.compile; default: if a run is long enough"
     option("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     args = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # "±" under an ASCII locale
-    with contextlib.suppress(ValueError):  # of a thread that is not the main one
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in an orderly way
+        stream.reconfigure(errors="replace")  # an ASCII locale has no "±"
+    with contextlib.suppress(ValueError):  # raised outside the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as cleanly as on Ctrl-C
     names = ("device", "compile", "workers", "threads", "cluster")
     try:
-        experiments, failures, usual = plan(args)
-        out = (args.out or usual).resolve()
+        experiments, failures, default_out = plan(args)
+        out = (args.out or default_out).resolve()
         found, failed = run_many(experiments, out, **{name: getattr(args, name) for name in names})
-        if not any(h.rows for h in found):  # otherwise those that diverged at once count in ranks
+        if not any(h.rows for h in found):  # beside others, one that diverged at once is ranked
             raise RuntimeError("; ".join(failures + failed))
         from hybrid_lib.study import notebooks, tables
 
@@ -97,7 +97,7 @@ def _command(parser: argparse.ArgumentParser, arguments, plan, results) -> int:
         title = f"{title} on {tables.subject(found)}"
         failures += failed + notebooks.report(out, title, jobs, main, found, failures + failed)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; repeat the same command to resume", file=sys.stderr)
         return 130
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         print(f"{parser.prog}: {reason(error)}", file=sys.stderr)

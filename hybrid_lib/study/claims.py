@@ -1,14 +1,14 @@
 """The claims of the report's discussion, each with a criterion, its numbers and a verdict.
 
 A criterion is one or more inequalities between measured quantities. Each quantity is a mean over
-the seeds with a margin, half of its 95 % interval (Student; ± in the numbers). With one seed there
-is no such interval; its place takes 1/√(number of test images) for accuracies, which is 0.01 for
-CIFAR-10, and a fixed share for ratios of losses. A claim **holds** if every inequality does, margin
-included; it **does not hold** if one fails by more than its margin; otherwise, and where runs are
-missing or too short, it **cannot be told**.
+the seeds with a margin, half of its 95 % interval (Student; ± in the numbers). One seed gives no
+interval: the margin is then 1/√(number of test images) for accuracies, which is 0.01 for CIFAR-10,
+and a fixed share for ratios of losses. A claim **holds** if every inequality holds by more than its
+margin. It **does not hold** if one fails by more than its margin. Otherwise, or if runs are missing
+or too short, it **cannot be told**.
 
 Accuracies are those of the last epoch, as in the report's Table III, unless a criterion says
-otherwise. Epochs are the experiments' own: "the first milestone" is epoch 100 in the report.
+otherwise. Epochs are those of the experiment: "the first milestone" is epoch 100 in the report.
 """
 
 import functools
@@ -32,15 +32,15 @@ FIRST_ORDER = ("sgd", "adam", "atmo", "dyn_atmo", *PADAM_SGD)
 OTHERS = ("sgd", "adam", "atmo", "dyn_atmo", *SECOND_ORDER)
 STEPPED = (*PADAM_SGD, *SECOND_ORDER)
 
-POINTS = 0.02  # two points of accuracy: less is "not a lot"
-LOSS_MARGIN = 0.05  # of a ratio of losses, where there is one seed
-TIME_MARGIN = 0.1  # of a ratio of times, whatever the seeds: they share a machine
+POINTS = 0.02  # two points of accuracy; less is "not a lot"
+LOSS_MARGIN = 0.05  # of a ratio of losses, with one seed
+TIME_MARGIN = 0.1  # share of a ratio of times, with any number of seeds: they share a machine
 Runs = dict[str, Sequence[History]]  # complete runs by method
 
 
 @dataclass(frozen=True)
 class Inequality:
-    """``value`` ± ``margin`` is to be above ``bound``; a value of NaN could not be measured."""
+    """``value`` ± ``margin`` must be above ``bound``; NaN is a value that could not be measured."""
 
     text: str
     value: float
@@ -56,7 +56,7 @@ class Inequality:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the report says in section ``where`` of runs of ``methods``, and their inequalities."""
+    """A statement of the report, in section ``where``, about ``methods``, and how to test it."""
 
     topic: str
     where: str
@@ -79,9 +79,9 @@ class Claim:
 
 
 def table(histories: Sequence[History]) -> pd.DataFrame:
-    """One row per claim: claim, section, criterion, numbers, verdict, n (seeds of each method).
+    """One row per claim: claim, section, criterion, numbers, verdict, n (fewest seeds of a method).
 
-    Only complete runs are judged. ValueError for none, or of several data sets or protocols.
+    Judges only complete runs. ValueError for no history, or several data sets or protocols.
     """
     title = tables.subject(histories)
     protocols = sorted({h.experiment.protocol for h in histories})
@@ -92,23 +92,23 @@ def table(histories: Sequence[History]) -> pd.DataFrame:
     return pd.DataFrame(rows).rename_axis(f"{title}, {protocols[0]} protocol")
 
 
-# --- What is measured on one run. NaN where it is too short to tell. ---
+# --- Measurements of one run; NaN if the run is too short. ---
 
 
 def mean(h: History, until: int, n: int | None = None, column: str = "test_accuracy") -> float:
-    """Over the ``n`` epochs (None: :func:`window`) up to ``until``; NaN unless all were run."""
+    """Mean over ``n`` epochs (None: :func:`window`) up to ``until``; NaN unless all were run."""
     n = window(h) if n is None else n
     values = [row[column] for row in h.rows if until - n < row["epoch"] <= until]
     return fmean(values) if len(values) == n else math.nan
 
 
 def window(h: History) -> int:
-    """A tenth of the epochs, at least three: shorter ones are noise."""
+    """A tenth of the epochs, at least three: shorter windows are noise."""
     return max(3, len(h.rows) // 10)
 
 
 def ends(h: History, column: str = "test_accuracy") -> tuple[float, float]:
-    """The means of the last tenth of the epochs and of the tenth before."""
+    """Means over the last tenth of the epochs and over the tenth before."""
     n = len(h.rows)
     return mean(h, n, column=column), mean(h, n - window(h), column=column)
 
@@ -118,53 +118,53 @@ def last(h: History) -> float:
 
 
 def milestone(h: History, number: int) -> int:
-    """The last epoch before the rate drops for that time; none: beyond the end."""
+    """The last epoch before the ``number``-th drop of the rate; the run's last if there is none."""
     return (*h.experiment.lr_milestones, len(h.rows), len(h.rows))[number - 1]
 
 
 def jump(h: History) -> float:
-    """What the test accuracy gains where the rate drops first."""
+    """Gain in test accuracy across the first drop of the rate."""
     drop = milestone(h, 1)
     return mean(h, drop + window(h)) - mean(h, drop)
 
 
 def drift(h: History) -> float:
-    """How far the test accuracy goes from behind the second milestone to the end."""
+    """Absolute change in test accuracy from just after the second milestone to the end."""
     start = milestone(h, 2) + window(h)
     return abs(ends(h)[0] - mean(h, start)) if start + window(h) <= len(h.rows) else math.nan
 
 
 def swing(h: History) -> float:
-    """From the lowest to the highest test accuracy in the last tenth of the epochs."""
+    """Highest minus lowest test accuracy in the last tenth of the epochs."""
     values = [row["test_accuracy"] for row in h.rows[-window(h) :]]
     return max(values) - min(values) if len(h.rows) >= 2 * window(h) else math.nan
 
 
 def trend(h: History) -> float:
-    """What the test accuracy gains from one tenth of the epochs to the next, at the end."""
+    """Gain in test accuracy from the last tenth but one of the epochs to the last."""
     return operator.sub(*ends(h))
 
 
 def fall_of_loss(h: History) -> float:
-    """The share that the test loss loses from one tenth of the epochs to the next, at the end."""
+    """Relative fall of the test loss from the last tenth but one of the epochs to the last."""
     return 1 - operator.truediv(*ends(h, "test_loss"))
 
 
 def rise_of_loss(h: History) -> float:
-    """How far the test loss ends above its lowest epoch, as a share of it."""
+    """Relative rise of the test loss from its lowest epoch to the last tenth of the epochs."""
     return ends(h, "test_loss")[0] / min(row["test_loss"] for row in h.rows) - 1
 
 
 def seconds(h: History) -> float:
-    """Median of an epoch's training and test pass; the first epoch warms up."""
+    """Median seconds of training plus test pass, over the epochs after the first, a warm-up."""
     return median(row["train_seconds"] + row["test_seconds"] for row in h.rows[1:] or h.rows)
 
 
-# --- Inequalities between them. ---
+# --- Inequalities between measurements. ---
 
 
-def own(measure, bound=0.0, sign=1, one_seed=None):
-    """``measure`` of each method of a claim is above ``bound``; below it, with ``sign`` −1."""
+def within_method(measure, bound=0.0, sign=1, one_seed=None):
+    """Inequalities: each method's ``measure`` is above ``bound`` or, with ``sign`` −1, below it."""
 
     def inequalities(runs: Runs, names: Iterable[str]):
         for name in names:
@@ -176,25 +176,26 @@ def own(measure, bound=0.0, sign=1, one_seed=None):
 
 
 def above(runs: Runs, name: str, other: str, bound: float = 0.0, measure=last) -> Inequality:
-    """``measure`` of one method is above another's by more than ``bound``."""
+    """Inequality: ``measure`` of one method exceeds another's by more than ``bound``."""
     one, two = runs[name], runs[other]
     numbers = statistics.difference([*map(measure, one)], [*map(measure, two)])
     what, note = f"{methods.label(name)} − {methods.label(other)}", ""
     if measure is last:
-        best = [fmean(h.best["test_accuracy"] for h in of_one) for of_one in (one, two)]
+        best = [fmean(h.best["test_accuracy"] for h in group) for group in (one, two)]
         note = f" (best: {_signed(best[0] - best[1])})"
     return _inequality(what, numbers, [*one, *two], bound, note=note)
 
 
-def _inequality(what, numbers, of, bound=0.0, sign=1, one_seed=None, note="") -> Inequality:
-    """Of a value and its margin, which where there is none is ``one_seed``, or of the test images.
+def _inequality(what, numbers, histories, bound=0.0, sign=1, one_seed=None, note="") -> Inequality:
+    """Build the inequality of ``numbers``, a value and its margin.
 
-    What a test set leaves open of an accuracy is two standard errors of one half.
+    A margin of NaN (one seed) is replaced by ``one_seed``; without that, by 1/√(number of test
+    images), two standard errors of an accuracy of one half.
     """
     value, margin = numbers
     text = f"{_signed(value)} ± {margin:.3f}"
     if math.isnan(margin):
-        margin = one_seed or max(h.environment.get("test_images", 1) ** -0.5 for h in of)
+        margin = one_seed or max(h.environment.get("test_images", 1) ** -0.5 for h in histories)
         text = f"{_signed(value)}, margin {margin:.3f}"
     text = f"{what}: {'too few epochs' if math.isnan(value) else text}{note}"
     return Inequality(text, sign * value, margin, sign * bound)
@@ -209,7 +210,7 @@ def highest(runs: Runs, names: Iterable[str], measure=last) -> str:
 
 
 def slow_start(runs: Runs, _):
-    """Against the average of the other methods, seed by seed, over the same epochs."""
+    """Compare early accuracies with the average of the others, seed by seed, in the same epochs."""
     for name in PADAM_SGD:
         first = milestone(runs[name][0], 1)
         starts = {n: pd.Series({h.experiment.seed: mean(h, first, first) for h in runs[n]})
@@ -224,7 +225,7 @@ def slow_start(runs: Runs, _):
 
 
 def overtaking(runs: Runs, _):
-    """Against the best of the other methods in the epochs right after the jump."""
+    """Compare with the best of the other methods in the epochs right after the jump."""
     for name in PADAM_SGD:
         n = window(runs[name][0])
         after = functools.partial(mean, until=milestone(runs[name][0], 1) + n, n=n)
@@ -246,45 +247,46 @@ CLAIMS = (
           lambda runs, _: [above(runs, name, highest(runs, OTHERS)) for name in PADAM_SGD]),
     Claim("PADAM-SGD still learns at the end", "V §1",
           "both forms: 1 − mean test loss in the last tenth of the epochs ÷ the tenth before > 0",
-          PADAM_SGD, own(fall_of_loss, one_seed=LOSS_MARGIN)),
+          PADAM_SGD, within_method(fall_of_loss, one_seed=LOSS_MARGIN)),
     Claim("PADAM-SGD starts slowly", "V §1",
           "mean test accuracy up to its first milestone − mean of the six others < 0, both forms",
           (*PADAM_SGD, *OTHERS), slow_start),
     Claim("PADAM-SGD jumps when its rate first drops", "V §1",
           "mean test accuracy, a tenth of the epochs after − before the first milestone > 0",
-          PADAM_SGD, own(jump)),
+          PADAM_SGD, within_method(jump)),
     Claim("The jump takes PADAM-SGD above all others", "V §1",
           "mean test accuracy in the tenth after its first milestone − highest of the six others "
           "in the same epochs > 0", (*PADAM_SGD, *OTHERS), overtaking),
     Claim("AdaSGD, too, gains when its rate first drops", "V §1", "as for PADAM-SGD",
-          ("adasgd",), own(jump)),
+          ("adasgd",), within_method(jump)),
     Claim("Lowering the rate is good for generalisation", "V §1",
-          "as for PADAM-SGD, for each of the four methods with milestones", STEPPED, own(jump)),
+          "as for PADAM-SGD, for each of the four methods with milestones",
+          STEPPED, within_method(jump)),
     Claim("After the second milestone not much moves", "V §1",
           f"PADAM-SGD, both forms, and AdaSGD: from the tenth after it to the last tenth, mean "
           f"test accuracy moves by less than {POINTS}",
-          (*PADAM_SGD, "adasgd"), own(drift, POINTS, sign=-1)),
+          (*PADAM_SGD, "adasgd"), within_method(drift, POINTS, sign=-1)),
     Claim("SGD and dynamic ATMO beat Adam and ATMO", "V §2",
           "accuracy: each of the four differences > 0", ("sgd", "dyn_atmo", "adam", "atmo"),
           lambda runs, names: [above(runs, a, b) for a in names[:2] for b in names[2:]]),
     Claim("SGD is unsteady to the end", "V §2",
           f"highest − lowest test accuracy in the last tenth of the epochs > {POINTS}",
-          ("sgd",), own(swing, POINTS)),
+          ("sgd",), within_method(swing, POINTS)),
     Claim("Dynamic ATMO would gain from more epochs", "V §2",
           "mean test accuracy, last tenth of the epochs − the tenth before > 0",
-          ("dyn_atmo",), own(trend)),
+          ("dyn_atmo",), within_method(trend)),
     Claim("AdaHessian overfits", "V §3",
           "mean test loss in the last tenth of the epochs ÷ its lowest epoch − 1 > 0.1",
-          ("adahessian",), own(rise_of_loss, 0.1, one_seed=LOSS_MARGIN)),
+          ("adahessian",), within_method(rise_of_loss, 0.1, one_seed=LOSS_MARGIN)),
     Claim("AdaHessian's accuracy is not bad even so", "V §3", f"accuracy − SGD's > −{POINTS}",
           ("adahessian", "sgd"), lambda runs, names: [above(runs, *names, -POINTS)]),
     Claim("AdaHessian would lose from more epochs", "V §3",
           "mean test accuracy, last tenth of the epochs − the tenth before < 0",
-          ("adahessian",), own(trend, sign=-1)),
+          ("adahessian",), within_method(trend, sign=-1)),
     Claim("AdaSGD ends good and stable", "V §3",
           f"accuracy − AdaHessian's > 0; its own swing in the last tenth < {POINTS}", SECOND_ORDER,
           lambda runs, _: [above(runs, "adasgd", "adahessian"),
-                           *own(swing, POINTS, sign=-1)(runs, ["adasgd"])]),
+                           *within_method(swing, POINTS, sign=-1)(runs, ["adasgd"])]),
     Claim("Second order brings no more accuracy", "V §3",
           "accuracy of the best first-order method − the better of AdaHessian and AdaSGD > 0",
           (*FIRST_ORDER, *SECOND_ORDER),

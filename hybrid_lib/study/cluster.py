@@ -1,17 +1,17 @@
-"""Many runs at once on a Dask cluster: one that is running, or jobs of SLURM.
+"""Train many runs at once on a Dask cluster: a running one, or SLURM jobs.
 
-One run is one task, alone in its process. It writes to its own folder, on storage that all machines
-share, and goes on from its checkpoint wherever Dask restarts it. Workers that see the same GPU
-share it; CUDA_VISIBLE_DEVICES gives each its own.
+Each run is one task, alone in its process. It writes to its own folder, on storage that all
+machines share, and resumes from its checkpoint wherever Dask restarts it. Workers that see the same
+GPU share it; set CUDA_VISIBLE_DEVICES to give each its own.
 
-Security: whoever reaches a Dask port can run code. A scheduler for SLURM listens on TLS, with
-certificates made for the day. A cluster of your own, on one machine::
+Security: anyone who can reach a Dask port can run code. A scheduler for SLURM jobs listens on TLS,
+with temporary certificates. To start your own cluster on one machine::
 
     dask scheduler --host 127.0.0.1 --dashboard-address 127.0.0.1:8787
     dask worker tcp://127.0.0.1:8786 --nthreads 1 --host 127.0.0.1 --dashboard-address 127.0.0.1:0
 
-(With ``--no-dashboard`` the worker listens on every interface.) Between machines, give all of them
-``--protocol tls --tls-ca-file CA --tls-cert CERT --tls-key KEY``; name the same files to this
+(With ``--no-dashboard`` the worker listens on every interface.) Between machines, start both with
+``--protocol tls --tls-ca-file CA --tls-cert CERT --tls-key KEY``, name the same files for this
 process in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and
 DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY, and join ``tls://HOST:PORT``.
 """
@@ -33,8 +33,8 @@ from hybrid_lib.study.progress import Event, Job, one_line
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
 
-ANSWER, SILENCE = 10, 60  # seconds for a scheduler's answer; without news, before looking again
-AGAIN = "what was finished is kept, the same command goes on from there"
+ANSWER, SILENCE = 10, 60  # seconds to wait for a scheduler; and for news, before counting workers
+AGAIN = "finished epochs are kept; repeat the same command to resume"
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -44,20 +44,21 @@ def train_all(
 ) -> None:  # fmt: skip
     """Train jobs, reporting epochs, histories and failures.
 
-    A run that raises is not retried; one whose worker dies is, until it has cost four workers.
+    A run that raises is not retried. A run whose worker dies is, until it has lost four workers.
 
     Args:
         jobs: experiments with their folders, as paths that every worker understands.
-        order: which of them to train, the first one first.
-        cluster: the address of a scheduler ("tcp://...", "tls://..." with the certificates of
-            Dask's configuration); or "slurm:PROFILE.yaml", the arguments of
+        order: indices of the jobs to train, in this order.
+        cluster: a scheduler's address ("tcp://...", or "tls://..." with the certificates in Dask's
+            configuration), or "slurm:PROFILE.yaml", a file with arguments of
             :class:`dask_jobqueue.SLURMCluster` and "timeout", seconds to wait for the first worker.
-        workers: jobs of SLURM.
+        workers: the number of SLURM jobs.
         settings: arguments of :func:`hybrid_lib.run`.
 
     Raises:
-        ModuleNotFoundError, ValueError: without Dask; for what is no address, or no profile.
-        RuntimeError: if there is no scheduler or no worker; or it went away.
+        ModuleNotFoundError: if Dask is missing.
+        ValueError: if ``cluster`` is neither an address nor a valid profile.
+        RuntimeError: if there is no scheduler or no worker, or if it goes away.
     """
     with _client(cluster, workers) as client:
         topic, arrived = f"hybrid-{uuid.uuid4()}", queue.SimpleQueue()
@@ -88,7 +89,7 @@ def train_all(
 
 
 def _train(job: Job, settings: dict, topic: str, number: int) -> History:
-    """The task, on a worker."""
+    """Train one run on a worker: the task of the cluster."""
     from distributed import Reschedule, get_worker
 
     worker = get_worker()
@@ -99,7 +100,7 @@ def _train(job: Job, settings: dict, topic: str, number: int) -> History:
             should_stop=lambda: worker.status.name.startswith("clos") or task.state == "cancelled",
             on_epoch=lambda history: worker.log_event(topic, (number, len(history.rows))),
         )  # fmt: skip
-    if history.status == "stopped":  # the end of the worker's lifetime; or nobody waits any more
+    if history.status == "stopped":  # the worker is closing, or the task was cancelled
         raise Reschedule
     return history
 
@@ -116,7 +117,7 @@ def _client(cluster: str, workers: int):
         if cluster.startswith("slurm:"):
             address, timeout = slurm(cluster.removeprefix("slurm:"))
             if shutil.which("sbatch") is None:
-                raise RuntimeError("there is no sbatch here: start this where SLURM takes jobs")
+                raise RuntimeError("there is no sbatch here: run this where SLURM accepts jobs")
             stack.enter_context(address).scale(jobs=workers)
             print(f"waiting for the first of {workers} jobs (see squeue), at most {timeout} s")
         elif not re.fullmatch(r"(tcp|tls)://.+:\d+", cluster):
@@ -129,24 +130,24 @@ def _client(cluster: str, workers: int):
             print(f"dashboard: {client.dashboard_link}")
             client.wait_for_workers(1, timeout)
         except (OSError, ValueError) as error:  # a TimeoutError is an OSError
-            raise RuntimeError(f"cluster={cluster!r}: nobody answers ({error})") from None
+            raise RuntimeError(f"cluster={cluster!r}: no answer ({error})") from None
         yield client
 
 
 def slurm(profile: str | Path):
-    """The cluster of a profile, and seconds to wait for a worker; ValueError if it holds none."""
+    """A profile's cluster, and seconds to wait for a worker; ValueError for an invalid profile."""
     interrupt = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 
-    signal.signal(signal.SIGINT, interrupt)  # that import makes Ctrl-C a silent exit
+    signal.signal(signal.SIGINT, interrupt)  # the import made Ctrl-C exit silently
     try:
         settings = yaml.safe_load(Path(profile).read_text("utf-8"))
         timeout = settings.pop("timeout", 3600)
         settings = {"security": True, "shared_temp_directory": str(Path.cwd()), **settings}
-        # With --no-dashboard a worker still listens, and on every interface.
-        closed = ["--dashboard-address", "127.0.0.1:0"]
-        settings["worker_extra_args"] = [*settings.get("worker_extra_args", []), *closed]
-        settings.setdefault("scheduler_options", {}).setdefault("dashboard_address", closed[1])
+        # With --no-dashboard a worker would still listen, and on every interface.
+        loopback = ["--dashboard-address", "127.0.0.1:0"]
+        settings["worker_extra_args"] = [*settings.get("worker_extra_args", []), *loopback]
+        settings.setdefault("scheduler_options", {}).setdefault("dashboard_address", loopback[1])
         return SLURMCluster(**settings), timeout
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{profile}: no profile for SLURM ({error})") from error
+        raise ValueError(f"{profile}: not a valid SLURM profile ({error})") from error

@@ -1,8 +1,8 @@
 """Interactive Plotly figures of histories.
 
-Every figure names its data set. A method has one colour and one dash style everywhere, so that
-lines can be told apart without colour. With several seeds, lines are means and bands their 95 %
-intervals (Student).
+Every figure names its data set. A method has the same colour and dash style everywhere, so lines
+can be told apart without colour. With several seeds, lines are means and bands their 95 % intervals
+(Student).
 """
 
 import base64
@@ -36,34 +36,34 @@ GRID = "rgba(128,128,128,0.3)"  # visible on light and on dark pages
 
 
 def curves(histories: Sequence[History], column: str = "test_accuracy", title: str = ""):
-    """A column of the rows over the epochs, a line per method, its title before the data set's.
+    """One column of the rows over the epochs, one line per method, titled "TITLE, DATA SET".
 
-    Runs on CIFAR-10, or a copy of it, at the report's length have the report's test accuracies as
-    markers beside them. ValueError for no histories, or of several data sets.
+    Markers show the report's test accuracies beside runs on CIFAR-10, or a copy of it, at the
+    report's length. ValueError for no history, or several data sets.
     """
     return _over_epochs(histories, [[column]], title or AXES.get(column, column))
 
 
 def panels(histories: Sequence[History]):
-    """Figure 1: loss and accuracy, training and test, of every method; markers as in curves()."""
+    """Figure 1: training and test loss and accuracy of every method; markers as in curves()."""
     columns = [["train_loss", "test_loss"], ["train_accuracy", "test_accuracy"]]
     figure = _over_epochs(histories, columns, "Loss and accuracy", height=640)
     return figure.update_yaxes(type="log", nticks=4, tickformat="~g", row=1)
 
 
 def _over_epochs(histories, columns: list[list[str]], title: str, height: int = 460) -> go.Figure:
-    """A panel per column of the rows, with one legend."""
+    """One panel per column of the rows, with one legend."""
     title = f"{title}, {subject(histories)}"
     figure = make_subplots(len(columns), len(columns[0]), shared_xaxes=True,
                            vertical_spacing=0.06, horizontal_spacing=0.13)  # fmt: skip
-    for row, of_row in enumerate(columns, start=1):
-        for col, column in enumerate(of_row, start=1):
+    for row, row_columns in enumerate(columns, start=1):
+        for col, column in enumerate(row_columns, start=1):
             where = {"row": row, "col": col}
             for name, group in group_by_method(histories).items():
                 _add_lines(figure, name, group, column, row == col == 1, where)
             if column == "test_accuracy":
                 _add_report(figure, histories, where)
-            # Intervals of few seeds may run off the panel: there is more to see in the lines.
+            # Fit the panel to the lines: the intervals of few seeds may run off it.
             seen = [row[column] for h in histories for row in h.rows] or [0]
             seen += [y for t in figure.select_traces({"legendgroup": "report"}) for y in t.y]
             clip = {"clipmin": 0.95 * min(seen), "clipmax": 1.05 * max(seen)}
@@ -96,7 +96,7 @@ def _add_lines(figure, name, group, column, legend: bool, where: dict) -> None:
 
 
 def _add_report(figure, histories: Sequence[History], where: dict) -> None:
-    """The report's test accuracies on CIFAR-10, beside runs of its data set and length."""
+    """Add the report's test accuracies on CIFAR-10 beside runs of its data set and length."""
     points = dict(list(paper("milestones").groupby("optimizer")))
     found = {h.experiment.name: h for h in histories if h.dataset in CIFAR10}
     names = [
@@ -114,9 +114,9 @@ def _add_report(figure, histories: Sequence[History], where: dict) -> None:
 
 
 def epoch_seconds(histories: Sequence[History]):
-    """Figure 2: seconds per epoch of training and test pass; ratio to SGD, beside the report's.
+    """Figure 2: seconds per epoch, training and test pass, with the ratio to SGD and the report's.
 
-    Medians over epochs; the first epoch of a run, which warms up, is left out where there are more.
+    Medians over epochs, without a run's first epoch, which warms up, if there are more.
     """
     table = seconds(histories)
     names = {"train seconds": "training pass", "test seconds": "test pass"}
@@ -126,8 +126,8 @@ def epoch_seconds(histories: Sequence[History]):
     )  # fmt: skip
     figure.update_traces(hovertemplate="%{y}: %{x:.3g}<extra>%{fullData.name}</extra>")
     ours = table["ratio to SGD"].map("{:.1f} × SGD".format, na_action="ignore")
-    theirs = table["report's ratio"].map("report: {:.1f} ×".format, na_action="ignore")
-    notes = pd.concat([ours, theirs], axis=1).apply(lambda both: ", ".join(both.dropna()), axis=1)
+    report = table["report's ratio"].map("report: {:.1f} ×".format, na_action="ignore")
+    notes = pd.concat([ours, report], axis=1).apply(lambda both: ", ".join(both.dropna()), axis=1)
     figure.update_traces(text=notes, textposition="outside", selector={"name": "test pass"})
     longest = (table["train seconds"] + table["test seconds"]).max()
     figure.update_xaxes(range=[0, longest * 1.45], title_text="seconds per epoch (median)")
@@ -139,15 +139,17 @@ def epoch_seconds(histories: Sequence[History]):
 
 
 def schedules(experiments: Iterable[Experiment], title: str = ""):
-    """Learning rate and weight of SGD, or of another last rule, in every epoch: a column of two
-    panels per name. Of weights that choose themselves it is their start."""
-    shown = list({e.name: e for e in reversed(list(experiments))}.values())[::-1]
+    """Learning rate and weight of SGD (or of another last rule) per epoch, one column per name.
+
+    Self-adjusting weights are drawn at their starting value.
+    """
+    distinct = list({e.name: e for e in reversed(list(experiments))}.values())[::-1]
     figure = make_subplots(
-        2, len(shown), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
-        horizontal_spacing=0.015, column_titles=[e.label.replace(" ", "<br>") for e in shown],
+        2, len(distinct), shared_xaxes=True, shared_yaxes=True, vertical_spacing=0.08,
+        horizontal_spacing=0.015, column_titles=[e.label.replace(" ", "<br>") for e in distinct],
     )  # fmt: skip
     figure.update_annotations(font_size=12)
-    for col, e in enumerate(shown, start=1):
+    for col, e in enumerate(distinct, start=1):
         colour, dash = look(e.name)
         alone = 1.0 if e.optimizer == "sgd" else 0.0
         sgd = [e.lambdas()(i)[-1] if e.is_hybrid else alone for i in range(e.epochs)]
@@ -158,21 +160,21 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
                 hovertemplate="epoch %{x}: " + label + " = %{y:.3g}<extra></extra>",
                 row=row, col=col,
             )  # fmt: skip
-    # A cosine ends near 0, far below what matters on a logarithmic axis; powers are drawn larger.
+    # A fixed range: a cosine ends near 0, far below what matters. Powers need a smaller font.
     powers = {"exponentformat": "power", "tickfont_size": 10}
     figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, **powers, row=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=2)
     figure.update_yaxes(title_text="learning rate η", row=1, col=1)
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
     figure.update_xaxes(nticks=4)
-    figure.update_xaxes(title_text="epoch", row=2, col=(len(shown) + 1) // 2)
-    title = title or f"Schedules, {data.title(shown[0].dataset)}"
+    figure.update_xaxes(title_text="epoch", row=2, col=(len(distinct) + 1) // 2)
+    title = title or f"Schedules, {data.title(distinct[0].dataset)}"
     return apply_style(figure, title, height=430).update_layout(margin_t=90)
 
 
 def show(figure) -> None:
-    """Show a figure in a notebook; without a front end, also as an image for static readers."""
-    from IPython.display import display  # imported where used: figures exist outside notebooks
+    """Show a figure in a notebook; without a front end, also as an image for static viewers."""
+    from IPython.display import display  # imported here: figures also work outside notebooks
     from PIL import Image
 
     if is_interactive():
@@ -184,10 +186,10 @@ def show(figure) -> None:
         import kaleido
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # plotly's, of options it does not pass on
+            warnings.simplefilter("ignore", UserWarning)  # from plotly: options not passed on
             image = Image.open(io.BytesIO(still.to_image("png"))).quantize(64)
-        # One browser for all further images: starting one takes ten times as long as drawing. It
-        # starts after one has drawn: where there is none, this would wait for ever.
+        # Keep one browser for all further images: starting it takes ten times as long as drawing.
+        # Start it only now that a drawing has worked: without any browser, this waits for ever.
         kaleido.start_sync_server(silence_warnings=True)
     except Exception:  # kaleido draws with an installed Chrome or Chromium; there may be none
         bundle["text/html"] = still.to_html(full_html=False, include_plotlyjs="cdn")
@@ -199,36 +201,36 @@ def show(figure) -> None:
 
 
 def _light(figure: go.Figure) -> go.Figure:
-    """The figure in few bytes: plain lines of at most 60 points, numbers of four bytes or two.
+    """Shrink a figure: at most 60 points per plain line, four or two bytes per number.
 
-    An executed notebook holds it beside the image, which shows every point.
+    An executed notebook stores it beside the image, which shows every point.
     """
     light = go.Figure(figure)
     for trace in light.select_traces({"type": "scatter"}):
         for axis in ("x", "y"):
             values = np.asarray(() if trace[axis] is None else trace[axis])
             if values.dtype.kind not in "iuf" or not len(values):
-                continue  # nothing, or names on an axis of categories
+                continue  # empty, or names on a category axis
             if trace.mode == "lines" and trace.customdata is None and len(values) > 60:
                 values = values[np.linspace(0, len(values) - 1, 60).round().astype(int)]
-            trace[axis] = None  # an equal tuple would stay, and be written number by number
+            trace[axis] = None  # else an equal tuple stays, and is written number by number
             small = values.dtype.kind != "f" and abs(values).max() < 2**15
             trace[axis] = values.astype(np.int16 if small else np.float32)
     return light
 
 
 def caption(histories: Sequence[History], what: str = "mean and 95 % interval (Student)") -> str:
-    """What is drawn, of how many seeds."""
+    """What is drawn, and over how many seeds."""
     counts = sorted({len(group) for group in group_by_method(histories).values()})
     return "one seed" if counts == [1] else f"{what}, {' or '.join(map(str, counts))} seeds"
 
 
 def apply_style(figure, title: str, caption: str = "", height: int = 460):
-    """The house style: a title, margins, colours that work on light and on dark pages."""
+    """Apply the house style: a title, margins, colours that work on light and on dark pages."""
     clear, subtitle = "rgba(0,0,0,0)", {"text": caption, "font": {"size": 13}}
     figure.update_layout(
         title={"text": title, "subtitle": subtitle, "x": 0, "xref": "paper", "font": {"size": 16}},
-        template="none",  # plotly's own would add 7 KB to each figure of a notebook
+        template="none",  # plotly's default adds 7 KB to each figure of a notebook
         height=height, margin={"l": 70, "r": 20, "t": 60, "b": 50},
         paper_bgcolor=clear, plot_bgcolor=clear, font={"color": "#767676", "size": 13},
         legend={"itemwidth": 40},
@@ -242,9 +244,9 @@ def lines(
     series: Mapping[str, pd.Series], title: str, x: str, y: str, shape: str = "linear",
     level: float | None = None,
 ):  # fmt: skip
-    """One line per series, over its index; a method's has its colour, dash and label.
+    """One line per series, over its index; methods get their own colour, dash and label.
 
-    ``shape`` is "hv" for values that hold until the next; ``level`` a dotted line to compare with.
+    Use ``shape="hv"`` for values that hold until the next; ``level`` adds a dotted reference line.
     """
     colours = (GREEN, BLUE, VERMILLION, PURPLE, "#808080", BLUE)
     looks = list(zip(colours, ("solid", "dash", "dot", "dashdot", "solid", "longdash")))

@@ -1,4 +1,4 @@
-"""Notebooks executed in parallel, and their pages: interactive, loading only plotly.js.
+"""Execute notebooks in parallel, and write interactive pages that load only plotly.js.
 
 A study's report is its results notebook with the code hidden.
 """
@@ -55,9 +55,9 @@ img {{ max-width: 100% }} .failed {{ border-left: 4px solid #D55E00; padding-lef
 
 
 def for_study(found: Sequence[History], scale: str, **given) -> dict[Path, dict]:
-    """The notebooks that read a study with these histories, and what to inject into each.
+    """Map each notebook that reads a study with these histories to the parameters to inject.
 
-    At toy size, the results alone; a notebook none of whose methods is there is left out.
+    At toy scale, only the results. Notebooks with none of the study's methods are left out.
     """
     names, jobs = list(dict.fromkeys(method(h.experiment) for h in found)), {}
     for source in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
@@ -66,8 +66,8 @@ def for_study(found: Sequence[History], scale: str, **given) -> dict[Path, dict]
         if not reads_a_study or (scale == "toy" and source.stem != RESULTS):
             continue
         methods = ast.literal_eval(declared.get("methods", {}).get("default", "''"))
-        if there := [n for n in methods.split(",") if n in names] if methods else names:
-            values = {"scale": scale, **given, "train": False, "methods": ",".join(there)}
+        if present := [n for n in methods.split(",") if n in names] if methods else names:
+            values = {"scale": scale, **given, "train": False, "methods": ",".join(present)}
             jobs[source] = {k: v for k, v in values.items() if k in declared}
         else:
             print(f"notebook {source.stem}: none of its methods is in this study")
@@ -75,7 +75,7 @@ def for_study(found: Sequence[History], scale: str, **given) -> dict[Path, dict]
 
 
 def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
-    """Execute notebooks with parameters into ``out/notebooks``, as many at once as cores.
+    """Execute notebooks with parameters into ``out/notebooks``, as many at once as there are cores.
 
     Returns:
         The executed notebooks, each with its page beside it, and a line for each that failed.
@@ -91,12 +91,12 @@ def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
             name = futures[future].stem
             if error := future.exception():
                 failures.append(f"notebook {name}: {one_line(error)}")
-                for half in folder.glob(f"{name}.*"):
-                    half.unlink()
+                for unfinished in folder.glob(f"{name}.*"):
+                    unfinished.unlink()
             print(f"notebook {name}: {'failed' if error else 'executed'}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for manager in PrivateKernelManager.started:  # after an interrupt; else there is none
+        for manager in PrivateKernelManager.started:  # some run on after an interrupt
             if manager.has_kernel and manager.provisioner.pid:
                 os.kill(manager.provisioner.pid, signal.SIGKILL)
         pool.shutdown()
@@ -108,27 +108,27 @@ def _execute(source: Path, folder: Path, given: dict) -> None:
     try:
         papermill.execute_notebook(source, executed, given, progress_bar=False, cwd=".", **how)
     finally:
-        with contextlib.suppress(RuntimeError):  # there may be none yet
-            asyncio.get_event_loop().close()  # which papermill has made for this thread
+        with contextlib.suppress(RuntimeError):  # there may be no loop yet
+            asyncio.get_event_loop().close()  # papermill made it for this thread
     text = json.dumps(nbformat.read(executed, 4), ensure_ascii=False, separators=(",", ":"))
-    executed.write_text(text, encoding="utf-8")  # as nbformat indents it, a sixth would be blanks
+    executed.write_text(text, encoding="utf-8")  # nbformat's indentation would be a sixth of it
     write_page(executed.with_suffix(".html"), source.stem, executed, "../plotly.min.js")
 
 
 def report(out, title, jobs, main: str, found: Sequence[History], failures) -> list[str]:
-    """Execute notebooks; ``out/report.html`` is the one named ``main``, with its code hidden.
+    """Execute notebooks and write the one named ``main``, code hidden, as ``out/report.html``.
 
-    What failed stands at its top. Returns a line for each notebook that failed.
+    Failures are listed at its top. Returns a line for each notebook that failed.
     """
     executed, failed = execute(jobs, out)
     items = "".join(f"<li>{html.escape(line)}</li>" for line in [*failures, *failed])
     head = f'<div class="failed"><h2>What failed</h2><ul>{items}</ul></div>' if items else ""
     machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
     links = [f'<a href="notebooks/{f.stem}.html">{f.stem}</a>' for f in executed]
-    head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks, "
+    head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks "
              f"executed on them: {', '.join(links) or 'none'}.</p>")  # fmt: skip
-    of_main = next((file for file in executed if file.stem == main), None)
-    write_page(out / "report.html", title, of_main, "plotly.min.js", head, code=False)
+    main_notebook = next((file for file in executed if file.stem == main), None)
+    write_page(out / "report.html", title, main_notebook, "plotly.min.js", head, code=False)
     return failed
 
 
@@ -155,7 +155,7 @@ def write_page(page: Path, title: str, executed: Path | None, js: str, head="", 
 
 
 class PrivateKernelManager(AsyncKernelManager):
-    """Talks to the kernel through files of this user instead of open ports; one thread each."""
+    """A manager of kernels with one thread each, reached through private files, not open ports."""
 
     transport = "tcp" if os.name == "nt" else "ipc"
     started: ClassVar = weakref.WeakSet()
@@ -163,12 +163,12 @@ class PrivateKernelManager(AsyncKernelManager):
     def __init__(self, **settings):
         super().__init__(**settings)
         self.started.add(self)
-        if self.transport == "ipc":  # in a folder of its own, gone with the manager
+        if self.transport == "ipc":  # in a private folder, deleted with the manager
             folder = tempfile.mkdtemp(prefix="hybrid-")
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             self.ip = f"{folder}/kernel"
 
     async def start_kernel(self, **how):
-        """Several kernels share the cores, as runs do."""
+        """Start a kernel with one thread: several share the cores, as runs do."""
         how["env"] = {**os.environ, **how.get("env", {}), "OMP_NUM_THREADS": "1"}
         await super().start_kernel(**how)

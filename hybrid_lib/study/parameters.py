@@ -15,30 +15,30 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleNamespace:
-    """Check a notebook's parameters: the cell after them calls this with ``globals()``.
+    """Check a notebook's parameters; the cell after them calls this with ``globals()``.
 
     The cell tagged ``parameters`` declares names and types (``epochs: int = 3``; a default of None
-    says that the value may be missing). Papermill injects a cell after it, only warns of unknown
-    names, and passes values on as they came, text or number.
+    means that the value may be missing). Papermill injects a cell after it, only warns of unknown
+    names, and passes values on unconverted, as text or numbers.
 
     Args:
-        namespace: the notebook's globals, with IPython's list of cells ``In``.
-        check: called with the values; raises ValueError for values that are impossible.
+        namespace: the notebook's globals, including IPython's list of cells ``In``.
+        check: called with the values; raises ValueError if they are impossible.
 
     Returns:
-        The values as attributes, converted to their types, and as ``plan`` what ``check`` returned.
+        The values as attributes, converted to their types; ``plan`` holds the result of ``check``.
 
-    One ValueError names every fault: undeclared names, values of other types, what ``check`` found.
+    One ValueError lists every fault: undeclared names, values of wrong types, what ``check`` found.
     """
     cells = [(source, _statements(source)) for source in namespace["In"]]
     injected = [node for source, body in cells if source.startswith(INJECTED) for node in body]
     if not all(isinstance(node, ast.Assign) for node in injected):  # papermill does not quote names
-        raise ValueError("papermill's cell holds more than values: give declared names")
+        raise ValueError("papermill's cell contains code, not only values: give declared names")
     given = [ast.unparse(target) for node in injected for target in node.targets]
     declared = next(filter(None, (_declared(body) for _, body in cells)), {})
     messages = [f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
                 for name in given if name not in declared]  # fmt: skip
-    # Papermill turns the text 0 into a number, also where text was declared.
+    # Papermill turns the text 0 into a number, even where text is declared.
     config = pydantic.ConfigDict(coerce_numbers_to_str=True)
     model = pydantic.create_model("Parameters", __config__=config, **declared)
     try:
@@ -59,7 +59,7 @@ def _statements(source: str) -> list[ast.stmt]:
 
 
 def _declared(body: list[ast.stmt]) -> dict[str, tuple]:
-    """Names and types, as pydantic wants them, of a cell that declares parameters alone."""
+    """Names and types, in pydantic's form, if a cell only declares parameters; else {}."""
     found = {}
     for node in body:
         kind = TYPES.get(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else None
@@ -73,13 +73,13 @@ def _declared(body: list[ast.stmt]) -> dict[str, tuple]:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception, on one line."""
     messages = error_messages(error) if isinstance(error, pydantic.ValidationError) else [error]
     return " ".join("; ".join(map(str, messages)).split())
 
 
 def seed_list(text: str) -> list[int]:
-    """Seeds from text.
+    """Parse seeds, single ones and ranges.
 
     >>> seed_list("0-2,7")
     [0, 1, 2, 7]
@@ -95,7 +95,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question after the nearest name, if one is near.
+    """Suggest the most similar known name, if one is similar enough.
 
     >>> did_you_mean("epoch", ["epochs", "seed"])
     ' (did you mean epochs?)'

@@ -1,4 +1,4 @@
-"""Which runs a study consists of, and where they are kept."""
+"""The runs of a study, and the folders they are kept in."""
 
 import dataclasses
 import shlex
@@ -20,7 +20,7 @@ SCALES: dict[str, dict] = {
     "toy": {"epochs": 2, "width": 4, "batch_size": 32, "train_limit": 160, "test_limit": 80},
     # Minutes on two CPU cores with the digits, an hour with 32x32 images: does every method learn?
     "demo": {"epochs": 12, "width": 8, "batch_size": 32},
-    # Ten minutes a method on a T4 (an estimate): all images, an eighth of the epochs.
+    # Ten minutes a method on a T4 (estimated): all images, an eighth of the epochs.
     "colab": {"shorter": 8, "width": 16},
     "paper": {},  # GPU hours: as in the report
 }
@@ -41,8 +41,8 @@ def plan(
     Args:
         scale, only: keys of :data:`SCALES` and :data:`~hybrid_lib.EXPERIMENTS`.
         dataset: see :func:`hybrid_lib.training.data.load`.
-        epochs: rescales the schedules; None: as the scale says.
-        changes: any other field of Experiment, over what the scale says.
+        epochs: rescales the schedules; None: the scale's.
+        changes: any other fields of Experiment; they override the scale's.
 
     >>> [e.epochs for e in plan("toy", only=["sgd"], seeds=[0, 1])]
     [2, 2]
@@ -53,26 +53,27 @@ def plan(
     if scale == "demo" and dataset != "digits":
         sizes = dict(DEMO_TEXT if dataset == "python-docs" else DEMO_IMAGES)
     limited = sizes.keys() & {"train_limit", "test_limit"}
-    if limited and dataset.startswith("folder:"):  # a scale asks for that many images at most
+    if limited and dataset.startswith("folder:"):  # the folder may hold fewer images
         for part, n in data.folder_sizes(dataset).items():
             if 0 < n < sizes.get(f"{part}_limit", 0):
                 del sizes[f"{part}_limit"]
-    usual, shorter = sizes.pop("epochs", None), sizes.pop("shorter", 1)
-    epochs, changes = usual if epochs is None else epochs, {**sizes, **changes, "dataset": dataset}
+    default, shorter = sizes.pop("epochs", None), sizes.pop("shorter", 1)
+    epochs = default if epochs is None else epochs
+    changes = {**sizes, **changes, "dataset": dataset}
     planned, seeds = [], list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
         if shorter > 1 and epochs is None:
             experiment = experiment.scaled(experiment.epochs // shorter)
         if epochs is not None:
-            # replace() first: it refuses an impossible number that scaled() cannot work with.
+            # replace() first: it refuses impossible numbers, which scaled() cannot handle.
             experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
         planned += [dataclasses.replace(experiment, seed=s, **changes) for s in seeds]
     return planned
 
 
 def default_out(scale: str, dataset: str, protocol: str = "clean") -> Path:
-    """Where a study is kept if nothing else is said: runs/SCALE, runs/SCALE-DATASET-PROTOCOL, …
+    """The default folder of a study: runs/SCALE, runs/SCALE-DATASET-PROTOCOL, …
 
     >>> default_out("demo", "folder:my/birds").name, default_out("demo", "digits", "released").name
     ('demo-birds', 'demo-released')
@@ -92,21 +93,21 @@ def experiments_from(params: SimpleNamespace) -> list[Experiment]:
 def experiment_from(params: SimpleNamespace) -> Experiment:
     """The one experiment of a notebook's parameters: optimizer, scale, dataset and seed.
 
-    Others that name a field of Experiment change it, unless they are None; so do those in
-    ``settings``, if it is there: "nesterov=True hessian_every=10".
+    Other parameters that name a field of Experiment set it, unless they are None; so do the words
+    of ``settings``, if given: "nesterov=True hessian_every=10".
     """
     fields = {f.name for f in dataclasses.fields(Experiment)} - {"optimizer", "dataset", "seed"}
     changes = {k: v for k, v in vars(params).items() if k in fields and v is not None}
     for word in getattr(params, "settings", "").split():
         field, _, value = word.partition("=")
         if field not in fields:
-            raise ValueError(f"settings: {field} is no setting{did_you_mean(field, fields)}")
+            raise ValueError(f"settings: {field} is not a setting{did_you_mean(field, fields)}")
         changes[field] = value
     return plan(params.scale, params.dataset, [params.optimizer], [params.seed], **changes)[0]
 
 
 def method(experiment: Experiment) -> str:
-    """The name by which :func:`get_experiment` knows the row that it was made from."""
+    """The name, for :func:`get_experiment`, of the row that ``experiment`` was made from."""
     return experiment.name if experiment.name in EXPERIMENTS else experiment.optimizer
 
 
@@ -124,18 +125,18 @@ def as_python(experiment: Experiment, folder: str | Path) -> str:
 
 def as_papermill(experiment: Experiment, folder: str | Path) -> str:
     """A shell command that repeats a run exactly, through the notebook ``10_train_one``."""
-    name, ours = method(experiment), dataclasses.asdict(experiment)
-    start = dataclasses.asdict(get_experiment(name).scaled(experiment.epochs))
-    given = {"scale": "paper"} | {k: ours[k] for k in ("dataset", "epochs", "seed")}
-    others = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in ours.items()
-              if v != start[k] and k not in ("name", *given)]  # fmt: skip
+    name, values = method(experiment), dataclasses.asdict(experiment)
+    base = dataclasses.asdict(get_experiment(name).scaled(experiment.epochs))
+    given = {"scale": "paper"} | {k: values[k] for k in ("dataset", "epochs", "seed")}
+    others = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+              for k, v in values.items() if v != base[k] and k not in ("name", *given)]  # fmt: skip
     given |= {"optimizer": name, "settings": " ".join(others), "out": folder}
     words = ["papermill", "notebooks/10_train_one.ipynb", f"{experiment.name}.ipynb"]
     return shlex.join(words + [w for k, v in given.items() if v != "" for w in ("-p", k, str(v))])
 
 
 def collect(params: SimpleNamespace) -> list[History]:
-    """:func:`histories` of a notebook's parameters: ``out`` (empty: :func:`default_out`), train."""
+    """:func:`histories` for a notebook's ``out`` (empty: :func:`default_out`) and ``train``."""
     out = params.out or default_out(params.scale, params.dataset)
     return histories(params.plan, out, params.train)
 
@@ -143,11 +144,11 @@ def collect(params: SimpleNamespace) -> list[History]:
 def histories(
     experiments: Iterable[Experiment], out: str | Path, train: bool = True, **how
 ) -> list[History]:
-    """The histories of ``experiments`` in a study's folder; what is missing is trained if wished.
+    """The histories of ``experiments`` in a study's folder; ``train`` also trains missing runs.
 
-    A folder with the runs directly inside, as in ``data/results``, is only read: by name and seed;
-    a line says if settings differ. ``how`` are options of :func:`run_many`. FileNotFoundError if
-    there is none and nothing was to be trained, RuntimeError if all that was trained failed.
+    A folder with the runs directly inside, as in ``data/results``, is only read, by name and seed;
+    a line is printed if settings differ. ``how`` are options of :func:`run_many`. FileNotFoundError
+    if none of them is found and ``train`` is false, RuntimeError if every run failed.
     """
     experiments, out = list(experiments), Path(out)
     folders = [run_folder(out, e) for e in experiments]
@@ -161,10 +162,10 @@ def histories(
         return found
     found = {e: History.load(f) for e, f in zip(experiments, folders) if (f / FILE).exists()}
     if not found:
-        raise FileNotFoundError(f"{out}: none of these runs is there; set train = True")
+        raise FileNotFoundError(f"{out}: found none of these runs; set train = True")
     if any(h.experiment != e for e, h in found.items()):
-        print(f"{out}: shown as they were run, with settings of their own")
+        print(f"{out}: shown as they were run; some settings differ from those given")
     if out.resolve().is_relative_to(RESULTS):
         for h in found.values():
-            h.environment["published"] = True  # every title says so
+            h.environment["published"] = True  # shown in every title
     return list(found.values())

@@ -1,7 +1,7 @@
-"""Train many runs, several at once: in processes of this machine, or on a cluster.
+"""Train many runs, several at once: in processes on this machine, or on a cluster.
 
 On a CPU a run has one thread, so that its numbers do not depend on the number of cores. Each run
-has its own folder and goes on from its checkpoint: after an interruption, repeat the same call.
+has its own folder and resumes from its checkpoint: after an interruption, repeat the same call.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
 
-ATTEMPTS = 3  # of a run whose process is killed
+ATTEMPTS = 3  # for a run whose process is killed
 
 
 def run_folder(out: str | Path, experiment: Experiment) -> Path:
-    """Where a study keeps a run: ``OUT/runs/NAME-seedN``."""
+    """The folder of a run in a study: ``OUT/runs/NAME-seedN``."""
     return Path(out) / "runs" / f"{experiment.name}-seed{experiment.seed}"
 
 
@@ -35,19 +35,19 @@ def run_many(
     workers: int | None = None, threads: int | None = None, compile: bool | None = None,
     cluster: str | None = None,
 ) -> tuple[list[History], list[str]]:  # fmt: skip
-    """Train what is missing of a study, several runs at once and the longest first.
+    """Train the missing runs of a study, several at once and the longest first.
 
-    A script that calls this needs ``if __name__ == "__main__":``, as with all of multiprocessing.
+    A script that calls this needs ``if __name__ == "__main__":``, as multiprocessing requires.
 
     Args:
         device, threads, compile: see :func:`hybrid_lib.run`.
-        workers: how many at once; None: as many as there are cores, on a GPU one. With 1, they run
-            in this process. On SLURM: how many jobs.
+        workers: how many runs at once; None: as many as there are cores, or one on a GPU. With 1,
+            they train in this process. On SLURM: the number of jobs.
         cluster: see :func:`hybrid_lib.study.cluster.train_all`.
 
     Returns:
         The histories in the order of ``experiments``, and a line for each run that failed or
-        diverged: one that does leaves the others untouched.
+        diverged, which does not affect the others.
     """
     for name, n in {"workers": workers, "threads": threads}.items():
         if n is not None and n < 1:
@@ -60,7 +60,7 @@ def run_many(
     at_once = min(workers or cores(device, threads), len(order))
     progress = Progress([e for e, _ in jobs])
     try:
-        for i in over if cluster or at_once > 1 else (*over, *order):  # what is over is read
+        for i in over if cluster or at_once > 1 else (*over, *order):  # over: only read
             progress(i, train(jobs[i], functools.partial(progress, i), settings))
         if cluster:
             from hybrid_lib.study.cluster import train_all
@@ -83,7 +83,7 @@ def _is_over(folder: Path) -> bool:
 
 
 def cores(device: str | None = "cpu", threads: int | None = None) -> int:
-    """How many runs this machine has room for, each with so many threads."""
+    """How many runs fit on this machine at once, with ``threads`` threads each."""
     if device.startswith("cuda") if device else torch.cuda.is_available():
         return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -102,21 +102,21 @@ def train(job: Job, report, settings: dict, **how) -> History | str:
 
 def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_once: int) -> None:
     context, gpus = multiprocessing.get_context("spawn"), torch.cuda.device_count()
-    waiting, killed, everyone = list(order), Counter(), []
+    waiting, killed, started = list(order), Counter(), []
     busy: dict[connection.Connection, tuple] = {}  # pipes to processes that have a run
 
     def give(slot: int, pipe=None, process=None) -> None:
-        """The next run to a process, without one to a new one."""
+        """Send the next run to a process, or to a new one if none is given."""
         if pipe is None:
             spread = gpus > 1 and settings["device"] in (None, "cuda")
-            own = {**settings, "device": f"cuda:{slot % gpus}"} if spread else settings
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, own))
+            placed = {**settings, "device": f"cuda:{slot % gpus}"} if spread else settings
+            pipe, child_end = context.Pipe()
+            process = context.Process(target=_serve, args=(child_end, placed))
             process.start()
-            theirs.close()
-            everyone.append((pipe, process))
+            child_end.close()
+            started.append((pipe, process))
         busy[pipe] = process, slot, waiting.pop(0)
-        with contextlib.suppress(OSError):  # killed already: to be seen below
+        with contextlib.suppress(OSError):  # killed already: handled below
             pipe.send(jobs[busy[pipe][-1]])
 
     try:
@@ -140,19 +140,19 @@ def _in_processes(jobs: Sequence[Job], order: list[int], report, settings, at_on
                     del busy[pipe]
                     if waiting:
                         give(slot, *(() if process.exitcode else (pipe, process)))
-    finally:  # where its pipe is closed, a process stops after the step it is in
-        for pipe, _ in everyone:
+    finally:  # once its pipe is closed, a process stops after its current step
+        for pipe, _ in started:
             pipe.close()
-        for _, process in everyone:
+        for _, process in started:
             process.join()
 
 
 def _serve(pipe: connection.Connection, settings: dict) -> None:
-    """A process: it trains what comes through the pipe, until that is closed or its owner dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first process decides
+    """The work of a process: train jobs from the pipe until it closes or its owner dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent decides
 
     def report(event: Event) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more
+        with contextlib.suppress(OSError):  # the parent has gone
             pipe.send(event)
 
     with contextlib.suppress(EOFError, OSError):

@@ -1,8 +1,8 @@
 """Seed statistics: means with intervals, ranks, paired tests.
 
-There is one kind of interval, Student's at 95 %; ± is half of it, and takes two seeds. Accuracies
-are those of the last epoch of finished runs: a run that diverged has none, is counted beside every
-mean, and ranks below all that finished; a run that was stopped counts nowhere. Runs with equal
+There is one kind of interval, Student's at 95 %; ± is half of it and needs two seeds. Accuracies
+are those of the last epoch of finished runs. A run that diverged has none: it is counted beside
+every mean and ranks below all that finished. A run that was stopped counts nowhere. Runs with equal
 seeds share initial weights and the order of images, so methods are compared in pairs, by seed.
 """
 
@@ -30,20 +30,20 @@ def group_by_method(histories: Sequence[History]) -> dict[str, list[History]]:
 def finals(histories: Sequence[History]) -> pd.DataFrame:
     """Test accuracy of the last epoch: a row per seed, a column per experiment name.
 
-    -inf: it diverged; NaN: it has not finished. ValueError for two runs of one name and seed.
+    -inf: the run diverged; NaN: it has not finished. ValueError if a name has two runs of a seed.
     """
     found = {}
     for name, group in group_by_method(histories).items():
         seeds = [h.experiment.seed for h in group]
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{name} has two runs of a seed (seeds {seeds}): compare one of them")
+            raise ValueError(f"{name} has two runs of one seed (seeds {seeds}): keep one of them")
         found[name] = {h.experiment.seed: h.final["test_accuracy"] if h.status == "complete"
                        else {"diverged": -np.inf}.get(h.status) for h in group}  # fmt: skip
     return pd.DataFrame(found, dtype=float).sort_index().rename_axis("seed")
 
 
 def margin(values: Sequence[float] | pd.DataFrame) -> float | pd.Series:
-    """Half of a mean's 95 % interval; NaN with fewer than two values. Of a table: by column.
+    """Half of a mean's 95 % interval, column by column for a table; NaN for fewer than two values.
 
     >>> f"0.632 ± {margin([0.61, 0.64, 0.62, 0.66, 0.63]):.3f}"
     '0.632 ± 0.024'
@@ -62,23 +62,24 @@ def difference(one: Sequence[float], two: Sequence[float]) -> tuple[float, float
     if min(len(one), len(two)) < 2:
         return value, np.nan
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of values that hardly vary
+        warnings.simplefilter("ignore", RuntimeWarning)  # if values hardly vary
         interval = stats.ttest_ind(one, two, equal_var=False).confidence_interval(LEVEL)
     return value, float(interval.high - interval.low) / 2
 
 
 def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
-    """Other methods minus ``baseline`` on equal seeds, in test accuracy; ValueError without both.
+    """Test accuracy of other methods minus ``baseline``, by seed; ValueError if either is missing.
 
     Returns:
-        "difference": the mean, with "±". "effect size": it over the standard deviation (Cohen's d
-        for pairs). "p" of Student's paired test, NaN where nothing varies; "p (Holm)", for as many
-        questions as rows. "wins": the share of seeds with the higher accuracy; half for a tie.
-        "seeds" in which both finished; "diverged", in which one did not: these count as wins only.
+        A row per other method. "difference": the mean, with "±". "effect size": that mean over the
+        standard deviation (Cohen's d for pairs). "p": Student's paired test, NaN if nothing varies;
+        "p (Holm)": corrected for as many questions as rows. "wins": the share of seeds with the
+        higher accuracy; a tie counts half. "seeds": those in which both methods finished.
+        "diverged": those in which one did not; they enter "wins" only.
     """
     scores = finals(histories)
     if baseline not in scores or len(scores.columns) < 2:
-        raise ValueError(f"pairs take {baseline} and another method; there is {', '.join(scores)}")
+        raise ValueError(f"pairs need {baseline} and another method; found {', '.join(scores)}")
     rows = {}
     for name in scores.columns.drop(baseline):
         one, two = scores[[name, baseline]].dropna().to_numpy().T
@@ -99,13 +100,13 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
 
 
 def ranks(histories: Sequence[History]) -> pd.DataFrame:
-    """Methods from the best to the worst, with how sure their place is; ValueError without any.
+    """Methods from best to worst, with intervals of their ranks; ValueError if no run has ended.
 
     Returns:
-        A row per method: "mean" of finished runs, and "±"; "rank" (ties share the better one), and
-        its interval: "rank from" is behind those better in pairs, "rank to" before those worse, at
-        p (Holm) ≤ .05; a method with a run that diverged is better than none that finished.
-        "seeds" that finished, and that "diverged"; with fewer than two, no interval (NaN).
+        A row per method: "mean" of finished runs, with "±"; "rank" (ties share the better one), and
+        its interval: "rank from" comes after the methods better in pairs, "rank to" before those
+        worse, at p (Holm) ≤ .05. A method with a diverged run is never better than one that
+        finished. "seeds": finished runs; below two, no interval (NaN). "diverged": diverged runs.
     """
     ended = [h for h in histories if h.status in ("complete", "diverged")]
     scores = finals(ended)
@@ -118,9 +119,9 @@ def ranks(histories: Sequence[History]) -> pd.DataFrame:
     table = pd.DataFrame({**columns, "rank to": np.nan, "seeds": seeds, "diverged": diverged})
     for name in scores.columns[seeds > 1] if len(table) > 1 else ():
         others = pairs(ended, name)
-        sure = others["p (Holm)"] <= 1 - LEVEL
-        better = sure & (others["difference"] > 0) & (diverged[others.index] == 0)
-        worse = sure & (others["difference"] < 0) | (seeds[others.index] == 0)
+        significant = others["p (Holm)"] <= 1 - LEVEL
+        better = significant & (others["difference"] > 0) & (diverged[others.index] == 0)
+        worse = significant & (others["difference"] < 0) | (seeds[others.index] == 0)
         places = 1 + better.sum(), len(table) - worse.sum() * (diverged[name] == 0)
         table.loc[name, ["rank from", "rank to"]] = places
     return table.sort_values("rank", kind="stable").rename_axis("method")

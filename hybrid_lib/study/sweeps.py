@@ -34,26 +34,26 @@ from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
 LAST = ("test_accuracy", "test_loss", "train_accuracy", "train_loss")  # of the last epoch
-CHOOSING = ("validation_accuracy", "validation_loss")  # the same, where there is such a set
+CHOOSING = ("validation_accuracy", "validation_loss")  # likewise, if there is a validation set
 MEASURED = ("seed", "status", "epochs done", *LAST, "best_test_accuracy", "train_seconds")
 Values = Annotated[list, Field(min_length=1)]
 
 
 class Range(BaseModel, frozen=True, extra="forbid"):
-    """From ``low`` to ``high``, both included; whole between whole numbers, but for ``log``."""
+    """From ``low`` to ``high``, both included; integers between integer bounds, unless ``log``."""
 
     low: int | float
     high: int | float
     log: bool = False
 
     @model_validator(mode="after")
-    def _is_one(self):
+    def _check_bounds(self):
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError(f"low={self.low}, high={self.high}: low < high, and above 0 for log")
+            raise ValueError(f"low={self.low}, high={self.high}: use low < high, above 0 for log")
         return self
 
     def at(self, share: float) -> float:
-        """The value below which that share of the range lies.
+        """The value below which ``share`` of the range lies.
 
         >>> Range(low=1, high=100, log=True).at(0.5), Range(low=1, high=4).at(0.99)
         (10.0, 4)
@@ -66,18 +66,18 @@ class Range(BaseModel, frozen=True, extra="forbid"):
 
 
 class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
-    """What to vary, and around what.
+    """The settings to vary, and those to start from.
 
     Attributes:
-        optimizer: whose settings everything starts from; "optimizer" may also be varied.
+        optimizer: the method whose settings are the starting point; "optimizer" may also be varied.
         scale, dataset: as for :func:`hybrid_lib.study.planning.plan`.
-        seeds: as in "0,3" or "0-4": each point runs with all of them.
+        seeds: as in "0,3" or "0-4"; each point runs with all of them.
         fixed: settings of every run, by their names in :class:`hybrid_lib.Experiment`, or
-            ``lambda_sgd``: the weight of SGD, with the rest for the adaptive rule.
+            ``lambda_sgd``, the weight of SGD; the adaptive rule gets the rest.
         grid: lists of values; every combination is run.
-        random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), and how
-            many combinations to draw of them, evenly spread (Halton). With a grid, each draw runs
-            at each of its points.
+        random, draws, draw_seed: lists or ranges (``{low: 0.001, high: 1, log: true}``), how many
+            combinations to draw from them, evenly spread (Halton), and the seed of the draws. With
+            a grid, each draw runs at each grid point.
     """
 
     optimizer: str = "sgd"
@@ -91,23 +91,23 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
     draw_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
-    def _is_possible(self):
+    def _check_settings(self):
         given = [*self.varied, *self.fixed]
         if not self.varied:
             raise ValueError("grid or random: name at least one setting to vary")
         for name in given:
             if name not in FIELDS | {"lambda_sgd"}:
-                raise ValueError(f"{name} is no setting{did_you_mean(name, FIELDS)}")
+                raise ValueError(f"{name} is not a setting{did_you_mean(name, FIELDS)}")
             if given.count(name) > 1:
-                raise ValueError(f"{name} is given twice in fixed, grid and random together")
+                raise ValueError(f"{name} is given more than once in fixed, grid and random")
         if {"lambda_sgd", "lambda_start"} <= {*given}:
-            raise ValueError("lambda_sgd and lambda_start are the same weights: give one of them")
+            raise ValueError("lambda_sgd and lambda_start set the same weights: give one of them")
         planning.plan(self.scale, self.dataset, [self.optimizer], seed_list(self.seeds))
         return self
 
     @property
     def varied(self) -> list[str]:
-        """The settings that the runs differ in."""
+        """The names of the settings that are varied."""
         return [*self.grid, *self.random]
 
     def points(self) -> list[dict]:
@@ -119,16 +119,16 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
         from sklearn.model_selection import ParameterGrid
 
         drawn: list[dict] = [{}]
-        if self.random:  # evenly spread: few draws leave no corner out, as independent ones do
+        if self.random:  # evenly spread: a few independent draws would leave corners out
             shares = qmc.Halton(len(self.random), rng=self.draw_seed).random(self.draws)
-            drawn = [dict(zip(self.random, map(_at, self.random.values(), of_one)))
-                     for of_one in shares.tolist()]  # fmt: skip
+            drawn = [dict(zip(self.random, map(_at, self.random.values(), row)))
+                     for row in shares.tolist()]  # fmt: skip
         return [{**point, **draw} for draw in drawn for point in ParameterGrid(self.grid)]
 
     def plan(self) -> tuple[list[Experiment], list[str]]:
-        """The experiments, named after their settings, and a line per point that is impossible.
+        """The experiments, named after their settings, and a line per impossible point.
 
-        ValueError, if all of them are.
+        ValueError if every point is impossible.
         """
         planned, refused = {}, []
         for point in self.points():
@@ -150,12 +150,12 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
 
 
 def read(space: str | Path, **given) -> Sweep:
-    """A sweep from a YAML file, or from its text; ``given`` goes over what is written there.
+    """Read a sweep from a YAML file, or from YAML text; ``given`` overrides what it says.
 
     >>> read("{optimizer: atmo, grid: {lr: [0.01, 0.1]}}", scale="toy").scale
     'toy'
 
-    ValueError, with every fault in one line, if it is no sweep; FileNotFoundError without a file.
+    ValueError, with every fault on one line, for an invalid sweep; FileNotFoundError for no file.
     """
     try:
         is_file = str(space).endswith((".yaml", ".yml"))
@@ -169,7 +169,7 @@ def read(space: str | Path, **given) -> Sweep:
 
 
 def sweep_from(params: SimpleNamespace) -> Sweep:
-    """A notebook's sweep: ``params.space``, under scale, dataset and epochs that are not None."""
+    """A notebook's sweep: ``params.space``; scale, dataset and epochs override it unless None."""
     given = {k: v for k in ("scale", "dataset") if (v := getattr(params, k)) is not None}
     if params.epochs is not None:
         given["fixed"] = {**read(params.space, **given).fixed, "epochs": params.epochs}
@@ -177,7 +177,7 @@ def sweep_from(params: SimpleNamespace) -> Sweep:
 
 
 def default_out(space: str | Path) -> Path:
-    """Where a sweep is kept if nothing else is said: runs/sweep-FILE, or -CHECKSUM of its text."""
+    """The default folder of a sweep: runs/sweep-FILE, or runs/sweep-CHECKSUM of its text."""
     is_file = str(space).endswith((".yaml", ".yml"))
     name = Path(space).stem if is_file else f"{crc32(space.encode()):08x}"
     return data.PROJECT / "runs" / f"sweep-{name}"
@@ -187,7 +187,7 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
     """One row per run: the settings in which the runs differ, then what was measured.
 
     Weights that sum to 1 are shown as ``lambda_sgd``. Accuracies and losses are those of the last
-    epoch, "best" the best epoch's; they are missing where a run did not finish.
+    epoch, "best" the best epoch's; they are missing if a run did not finish.
     """
     settings, measured = [], []
     for h in histories:
@@ -212,8 +212,8 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per point of :func:`table`: mean test accuracy, ± (95 %, Student), and counts.
 
-    The best first, by validation accuracy where there is one; last those with a run that diverged,
-    whose mean is that of the lucky seeds.
+    Best first, by validation accuracy if there is one. Points with a run that diverged come last:
+    their mean is that of the lucky seeds.
     """
     groups = runs.assign(diverged=runs["status"] == "diverged").groupby("run", sort=False)
     settings = [column for column in runs if column not in (*MEASURED, *CHOOSING)]
@@ -231,7 +231,7 @@ def _at(values: list | Range, share: float):
 
 
 def _name(optimizer: str, point: dict) -> str:
-    """A name that tells the settings, made of what folders may be called."""
+    """A name that lists the settings, in characters that folder names may have."""
     words = [f"{k}{v:.6g}" if isinstance(v, float) else f"{k}{v}"
              for k, v in point.items() if k != "optimizer"]  # fmt: skip
     words = [re.sub(r"[^A-Za-z0-9._-]+", "_", word).strip("_") for word in (optimizer, *words)]

@@ -11,7 +11,7 @@ from hybrid_lib.study import statistics
 from hybrid_lib.training import data
 from hybrid_lib.training.history import History
 
-_INSTALLED = Path(__file__).parents[1]  # where a wheel puts them
+_INSTALLED = Path(__file__).parents[1]  # where a wheel puts the tables
 PAPER, FAIR = (
     _INSTALLED / name if (_INSTALLED / name).is_dir() else data.PROJECT / "data" / folder
     for name, folder in (("paper", "paper"), ("fair", "results/fair"))
@@ -29,16 +29,17 @@ def paper(name: str) -> pd.DataFrame:
 
 
 def fair(name: str) -> pd.DataFrame:
-    """Comparisons under equal budgets, as published (``data/results/fair``).
+    """Published comparisons under equal budgets (``data/results/fair``).
 
-    "runs" and "epochs": a row per run, or per epoch of one, of ``fair.py``. "depth": a row per run
-    of ``depth.py``, which takes PADAM-SGD apart.
+    "runs" and "epochs": a row per run of ``fair.py``, or per epoch of a run; "images-runs" and
+    "images-epochs": the same for its scale "images". "depth" and "merges": a row per run of
+    ``depth.py``, which takes PADAM-SGD apart, and of ``merges.py``.
     """
     return pd.read_csv(FAIR / f"{name}.csv")
 
 
 def subject(histories: Sequence[History]) -> str:
-    """The data set's name, for titles; ValueError for no history or those of several."""
+    """The data set's name, for titles; ValueError for no history, or several data sets."""
     titles = {h.dataset + ", published runs" * h.environment.get("published", False)
               for h in histories}  # fmt: skip
     if len(titles) > 1:
@@ -51,10 +52,10 @@ def subject(histories: Sequence[History]) -> str:
 def accuracies(histories: Sequence[History]) -> pd.DataFrame:
     """Table III, redone: the report's accuracy beside final and best ones.
 
-    Columns are mean test accuracies over the seeds, ± that of "final"; with one seed there is none.
-    "best" is chosen by the test set, epoch by epoch: it flatters, so it never stands alone. Means
-    are over complete runs, "seeds" counts them, and "status" says what became of the others; a
-    method that has no complete run is here with the last good epochs of those it has.
+    Columns are mean test accuracies over the seeds; "±" belongs to "final" and needs two seeds.
+    "best" takes each run's best epoch on the test set: it flatters, so it never stands alone. Means
+    are over complete runs, counted in "seeds"; "status" tells the state of the others. A method
+    without a complete run shows the last good epochs of the runs it has.
     """
     report, rows = paper("table3")["test_accuracy"], {}
     for name, group in statistics.group_by_method(histories).items():
@@ -77,9 +78,9 @@ def accuracies(histories: Sequence[History]) -> pd.DataFrame:
 def seconds(histories: Sequence[History]) -> pd.DataFrame:
     """Seconds per epoch of every method (medians), and their ratio to SGD beside the report's.
 
-    There is none to an SGD of another precision.
+    A method that ran in a different precision from SGD has no ratio.
     """
-    named, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
+    dataset, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
     for name, group in statistics.group_by_method(histories).items():
         epochs = pd.DataFrame([row for h in group for row in (h.rows[1:] or h.rows)])
         train, test = epochs.reindex(columns=["train_seconds", "test_seconds"]).median()
@@ -87,7 +88,7 @@ def seconds(histories: Sequence[History]) -> pd.DataFrame:
             "train seconds": train, "test seconds": test, "ratio to SGD": train + test,
             "report's ratio": report.get(name, np.nan) / report["sgd"],
         }  # fmt: skip
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(named)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(dataset)
     table["ratio to SGD"] /= table["ratio to SGD"].get(methods.label("sgd"), np.nan)
     precisions = {h.label: h.experiment.precision for h in histories}
     for name in set(table.index) & precisions.keys():

@@ -1,7 +1,7 @@
-"""Data sets as one uint8 tensor each, and the batches made from them on the device.
+"""Data sets as uint8 tensors, and the batches made from them on the device.
 
-Cropping, flipping and normalising happen per batch on whatever device holds the images: there is
-no data loader and no worker process.
+Each batch is cropped, flipped and normalised on whatever device holds the images. There is no data
+loader and no worker process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 TITLES = {
     "digits": "handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
     "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST",
-    "python-docs": "Python {}.{}'s documentation".format(*sys.version_info),  # of training.text
+    "python-docs": "Python {}.{}'s documentation".format(*sys.version_info),  # see training.text
 }  # fmt: skip
 NAMES = tuple(TITLES)
-# A copy of a known data set is named for what it is: never mistake it for the original.
+# A copy of a known data set has its own title, so that it is never mistaken for the original.
 FOLDER_TITLES = {"cifar10-jpeg": "CIFAR-10 (JPEG copy)"}
 _CHECKOUT = Path(__file__).resolve().parents[2]
-# Where data/, notebooks/ and runs/ are: the checkout; for an installed package the working folder.
+# The folder that holds data/, notebooks/ and runs/: the checkout, else the working folder.
 PROJECT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 
@@ -43,7 +43,7 @@ class Data:
     classes: tuple[str, ...]  # label i is classes[i]
     train_images: Tensor  # uint8, (n, channels, height, width)
     train_labels: Tensor  # int64, (n,)
-    validation_images: Tensor  # none, unless asked for
+    validation_images: Tensor  # empty unless validation_limit is given
     validation_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
@@ -58,7 +58,7 @@ class Data:
 
 
 def check_name(dataset: str) -> None:
-    """ValueError for what can't name a data set; its files are looked for when it is loaded."""
+    """Raise ValueError if no data set can have this name; :func:`load` looks for the files."""
     if dataset.startswith("folder:") and not dataset.removeprefix("folder:").strip():
         raise ValueError(f"dataset={dataset!r}: name the folder, as in folder:data/cifar10-jpeg")
     if dataset not in NAMES and not dataset.startswith("folder:"):
@@ -67,7 +67,7 @@ def check_name(dataset: str) -> None:
 
 
 def title(dataset: str) -> str:
-    """The name of a data set that figures and tables show.
+    """The display name of a data set in figures and tables.
 
     >>> title("folder:data/cifar10-jpeg"), title("folder:my/birds")
     ('CIFAR-10 (JPEG copy)', 'folder birds')
@@ -88,14 +88,14 @@ def load(
         dataset: "digits" (inside scikit-learn: no download), "cifar10", "cifar100", "mnist",
             "fashion-mnist" (through torchvision, downloaded once into ``data/`` of the project or
             into the folder named by the environment variable HYBRID_DATA), or "folder:PATH".
-        train_limit, test_limit: keep that many images: of each class the first ones, as evenly
+        train_limit, test_limit: number of images to keep: the first ones of each class, as evenly
             as the classes allow. None: all.
-        validation_limit: take that many of them out of the training images: of each class the last
-            ones. None: there is no validation set.
+        validation_limit: number of those training images to set aside for validation: the last
+            ones of each class. None: there is no validation set.
 
     Raises:
-        ValueError: for an unknown name, a limit that does not fit, or a folder of the wrong form.
-        FileNotFoundError: for files that are neither there nor to be downloaded.
+        ValueError: for an unknown name, a limit out of range, or a folder with the wrong layout.
+        FileNotFoundError: if files are missing and cannot be downloaded.
     """
     check_name(dataset)
     if dataset.startswith("folder:"):
@@ -109,7 +109,7 @@ def load(
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits n training images: drawn on the CPU, the same everywhere.
+    """The order in which an epoch visits n images, drawn on the CPU: the same for every device.
 
     >>> order(5, seed=0, epoch=1).tolist() == order(5, seed=0, epoch=1).tolist()
     True
@@ -118,30 +118,30 @@ def order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def generator(purpose: str, seed: int, epoch: int, device="cpu") -> torch.Generator:
-    """A generator of its own for each purpose, seed and epoch: resuming restores no generators."""
+    """A separate generator for each purpose, seed and epoch: resuming restores no generators."""
     return torch.Generator(device).manual_seed(seed_of(purpose, seed, epoch))
 
 
 def seed_of(purpose: str, seed: int, epoch: int) -> int:
-    """A seed for each purpose, run and epoch."""
+    """Derive a seed from the purpose, the run's seed and the epoch."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def batches(images: Tensor, labels: Tensor, index: Tensor, size: int) -> Iterator[tuple]:
-    """(images, labels) of ``size`` at a time, in ``index``'s order; the last may be smaller."""
+    """Yield (images, labels) batches of ``size`` in ``index``'s order; the last may be smaller."""
     for part in index.to(images.device, non_blocking=True).split(size):
         yield images.index_select(0, part), labels[part]  # copies whole images
 
 
 def normalised(images: Tensor, data: Data) -> Tensor:
-    """uint8 images as float32 with mean 0 and deviation 1 per channel of the training set."""
+    """uint8 images as float32, standardised by the training set's mean and std per channel."""
     mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
-    return images.float().sub_(255 * mean).mul_(1 / (255 * std))  # in place: one batch of memory
+    return images.float().sub_(255 * mean).mul_(1 / (255 * std))  # in place: allocates one batch
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its size (zeros beyond) and mirror half of them.
+    """Shift each image by up to an eighth of its size, padding with zeros, and mirror half of them.
 
     At 32x32 pixels this is the usual random crop with a padding of 4. ``generator`` must live on
     the images' device.
@@ -163,7 +163,7 @@ def _data(
     name: str, classes: list[str], train: tuple, test: tuple, validation_limit: int | None = None
 ) -> Data:
     held = torch.zeros(len(train[1]), dtype=torch.bool)
-    if validation_limit is not None:  # of each class the last ones
+    if validation_limit is not None:  # the last ones of each class are held out
         if validation_limit == len(held):
             raise ValueError(f"validation_limit={validation_limit}: leaves no image to train on")
         last = _balanced(train[1].flip(0), validation_limit, "validation_limit")
@@ -172,11 +172,11 @@ def _data(
     digest = hashlib.sha256()
     for tensor in (train_images, train_labels, *test, *validation):
         digest.update(tensor.numpy().tobytes())
-    # In float64, channel by channel: 50,000 images at once would need half a gigabyte.
+    # In float64, one channel at a time: 50,000 images at once would need half a gigabyte.
     channels = train_images.transpose(0, 1)
     std, mean = zip(*(torch.std_mean(c.double() / 255, correction=0) for c in channels))
     std, mean = torch.stack(std).float(), torch.stack(mean).float()
-    std = torch.where(std > 0, std, 1.0)  # a channel without contrast stays at zero
+    std = torch.where(std > 0, std, 1.0)  # a constant channel becomes zero
     return Data(
         name, tuple(classes), train_images, train_labels, *validation, *test,
         mean, std, digest.hexdigest()[:16],
@@ -185,19 +185,19 @@ def _data(
 
 @functools.cache
 def _digits():
-    from sklearn.datasets import load_digits  # imported where used: it takes a second
+    from sklearn.datasets import load_digits  # imported here: it takes a second
 
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
-    n = 1200  # two thirds to train on, 597 to test on, in the file's order: no lucky split
+    n = 1200  # two thirds for training, 597 for testing, in file order: no lucky split
     classes = [str(name) for name in bunch.target_names]
     return classes, (images[:n], labels[:n]), (images[n:], labels[n:])
 
 
 def _torchvision(dataset: str):
     try:
-        from torchvision import datasets  # imported where used: the digits do not need it
+        from torchvision import datasets  # imported here: the digits do not need it
     except ImportError as error:
         raise ImportError(
             f"dataset={dataset} needs torchvision: pip install torchvision ({error})"
@@ -215,7 +215,7 @@ def _torchvision(dataset: str):
         raise FileNotFoundError(
             f"{title(dataset)} is not complete in {root / folder} and could not be downloaded "
             f"({_first_line(error)}). Run again with network access, or unpack the original files "
-            "there (HYBRID_DATA names another folder), or use dataset=folder:PATH or digits"
+            "there (HYBRID_DATA sets another root), or use dataset=folder:PATH or digits"
         ) from error
     tensors = []
     for part in (train, test):
@@ -226,19 +226,19 @@ def _torchvision(dataset: str):
 
 
 def folder_sizes(dataset: str) -> dict[str, int]:
-    """How many images a "folder:PATH" has in "train" and in "test", before any is decoded."""
+    """Count the images of a "folder:PATH" in "train" and "test", without decoding any."""
     root = _root(dataset)
     return {part: sum(map(len, _files(root / part).values())) for part in ("train", "test")}
 
 
 def _root(dataset: str) -> Path:
     root = Path(dataset.removeprefix("folder:")).expanduser()
-    # A notebook's working folder is not the project's.
+    # A notebook's working folder is not the project's root.
     return root if root.is_absolute() or root.exists() else PROJECT / root
 
 
 def _files(part: Path) -> dict[str, list[Path]]:
-    """The images of each class; what is hidden (.ipynb_checkpoints, ._1.png) is none."""
+    """Image files by class, without hidden files and folders (.ipynb_checkpoints, ._1.png)."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     def listed(folder: Path) -> list[Path]:
@@ -261,8 +261,8 @@ def _folder(
     train, test = _files(root / "train"), _files(root / "test")
     if len(train) < 2 or train.keys() != test.keys():
         raise ValueError(
-            f"dataset={dataset}: expected images as {layout}, the same two or more classes in "
-            f"both; found train: {_shortened(train)}, test: {_shortened(test)}"
+            f"dataset={dataset}: expected images in {layout}, with the same two or more "
+            f"classes in both; found train: {_shortened(train)}, test: {_shortened(test)}"
         )
     parts = []
     for part, by_class, limit in (("train", train, train_limit), ("test", test, test_limit)):
@@ -270,7 +270,7 @@ def _folder(
             raise ValueError(f"dataset={dataset}: no image in {root / part / name}")
         files = [file for of_class in by_class.values() for file in of_class]
         labels = torch.tensor([i for i, c in enumerate(by_class.values()) for _ in c])
-        kept = _balanced(labels, limit, f"{part}_limit")  # before decoding: a small part is quick
+        kept = _balanced(labels, limit, f"{part}_limit")  # so that only these are decoded
         parts.append((_decoded([files[i] for i in kept.tolist()]), labels[kept]))
     return _data(title(dataset), list(train), *parts, validation_limit)
 
@@ -282,10 +282,10 @@ def _decoded(files: list[Path]) -> Tensor:
                 if image.mode[0] not in "IF":
                     return np.asarray(image.convert("RGB"))
                 if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-                    raise ValueError(f"mode {image.mode}, 32 bits a pixel: save it with 8 or 16")
-                grey = (np.asarray(image) >> 8).astype(np.uint8)  # PIL's own conversion cuts off
+                    raise ValueError(f"mode {image.mode}, 32 bits per pixel: save it with 8 or 16")
+                grey = (np.asarray(image) >> 8).astype(np.uint8)  # PIL's own conversion clips
                 return np.stack([grey] * 3, axis=-1)
-        except Exception as error:  # decoders raise of every kind, SyntaxError included
+        except Exception as error:  # decoders raise anything, even SyntaxError
             raise ValueError(f"{file}: not a readable image ({_first_line(error)})") from error
 
     images = np.empty((len(files), *decode(files[0]).shape), np.uint8)
@@ -300,13 +300,13 @@ def _decoded(files: list[Path]) -> Tensor:
 
 
 def _balanced(labels: Tensor, limit: int | None, name: str) -> Tensor:
-    """Indices of the first ``limit`` images taken in turn from the classes, in file order."""
+    """Indices, in file order, of ``limit`` images: the first ones of each class, taken in turn."""
     n = len(labels)
     if limit is None or limit == n:
         return torch.arange(n)
     if not 1 <= limit <= n:
-        raise ValueError(f"{name}={limit!r}: must lie between 1 and the {n} images there are")
-    rank = torch.empty(n, dtype=torch.long)  # how many of its class came before it
+        raise ValueError(f"{name}={limit!r}: must lie between 1 and {n}, the number of images")
+    rank = torch.empty(n, dtype=torch.long)  # number of earlier images of the same class
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         rank[members] = torch.arange(len(members))

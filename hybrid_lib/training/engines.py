@@ -1,8 +1,8 @@
 """One pass over a training batch: loss, gradient and, where due, the Hessian diagonal.
 
 Two engines give the same numbers up to rounding. The eager one is plain PyTorch. The compiled one
-(``torch.compile``, forward-over-reverse) is faster per step by a third for first-order methods and
-by half for second-order ones, and costs its compilation once per shape.
+(``torch.compile``, forward over reverse) is faster per step, by a third for first-order methods and
+by half for second-order ones, but has to compile once per shape.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hybrid_lib.optim.curvature import forward_over_reverse, hessian_diagonal, r
 from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training.experiments import Experiment
 
-# (x, y, generator of the probes, or None where no Hessian diagonal is due) ->
-# (loss, how many are right, gradients, Hessian diagonal or None)
+# (x, y, generator of the probes, or None if no Hessian diagonal is due) ->
+# (loss, number of correct predictions, gradients, Hessian diagonal or None)
 Pass = Callable[
     [Tensor, Tensor, torch.Generator | None],
     tuple[Tensor, Tensor, list[Tensor], list[Tensor] | None],
@@ -29,10 +29,11 @@ Pass = Callable[
 
 
 def should_compile(experiment: Experiment, task, begun_with: str | None = None) -> bool:
-    """Whether a run whose user does not say is compiled.
+    """Whether to compile a run for which the user has not decided.
 
-    As it began; a new run from so many steps on that it saves more time than the compilation takes
-    (20,000 of a first-order method, 2,000 of a second-order one), if the machine has a compiler.
+    A resumed run keeps its engine. A new run is compiled if it has enough steps to save more time
+    than compiling takes (20,000 for a first-order method, 2,000 for a second-order one). Either way
+    the machine needs a compiler.
     """
     steps = experiment.epochs * math.ceil(task.n_train / experiment.batch_size)
     wanted = steps >= (2_000 if experiment.needs_hessian else 20_000)
@@ -46,7 +47,7 @@ def should_compile(experiment: Experiment, task, begun_with: str | None = None) 
 
 @functools.lru_cache
 def why_not_compile(device_type: str) -> str:
-    """Why nothing can be compiled for such a device; empty if it can. Takes seconds, once."""
+    """Why this type of device cannot compile; empty if it can. The first call takes seconds."""
     try:
         compiled(lambda x: x.sin() + 1, "a test function")(torch.zeros(8, device=device_type))
     except CannotCompile as error:
@@ -55,7 +56,7 @@ def why_not_compile(device_type: str) -> str:
 
 
 def eager_pass(model: nn.Module, task) -> Pass:
-    """Backward passes of autograd; the second derivatives are differentiated gradients."""
+    """Autograd's backward passes; second derivatives come from differentiating the gradients."""
     params, e = list(model.parameters()), task.experiment
 
     def one_pass(x, y, probes):
@@ -68,7 +69,7 @@ def eager_pass(model: nn.Module, task) -> Pass:
             grads, diag = torch.autograd.grad(loss * e.loss_scale, params), None
             grads = _unscaled(grads, e.loss_scale)
         if probes is not None and part < len(y):
-            discarded: list[Tensor] = []  # the running statistics have seen these items already
+            discarded: list[Tensor] = []  # the running statistics already include these items
             loss_of_part = task.loss(model(x[:part], discarded), y[:part])
             diag = hessian_diagonal(loss_of_part, params, e.hessian_samples, probes)[1]
         return loss.detach(), task.right(outputs, y), grads, diag
@@ -77,12 +78,12 @@ def eager_pass(model: nn.Module, task) -> Pass:
 
 
 def compiled_pass(model: nn.Module, task) -> Pass:
-    """Forward over reverse, fused by ``torch.compile``; a last, smaller batch goes eagerly.
+    """Forward over reverse, fused by ``torch.compile``; a smaller last batch runs eagerly.
 
-    Wants model and inputs in ``torch.channels_last``.
+    Expects model and inputs in ``torch.channels_last``.
 
     Raises:
-        CannotCompile: at the first call.
+        CannotCompile: on the first call of the pass.
     """
     names = [name for name, _ in model.named_parameters()]
     params, e = list(model.parameters()), task.experiment
@@ -106,8 +107,8 @@ def compiled_pass(model: nn.Module, task) -> Pass:
             _, diag, _ = forward_over_reverse(lambda p: loss_of(p, x[:part], y[:part]), params, zs)
         return grads, diag, *seen
 
-    # The tangent of a convolution is a sum of two: kept as a sum, not as both and added anew
-    # wherever it is read. Less time and a fifth less memory.
+    # The tangent of a convolution is a sum of two terms. Store the sum, not both terms to be added
+    # again at every read: this takes less time and a fifth less memory.
     fast = compiled(fused, "the training pass", realize_reads_threshold=1)
 
     def one_pass(x, y, probes):
@@ -124,7 +125,7 @@ def compiled_pass(model: nn.Module, task) -> Pass:
 
 
 def training_step(model: nn.Module, one_pass: Pass, optimizer: Hybrid) -> Callable:
-    """A pass and the optimizer's step: (x, y, probes) -> (loss, how many are right)."""
+    """A pass and the optimizer's step: (x, y, probes) -> (loss, number of correct predictions)."""
     params = list(model.parameters())
     place = {p: i for i, p in enumerate(params)}
     order = [place[p] for group in optimizer.param_groups for p in group["params"]]
@@ -140,28 +141,28 @@ def training_step(model: nn.Module, one_pass: Pass, optimizer: Hybrid) -> Callab
 
 
 def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> Callable:
-    """``function(x, y, probes)``, repeated as a CUDA graph: one launch instead of hundreds.
+    """Replay ``function(x, y, probes)`` as a CUDA graph: one launch instead of hundreds.
 
-    Every kind of call (shapes, with probes or without, which λ are 0) has a graph of its own, which
-    is captured after the second such call; those two run as they are, which compiles, chooses
-    algorithms and makes buffers. What cannot be captured goes on as it is, and a line says why.
-    Read what it returns before the next call of any function that shares ``pool``.
+    Every kind of call (shapes, with or without probes, which λ are 0) has its own graph, captured
+    after the second such call. Those two run normally, to compile, choose algorithms and allocate
+    buffers. A function that cannot be captured keeps running normally, and a line says why. Read
+    the results before the next call of any function that shares ``pool``.
 
     Args:
-        function: computes on tensors alone, and may write into others that stay where they are;
-            draws from no generator but ``probes``, which is the same one in every call.
-        optimizer: whose step is part of it.
-        pool: of memory (``torch.cuda.graph_pool_handle()``), for graphs that never run at the same
-            time.
+        function: computes on tensors only. It may write into other tensors that stay in place, and
+            draws only from the generator ``probes``, which is the same one in every call.
+        optimizer: the one whose step is part of ``function``, if any.
+        pool: memory (``torch.cuda.graph_pool_handle()``) to share between graphs that never run at
+            the same time.
 
     Raises:
-        RuntimeError: where a failed capture leaves torch in no state to go on.
+        RuntimeError: if a failed capture leaves torch unable to continue.
     """
-    kept: dict[tuple, tuple] = {}  # by kind: its inputs' place, and its graph and results, or None
+    graphs: dict[tuple, tuple] = {}  # by kind: input buffers, and (graph, results) or None
     calls, streams = Counter(), {}
 
-    def capture(held, probes):
-        graph, device = torch.cuda.CUDAGraph(), held[0].device
+    def capture(inputs, probes):
+        graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         if probes is not None:
             graph.register_generator_state(probes)
         stream = streams.setdefault(device, torch.cuda.Stream(device))
@@ -171,31 +172,31 @@ def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> 
             try:
                 with torch.cuda.graph(graph, **how):
                     try:
-                        return graph, function(*held, probes)
-                    except RuntimeError as error:  # within, so that torch can end the capture
+                        return graph, function(*inputs, probes)
+                    except RuntimeError as error:  # here, so that torch can end the capture
                         failed = error
             except RuntimeError as error:
-                reason = "a CUDA graph was cut short; run again, with capture=False"
+                reason = "capturing a CUDA graph failed; run again with capture=False"
                 raise RuntimeError(f"{reason} ({_first_line(failed or error)})") from error
         reason = f"this step cannot be captured ({_first_line(failed)})"
-        print(f"going on without a CUDA graph, since {reason}")
+        print(f"continuing without a CUDA graph: {reason}")
         return None
 
     def call(x, y, probes=None):
         groups = () if optimizer is None else optimizer.param_groups
         used = (λ != 0 for group in groups for λ in group["lambdas"])
         kind = (x.shape, y.shape, probes is None, *used)
-        if kind not in kept:
-            kept[kind] = (x.clone(), y.clone()), None
-        held, graph = kept[kind]
-        for tensor, new in zip(held, (x, y)):
+        if kind not in graphs:
+            graphs[kind] = (x.clone(), y.clone()), None
+        inputs, graph = graphs[kind]
+        for tensor, new in zip(inputs, (x, y)):
             tensor.copy_(new)
         if graph is None:
-            answer = function(*held, probes)
+            results = function(*inputs, probes)
             calls[kind] += 1
             if calls[kind] == 2:
-                kept[kind] = held, capture(held, probes)
-            return answer
+                graphs[kind] = inputs, capture(inputs, probes)
+            return results
         if optimizer is not None:
             optimizer.advance()
         graph[0].replay()
@@ -211,7 +212,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unscaled(grads, scale: float) -> list[Tensor]:
-    """Divided by the loss's scale; zero in a step in which one of them left float16's range."""
+    """Gradients divided by the loss scale; all zero if one of them left float16's range."""
     if scale == 1:
         return grads
     finite = torch.stack([g.isfinite().all() for g in grads]).all()
@@ -219,5 +220,5 @@ def _unscaled(grads, scale: float) -> list[Tensor]:
 
 
 def _hessian_items(experiment: Experiment, n: int) -> int:
-    """How many of a batch's items the Hessian diagonal comes from; batch norm needs two."""
+    """How many of a batch's n items the Hessian diagonal uses; batch norm needs two."""
     return min(n, max(2, math.ceil(experiment.hessian_fraction * n)))

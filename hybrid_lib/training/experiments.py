@@ -1,7 +1,7 @@
-"""Experiments: everything that decides a run's numbers, and Tables I and II as a table.
+"""Experiments: all settings that determine a run's numbers, and Tables I and II as code.
 
-An :class:`Experiment` is a frozen dataclass of scalars that checks itself; vary one with
-:func:`dataclasses.replace`, which checks again:
+An :class:`Experiment` is a frozen dataclass of scalars that validates itself. Vary one with
+:func:`dataclasses.replace`, which validates the copy:
 
 >>> from dataclasses import replace
 >>> replace(EXPERIMENTS["atmo"], dataset="digits", epochs=5, train_limit=300).epochs
@@ -25,7 +25,7 @@ from hybrid_lib.training import data
 
 
 def _numbers(value):
-    """Command lines and papermill pass text: "0.5, 0.5" or "100 150" is a list of numbers."""
+    """Split text such as "0.5, 0.5" or "100 150", as command lines and papermill pass it."""
     return value.replace(",", " ").split() if isinstance(value, str) else value
 
 
@@ -39,10 +39,10 @@ Block = Annotated[str | int | None, BeforeValidator(lambda v: int(v) if str(v).i
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Experiment:
-    """One training run, but for the machine it runs on.
+    """One training run, apart from the machine it runs on.
 
-    Settings of an optimizer that are None take its own default
-    (:data:`hybrid_lib.optim.methods.METHODS`); settings that it does not have are refused.
+    Optimizer settings that are None take the optimizer's own default
+    (:data:`hybrid_lib.optim.methods.METHODS`). Settings that it does not have are refused.
 
     Raises:
         pydantic.ValidationError: a ValueError that lists every setting outside its range.
@@ -51,24 +51,24 @@ class Experiment:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
     optimizer: str  # a method, or rules joined by +, as in adam+lion+sgd
     dataset: str = "cifar10"  # see training.data.load
-    train_limit: Count | None = None  # keep that many images, class-balanced; None: all
+    train_limit: Count | None = None  # number of images to keep, class-balanced; None: all
     test_limit: Count | None = None
-    # Take that many images, class-balanced, out of those to train on: choices are then made by
-    # them, and the test set is left for what was chosen. None, as the report: no such set.
+    # Number of training images to set aside, class-balanced. Choices are then made on these, which
+    # leaves the test set for what was chosen. None, as in the report: no validation set.
     validation_limit: Count | None = None
     augment: bool = False  # random shifts and mirror images; the report has none
-    width: Count = 64  # of resnet18's first stage, of a text's transformer
+    width: Count = 64  # of resnet18's first stage, or of the transformer for text
     stem: Literal["cifar", "imagenet"] = "cifar"
     epochs: Count
     batch_size: Count = 256  # the last batch of an epoch may be smaller, none is dropped
     lr: Positive
     lr_schedule: Literal["constant", "cosine", "multistep"] = "constant"  # cosine: equation 1, to 0
     lr_milestones: Annotated[tuple[Count, ...], BeforeValidator(_numbers)] = ()  # in epochs
-    lr_gamma: Positive = 0.1  # times which the rate goes on after each milestone
-    # Epochs in which the rate rises, linearly; again after restart_epoch. The report has none.
+    lr_gamma: Positive = 0.1  # factor on the rate at each milestone
+    # Epochs of linear warm-up of the rate, repeated after restart_epoch. The report has none.
     lr_warmup: Annotated[int, Field(ge=0)] = 0
-    # Before this epoch the optimizer and its rate start anew and only the weights stay, as happened
-    # to the report's AdaHessian at epoch 146.
+    # Before this epoch the optimizer and its rate start afresh and only the network's weights stay,
+    # as happened to the report's AdaHessian at epoch 146.
     restart_epoch: Count | None = None
     momentum: NotNegative | None = None
     dampening: NotNegative | None = None
@@ -83,38 +83,38 @@ class Experiment:
     hessian_power: Positive | None = None
     spatial_average: Block = None
     signed_average: bool | None = None
-    merge: Literal["product", "sum", "graft"] = "product"  # as the report; see Hybrid
-    # The weights, one per rule, as in (adaptive, SGD): lambda_start throughout, a ramp from start
-    # to end, or from the start on what a controller makes of them (optim.controllers).
+    merge: Literal["product", "sum", "graft"] = "product"  # product: as in the report; see Hybrid
+    # The weights λ, one per rule, as in (adaptive, SGD): constant at lambda_start, a ramp from
+    # lambda_start to lambda_end, or from lambda_start on set by a controller (optim.controllers).
     lambda_schedule: Literal[("constant", *schedules.SHAPES, *CONTROLLERS)] = "constant"
     lambda_start: Weights = (0.5, 0.5)
     lambda_end: Weights = (0.0, 1.0)
-    lambda_epochs: Count | None = None  # None: all
-    lambda_rate: Positive | None = None  # of exponential and of hedge
-    lambda_steepness: Positive | None = None  # of sigmoid
-    lambda_share: Annotated[float, Field(ge=0, le=1)] | None = None  # of hedge
-    lambda_tolerance: Positive | None = None  # of swats
-    # Which layers are merged; the others take the last rule alone. norms_and_head: norms, biases
-    # and the last layer; matrices: the rest, convolutions and matrices.
+    lambda_epochs: Count | None = None  # horizon of the ramp; None: all epochs
+    lambda_rate: Positive | None = None  # for exponential and hedge
+    lambda_steepness: Positive | None = None  # for sigmoid
+    lambda_share: Annotated[float, Field(ge=0, le=1)] | None = None  # for hedge
+    lambda_tolerance: Positive | None = None  # for swats
+    # Which layers follow the merge; the others follow the last rule alone. norms_and_head: norms,
+    # biases and the last layer. matrices: all other layers, that is convolutions and matrices.
     lambda_on: Literal["all", "norms_and_head", "matrices"] = "all"
-    # Whose weights a controller sets together; of one per tensor, rows hold the plain mean.
+    # A controller sets λ once for the model, or per tensor: rows then hold the plain mean of these.
     lambda_per: Literal["model", "tensor"] = "model"
-    # From start to end (report), as schedules.Released, or as the protocol says: released for ATMO
-    # and PADAM-SGD under the released protocol, the report's everywhere else.
+    # report: from start to end. released: as schedules.Released. protocol: released for ATMO and
+    # PADAM-SGD under the released protocol, report everywhere else.
     lambda_direction: Literal["protocol", "report", "released"] = "protocol"
-    # Probes per estimate of the Hessian diagonal, steps from one to the next, and the share of a
-    # batch that it is made from. 1, 1 and 1 as in the report; else another, cheaper algorithm.
+    # Probes per estimate of the Hessian diagonal, steps from one estimate to the next, and the
+    # share of a batch used for it. The report has 1, 1 and 1; else another, cheaper algorithm runs.
     hessian_samples: Count = 1
     hessian_every: Count = 1
     hessian_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # clean: inputs normalised, tests in evaluation mode. released, as the report's code ran: raw
-    # 0-255 inputs, tests in training mode, whose batches move the running statistics.
+    # clean: inputs normalised, tests in evaluation mode. released: as the report's code ran, with
+    # raw 0-255 inputs and tests in training mode, whose batches update the running statistics.
     protocol: Literal["clean", "released"] = "clean"
-    test_mode: Literal["protocol", "eval", "train"] = "protocol"  # of the network, in the test pass
-    # tf32: NVIDIA's, of matrix products. bfloat16, float16 (for GPUs without the other): of the
+    test_mode: Literal["protocol", "eval", "train"] = "protocol"  # the network's mode in tests
+    # tf32: NVIDIA's format, for matrix products. bfloat16, or float16 on GPUs without it: for the
     # convolutions alone. All three are coarser.
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of weights, order, augmentation and probes
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of init, order, augmentation and probes
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -128,7 +128,7 @@ class Experiment:
             limit = f"train_limit={self.train_limit}" + f" - validation_limit={held}" * bool(held)
             raise ValueError(f"batch_size={self.batch_size} is larger than {limit}: no full batch")
         if self.validation_limit is not None and self.tests_in_training_mode:
-            ways = "evaluate in evaluation mode (test_mode='eval'), or leave it out"
+            ways = "needs tests in evaluation mode; set test_mode='eval', or leave it out"
             raise ValueError(f"validation_limit={self.validation_limit}: {ways}")
         if self.precision == "float16" and self.needs_hessian:
             raise ValueError("precision='float16': too narrow for second derivatives; use bfloat16")
@@ -136,9 +136,9 @@ class Experiment:
             raise ValueError(f"lr_milestones={self.lr_milestones}: must increase")
         if (self.lr_schedule == "multistep") != bool(self.lr_milestones):
             given = f"lr_milestones={self.lr_milestones} with lr_schedule={self.lr_schedule!r}"
-            raise ValueError(f"{given}: give milestones to 'multistep', and only to it")
+            raise ValueError(f"{given}: 'multistep' needs milestones, others take none")
         if self.lr_warmup >= self.epochs:
-            raise ValueError(f"lr_warmup={self.lr_warmup}: fewer than epochs={self.epochs}")
+            raise ValueError(f"lr_warmup={self.lr_warmup}: must be less than epochs={self.epochs}")
         if self.restart_epoch is not None and not 2 <= self.restart_epoch <= self.epochs:
             allowed = f"between 2 and epochs={self.epochs}"
             raise ValueError(f"restart_epoch={self.restart_epoch}: must lie {allowed}")
@@ -149,16 +149,16 @@ class Experiment:
             if not used and given != f.default:
                 raise ValueError(f"{f.name}={given!r}: {self.optimizer} has no such setting")
         if self._direction == "released" and self.lambda_schedule not in ("constant", "linear"):
-            ways = "the released one is linear; choose that, or lambda_direction='report'"
+            ways = "the released one is linear; choose 'linear', or lambda_direction='report'"
             raise ValueError(f"lambda_schedule={self.lambda_schedule!r}: {ways}")
         if (self.optimizer == "swats") != (self.lambda_schedule == "swats"):
             given = f"lambda_schedule={self.lambda_schedule!r} with optimizer={self.optimizer!r}"
-            raise ValueError(f"{given}: swats goes with swats")
+            raise ValueError(f"{given}: use swats for both or neither")
         if self.lambda_per != "model" and self.lambda_schedule not in CONTROLLERS:
             only = " or ".join(CONTROLLERS)
             raise ValueError(f"lambda_per={self.lambda_per!r}: lambda_schedule must be {only}")
-        own = {f.name for f in dataclasses.fields(self._shape)}
-        for name in self._shape_settings.keys() - own:
+        known = {f.name for f in dataclasses.fields(self._shape)}
+        for name in self._shape_settings.keys() - known:
             raise ValueError(f"lambda_{name}: {self.lambda_schedule!r} has no {name}")
         matrix, bias = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
         self.build_optimizer([("matrix", matrix), ("bias", bias)])
@@ -174,24 +174,23 @@ class Experiment:
 
     @property
     def label(self) -> str:
-        """The report's name of the method, or ``name`` for experiments of one's own."""
+        """The method's name in the report, or ``name`` for a custom experiment."""
         is_plain = self.name == self.optimizer.replace("+", "-")
         return self.method.label if is_plain else methods.label(self.name)
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether two rules are merged."""
+        """Whether rules are merged."""
         return self.method.is_hybrid
 
     @property
     def needs_hessian(self) -> bool:
-        """Whether one of its rules is AdaHessian."""
+        """Whether one of the rules is AdaHessian."""
         return self.method.needs_hessian
 
     @property
     def loss_scale(self) -> float:
-        """Factor on the loss, divided out of the gradients, so that they do not underflow in
-        float16."""
+        """Factor on the loss, divided out of the gradients: prevents underflow in float16."""
         return 2.0**13 if self.precision == "float16" else 1.0
 
     @property
@@ -201,10 +200,10 @@ class Experiment:
         return (by_protocol if self.test_mode == "protocol" else self.test_mode) == "train"
 
     def build_optimizer(self, params, compile: bool = False) -> Hybrid:
-        """The optimizer for a model's ``parameters()``, with the weights of the first epoch.
+        """The optimizer for a model's ``parameters()``, with the first epoch's weights λ.
 
-        One group for what is merged (one per tensor, where ``lambda_per`` says so), and one for the
-        others, if ``lambda_on`` leaves any; it goes by names: pass ``named_parameters()`` then.
+        Merged parameters form one group (one per tensor, if ``lambda_per`` says so), those that
+        ``lambda_on`` excludes another; it selects by name: pass ``named_parameters()`` then.
         """
         groups: dict[str, list] = {"merged": [], "others": []}
         named = [p if isinstance(p, tuple) else ("", p) for p in params]
@@ -227,19 +226,19 @@ class Experiment:
         optimizer = self.method(merged, lr=self.lr, compile=compile, **settings)
         if groups["others"]:
             last, alone = optimizer.defaults["rules"][-1], {"lambdas": (1.0,), "controller": None}
-            if hasattr(last, "weight_decay"):  # it has its own
+            if hasattr(last, "weight_decay"):  # the rule applies its own
                 alone["decoupled_weight_decay"] = 0.0
             optimizer.add_param_group({"params": groups["others"], "rules": [last], **alone})
         return optimizer
 
     @property
     def chooses_lambdas(self) -> bool:
-        """Whether a controller sets the weights while it trains."""
+        """Whether a controller sets the weights λ during training."""
         return self.lambda_schedule in CONTROLLERS
 
     @property
     def _shape(self) -> type:
-        """Of the schedule of the weights, or their controller."""
+        """The class of the weights' schedule or controller."""
         constant = {"constant": schedules.Constant}
         return (constant | schedules.SHAPES | CONTROLLERS)[self.lambda_schedule]
 
@@ -247,14 +246,14 @@ class Experiment:
     def _direction(self) -> str:
         if self.lambda_direction != "protocol":
             return self.lambda_direction
-        # Only these two have the reversed scheduler; AdaSGD's own goes as the report says.
+        # Only these two have the reversed scheduler; AdaSGD's own runs as the report says.
         reversed_ = self.protocol == "released" and self.optimizer in ("atmo", "padam_sgd")
         reversed_ = reversed_ and not self.chooses_lambdas
         return "released" if reversed_ else "report"
 
     @property
     def _shape_settings(self) -> dict:
-        """What shape or controller of lambda have besides start, end and epochs, where given."""
+        """Settings given for the schedule or controller, besides start, end and epochs."""
         kinds = (*schedules.SHAPES.values(), *CONTROLLERS.values())
         names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
         names -= {"start", "end", "epochs"}
@@ -262,8 +261,7 @@ class Experiment:
         return {name: value for name, value in given.items() if value is not None}
 
     def lambdas(self):
-        """The schedule of the weights: a function of the 0-based epoch. A controller begins with
-        the weights of epoch 0."""
+        """The weights λ as a function of the 0-based epoch; a controller starts from epoch 0's."""
         if not self.is_hybrid:
             return schedules.Constant((1.0,))
         if self.lambda_schedule == "constant" or self.chooses_lambdas:
@@ -275,9 +273,9 @@ class Experiment:
         return self._shape(self.lambda_start, self.lambda_end, horizon, **self._shape_settings)
 
     def learning_rates(self) -> list[float]:
-        """The rate of every epoch, from torch's own schedulers.
+        """The learning rate of every epoch, from torch's own schedulers.
 
-        Computed ahead: like weights, a function of the epoch, and nothing to restore on resuming.
+        Computed in advance: like λ, a function of the epoch, so resuming restores nothing.
         """
         clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.lr)
         torchs = torch.optim.lr_scheduler
@@ -296,7 +294,7 @@ class Experiment:
         return rates[:kept] + rates[: self.epochs - kept]
 
     def scaled(self, epochs: int) -> Experiment:
-        """The same experiment in fewer or more epochs: milestones and horizon keep their share.
+        """The same experiment in fewer or more epochs; milestones and horizon scale with them.
 
         >>> EXPERIMENTS["padam_sgd"].scaled(20).lr_milestones
         (10, 15)
@@ -316,11 +314,11 @@ OPTIMIZER_SETTINGS = set().union(*(method.settings for method in methods.METHODS
 
 
 def get_experiment(name: str) -> Experiment:
-    """A row of ``EXPERIMENTS``; else of a method, or "RULE+RULE+…", an experiment at its own rate,
-    with equal weights.
+    """A row of ``EXPERIMENTS``, or an experiment for another method or "RULE+RULE+…" at its own
+    learning rate, with equal weights.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if ``name`` is none of these.
     """
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
@@ -341,7 +339,7 @@ def get_experiment(name: str) -> Experiment:
 
 
 def error_messages(error: ValidationError) -> list[str]:
-    """One line per fault: the setting, what was given, what is allowed."""
+    """One line per error: the setting, what was given, what is allowed."""
     lines = []
     for fault in error.errors():
         message = fault["msg"].removeprefix("Value error, ")
@@ -350,40 +348,40 @@ def error_messages(error: ValidationError) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-# Tables I and II, one row per method in the report's order. Where a setting surprises, its reason
-# stands before it; "released" is the code that made Table III.
+# Tables I and II, one row per method in the report's order. A comment gives the reason for each
+# surprising setting; "released" refers to the code that produced Table III.
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
         Experiment(
             name="sgd", optimizer="sgd", lr=0.01, momentum=0.95, weight_decay=5e-4, epochs=350
         ),
-        # L2 decay, though the report cites the paper on decoupled decay: as released.
+        # L2 decay, as released, though the report cites the paper on decoupled decay.
         Experiment(name="adam", optimizer="adam", lr=0.001, weight_decay=5e-4, epochs=350),
         # Decay in both rules, as released; Algorithm 2 has it in SGD only (weight_decay_in="sgd").
         Experiment(
             name="atmo", optimizer="atmo", lr=0.01, momentum=0.95, weight_decay=5e-4, epochs=350
         ),
-        # A tenth of ATMO's rate. Probably never dynamic when released: the log's optimizer name is
-        # not the one for which the notebook steps lambda (lambda_schedule="constant",
-        # lambda_start=(1, 0) is that reading).
+        # A tenth of ATMO's rate. Probably never dynamic when released: its log names a different
+        # optimizer than the one for which the notebook steps lambda. (To follow that reading, set
+        # lambda_schedule="constant", lambda_start=(1, 0).)
         Experiment(
             name="dyn_atmo", optimizer="atmo", lr=0.001, momentum=0.95, weight_decay=5e-4,
             epochs=350, lr_schedule="cosine", lambda_schedule="linear", lambda_start=(1, 0),
         ),
-        # Fifty times the decay of the others; Table II leaves the weights blank, the code has one
+        # Fifty times the decay of the others. Table II leaves the weights blank; the code has one
         # half each. No AMSGrad maximum (Algorithm 1 has one), p = 1/8.
         Experiment(
             name="padam_sgd", optimizer="padam_sgd", lr=0.01, momentum=0.9, weight_decay=0.025,
             batch_size=128, epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
         ),
-        # The horizon is 100 of 200 epochs; under the released protocol it ends purely adaptive.
+        # The horizon is 100 of 200 epochs; under the released protocol λ ends purely adaptive.
         Experiment(
             name="dyn_padam_sgd", optimizer="padam_sgd", lr=0.01, momentum=0.9, weight_decay=0.025,
             batch_size=128, epochs=200, lr_schedule="multistep", lr_milestones=(100, 150),
             lambda_schedule="linear", lambda_start=(1, 0), lambda_epochs=100,
         ),
-        # Decoupled decay, no spatial averaging although Algorithm 3 has it: as released.
+        # As released: decoupled decay, and no spatial averaging although Algorithm 3 has it.
         Experiment(
             name="adahessian", optimizer="adahessian", lr=0.15, weight_decay=5e-4, epochs=160,
             lr_schedule="multistep", lr_milestones=(80, 120),

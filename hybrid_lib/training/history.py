@@ -1,6 +1,6 @@
-"""What a run leaves behind: its history, a row per epoch as JSON, and checkpoints to go on from.
+"""A run's files: its history, JSON with a row per epoch, and checkpoints to resume from.
 
-Files are replaced as a whole, and one process at a time writes to a run's folder.
+Files are replaced atomically, and only one process at a time writes to a run's folder.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ COLUMNS = (
     "epoch", "lr", "lambdas", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
     "train_seconds", "test_seconds",
 )  # fmt: skip
-FORMAT = 1  # raised when a reader of today could misread the file of tomorrow
+FORMAT = 1  # increased when an older version could misread newer files
 
 
 @dataclass
 class History:
-    """What a run has computed so far.
+    """The results of a run so far.
 
-    A row per finished epoch has COLUMNS: ``epoch`` from 1; ``train_loss`` and ``train_accuracy``
-    are means over the epoch's batches, while training. With a validation set there are also
-    ``validation_loss`` and ``validation_accuracy``. ``lambdas`` that choose themselves are those at
-    the epoch's end; of SWATS there is ``switched_at``, a step per parameter group (0: not yet).
+    Every finished epoch has a row of COLUMNS. ``epoch`` starts at 1; ``train_loss`` and
+    ``train_accuracy`` are means over the epoch's batches, while training. A validation set adds
+    ``validation_loss`` and ``validation_accuracy``. With a controller, ``lambdas`` are those at the
+    epoch's end; SWATS adds ``switched_at``, a step per parameter group (0: not yet).
     """
 
     experiment: Experiment
@@ -64,21 +64,21 @@ class History:
 
     @property
     def best(self) -> dict:
-        """The row of the highest validation accuracy, the first if there are several.
+        """The row with the highest validation accuracy, or the first such row.
 
-        Without a validation set, of the highest test accuracy: the test set then chose it, so
-        report it beside :attr:`final`, not instead.
+        Without a validation set, the row with the highest test accuracy. As it is then chosen on
+        the test set, report it beside :attr:`final`, not instead of it.
         """
         return max(self.rows, key=lambda row: row.get("validation_accuracy", row["test_accuracy"]))
 
     def frame(self):
-        """The rows as a table of pandas (of the extra ``study``), indexed by epoch."""
-        import pandas as pd  # imported where used: training itself needs none
+        """The rows as a pandas table, indexed by epoch; needs the extra ``study``."""
+        import pandas as pd  # imported here: training does not need it
 
         return pd.DataFrame(self.rows, columns=None if self.rows else COLUMNS).set_index("epoch")
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` (or ``path/history.json`` for a folder) as a whole or not at all."""
+        """Write ``path`` (or ``path/history.json`` for a folder) completely or not at all."""
         parts = {
             "format": FORMAT,
             "status": self.status,
@@ -96,16 +96,16 @@ class History:
         """Read a file that :meth:`save` wrote, or the folder that holds it.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is no history, is damaged, or comes from a newer version.
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a history, is damaged, or comes from a newer version.
         """
         file = _file(path)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no history there; a run writes it after an epoch")
+            raise FileNotFoundError(f"{file}: no history there; a run writes one after an epoch")
         try:
             content = json.loads(file.read_text("utf-8"))
             if content["format"] > FORMAT:
-                newer = f"format {content['format']} is newer than this version reads ({FORMAT})"
+                newer = f"format {content['format']} is newer than this version can read ({FORMAT})"
                 raise ValueError(f"{newer}; update hybrid_lib")
             rows = [{**row, "lambdas": tuple(row["lambdas"])} for row in content["rows"]]
             experiment, note = Experiment(**content["experiment"]), content.get("note", "")
@@ -122,10 +122,10 @@ def load_all(folder: str | Path) -> list[History]:
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replace ``path`` by ``content``; the old file becomes ``keep``, if given.
+    """Replace the file ``path`` with ``content``; the old file becomes ``keep``, if given.
 
     Raises:
-        OSError: if the folder cannot be written or the disk is full; the old file is then intact.
+        OSError: if the folder cannot be written or the disk is full; the old file stays intact.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -144,10 +144,10 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which a killed process gives back, and explain what the disk says.
+    """Lock the folder and explain disk errors; a killed process releases the lock.
 
     Raises:
-        RuntimeError: if another process holds it, or nothing can be written there.
+        RuntimeError: if another process holds the lock, or the folder cannot be written to.
     """
     owner = folder / ".owner"
     try:
@@ -164,15 +164,15 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise RuntimeError(
-                f"{folder}: {error.strerror or error}; the epochs that {FILE} lists are safe, "
-                "mend it and run again to go on"
+                f"{folder}: {error.strerror or error}; the epochs listed in {FILE} are safe, "
+                "fix the problem and run again to continue"
             ) from error
 
 
 def save_checkpoint(
     folder: Path, experiment: Experiment, model: dict, optimizer: dict, rows: list[dict]
 ) -> None:
-    """Write ``last.pt``, from two ``state_dict()``; what was there becomes ``prev.pt``."""
+    """Write two ``state_dict()`` to ``last.pt``; the previous checkpoint becomes ``prev.pt``."""
     content = io.BytesIO()
     state = {
         "format": FORMAT,
@@ -186,35 +186,35 @@ def save_checkpoint(
 
 
 def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -> list[dict]:
-    """Load the newest intact checkpoint into model and optimizer; its rows, or none.
+    """Load the newest intact checkpoint into model and optimizer; return its rows, or none.
 
     Raises:
         RuntimeError: if it belongs to another experiment, or comes from a newer version.
     """
     for name in ("last.pt", FILE, ".owner"):
-        for leftover in folder.glob(f".{name}.*"):  # of a write that was cut short
+        for leftover in folder.glob(f".{name}.*"):  # from an interrupted write
             leftover.unlink(missing_ok=True)
     for file in (folder / "last.pt", folder / "prev.pt"):
         if not file.exists():
             continue
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            # torch looks at none; version 0.1 wrote another, beside the state.
+            # torch checks none; version 0.1 wrote a different one, outside the state.
             if state.pop("checksum", None) not in (None, _checksum(state)):
-                raise ValueError("its checksum does not fit")
-        except Exception as error:  # torch's errors of what it cannot read are of every kind
+                raise ValueError("its checksum does not match")
+        except Exception as error:  # torch raises anything for a file it cannot read
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"{file} is damaged ({reason}); looking for the one before")
-            os.replace(file, file.with_suffix(".damaged"))  # it must not become the one before
+            print(f"{file} is damaged ({reason}); trying the previous one")
+            os.replace(file, file.with_suffix(".damaged"))  # it must not become prev.pt
             continue
         if state["format"] > FORMAT:
             raise RuntimeError(f"{file} was written by a newer version; update hybrid_lib")
-        if not _is(experiment, state["experiment"]):
+        if not _matches(experiment, state["experiment"]):
             raise RuntimeError(f"{file} belongs to another experiment; choose another folder")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return state["rows"]
-    if (folder / FILE).exists():  # published histories travel without their checkpoints
+    if (folder / FILE).exists():  # published histories come without checkpoints
         kept = folder / f"history-before-{time.strftime('%Y%m%d-%H%M%S')}.json"
         os.replace(folder / FILE, kept)
         print(
@@ -224,7 +224,7 @@ def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -
 
 
 def _checksum(state) -> str:
-    """SHA-256 over all tensors, numbers and names of a state; a zip's own misses flipped flags."""
+    """SHA-256 of a state's tensors, numbers and names; a zip's checksums miss flipped flags."""
     digest, waiting = hashlib.sha256(), [state]
     while waiting:
         value = waiting.pop()
@@ -240,8 +240,8 @@ def _checksum(state) -> str:
     return digest.hexdigest()
 
 
-def _is(experiment: Experiment, settings: dict) -> bool:
-    """Whether these are its settings; an older file lacks newer ones."""
+def _matches(experiment: Experiment, settings: dict) -> bool:
+    """Whether these are the experiment's settings; an older file lacks newer ones."""
     try:
         return Experiment(**settings) == experiment
     except ValueError:

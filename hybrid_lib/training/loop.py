@@ -1,7 +1,7 @@
 """The training loop: one experiment in, one row per epoch out.
 
-:func:`run` is the whole story for most users. :func:`epochs` is the loop itself, a generator of
-rows, for those who want to watch.
+Most users need only :func:`run`. :func:`epochs` is the loop itself, a generator of rows, for those
+who want to follow it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from hybrid_lib.training.tasks import load_task
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite any more."""
+    """The loss is no longer finite."""
 
 
 class Stopped(RuntimeError):
-    """``should_stop`` said so."""
+    """``should_stop`` returned True."""
 
 
-def _nobody(model, optimizer) -> Callable[[], dict]:
+def _no_watch(model, optimizer) -> Callable[[], dict]:
     return dict
 
 
@@ -63,75 +63,76 @@ def run(
     capture: bool | None = None,
     threads: int | None = None,
     checkpoint_every: int = 1,
-    watch: Callable[..., Callable[[], dict]] = _nobody,
+    watch: Callable[..., Callable[[], dict]] = _no_watch,
 ) -> History:
-    """Train an experiment, go on with it, or return what is already complete.
+    """Train an experiment, resume it, or return its history if it is already complete.
 
     Args:
         experiment: what to run.
-        out: the run's folder. After every epoch ``history.json`` and ``last.pt`` (the state) are in
-            it; a later call continues, to the same numbers, on a GPU up to rounding. None: nothing
-            is kept.
+        out: the run's folder. After every epoch it contains ``history.json`` and ``last.pt`` (the
+            state). A later call resumes from them, to the same numbers (on a GPU up to rounding).
+            None: nothing is saved.
         device: where to train; None: an NVIDIA GPU if there is one, else the CPU.
         progress: print a line per epoch.
-        should_stop: asked before every step; True ends the call with status "stopped".
+        should_stop: polled before every step; True stops the run with status "stopped".
         on_epoch: called with the history so far, once it is on disk: at the start of the call
             (with the rows of a checkpoint, if any) and after every epoch.
-        compile: whether ``torch.compile`` fuses the training step: the same numbers up to rounding.
-            None: as the run began, or for a new run if that saves time (:func:`should_compile`).
-        capture: whether a CUDA graph repeats the step, one launch instead of hundreds. None: as
-            the run began, or on NVIDIA GPUs.
-        threads: of the CPU; another number rounds sums in another order, and a seed ends elsewhere.
-            None: as the run began, or one: the same numbers on every machine.
-        checkpoint_every: epochs between checkpoints. More than one saves time where an epoch takes
-            no longer than writing the state does. The state is also written when the call ends;
-            only a process that is killed trains the epochs since the last checkpoint again.
-        watch: called with model and optimizer before they train, as :func:`look_inside` is; what it
-            returns is called after every epoch and answers what to add to its row. It may hook into
-            the optimizer's steps, so there are no CUDA graphs then.
+        compile: whether to fuse the training step with ``torch.compile``: the same numbers up to
+            rounding. None: as the run began; if new, where it saves time (:func:`should_compile`).
+        capture: whether to replay the step as a CUDA graph, one launch instead of hundreds. None:
+            as the run began; if new, on NVIDIA GPUs.
+        threads: CPU threads. Another number rounds sums in another order and changes a seed's
+            result. None: as the run began; if new, one: the same numbers on every machine.
+        checkpoint_every: epochs between checkpoints. More than one saves time if an epoch takes no
+            longer than writing the state. The state is also written when the call ends, so that
+            only a killed process has to repeat the epochs since the last checkpoint.
+        watch: called with model and optimizer before training, as :func:`look_inside` is. It
+            returns a function that is called after every epoch and returns what to add to the row.
+            It may hook into the optimizer's steps, so it rules out CUDA graphs.
 
     Returns:
-        The history, "complete", "stopped", or "diverged" if a loss was not finite: a result, kept
-        up to the last good epoch and not tried again. Its ``environment`` says how it ran.
+        The history, with status "complete", "stopped", or "diverged" if a loss was not finite. A
+        diverged run is a result: it is kept up to the last good epoch and not tried again.
+        ``environment`` records how it ran.
 
     Raises:
         ValueError: for settings that do not fit the data or the device.
-        FileNotFoundError: for data that is not there.
+        FileNotFoundError: if the data are missing.
         CannotCompile: a RuntimeError, if ``compile=True`` and there is no compiler.
         RuntimeError: if the folder holds another experiment or another process writes to it.
     """
-    folder, begun = None if out is None else Path(out), {}
+    folder, earlier = None if out is None else Path(out), {}
     for name, n in {"threads": threads, "checkpoint_every": checkpoint_every}.items():
         if n is not None and n < 1:
-            raise ValueError(f"{name}={n!r}: at least 1")
+            raise ValueError(f"{name}={n!r}: must be at least 1")
     if folder is not None and (folder / FILE).exists():
         history = History.load(folder)
         _check_same(experiment, history, folder)
         if history.status in ("complete", "diverged"):
             return history
-        begun = history.environment
+        earlier = history.environment
 
     task = load_task(experiment, device)
-    if begun and begun.get("dataset_checksum") != task.environment["dataset_checksum"]:
-        there, here = begun.get("dataset_checksum"), task.environment["dataset_checksum"]
+    if earlier and earlier.get("dataset_checksum") != task.environment["dataset_checksum"]:
+        there, here = earlier.get("dataset_checksum"), task.environment["dataset_checksum"]
         raise RuntimeError(
             f"{folder} was trained on other data of {task.environment['dataset']} (checksum "
-            f"{there}, here {here}); restore it, or choose another folder"
+            f"{there}, here {here}); restore that data, or choose another folder"
         )
     if compile is None:
-        compile = should_compile(experiment, task, begun.get("engine"))
+        compile = should_compile(experiment, task, earlier.get("engine"))
     on_gpu = task.device.type == "cuda"
     if capture and not on_gpu:
         raise ValueError(f"capture=True needs an NVIDIA GPU, not {task.device.type!r}")
-    if capture and watch is not _nobody:
-        raise ValueError("capture=True: a CUDA graph repeats steps without asking watch; drop one")
+    if capture and watch is not _no_watch:
+        raise ValueError("capture=True: a CUDA graph replays steps unseen by watch; drop one")
     if capture is None:
-        seen = experiment.chooses_lambdas or watch is not _nobody
-        capture = on_gpu and not seen and begun.get("cuda_graphs", True)
+        hooked = experiment.chooses_lambdas or watch is not _no_watch
+        capture = on_gpu and not hooked and earlier.get("cuda_graphs", True)
     how = {"compile": compile, "capture": capture, "checkpoint_every": checkpoint_every,
            "should_stop": should_stop, "watch": watch}  # fmt: skip
-    usual = 1 if task.device.type == "cpu" else torch.get_num_threads()
-    threads = threads or begun.get("cpu_threads", usual)
+    default = 1 if task.device.type == "cpu" else torch.get_num_threads()
+    threads = threads or earlier.get("cpu_threads", default)
     with contextlib.nullcontext() if folder is None else only_writer(folder), _cpu_threads(threads):
         history = History(experiment, environment=_environment(task, compile, capture))
         _train_until_done(history, task, folder, progress, on_epoch, how)
@@ -146,12 +147,11 @@ def epochs(
     compile: bool = False,
     capture: bool = False,
     checkpoint_every: int = 1,
-    watch: Callable[..., Callable[[], dict]] = _nobody,
+    watch: Callable[..., Callable[[], dict]] = _no_watch,
 ) -> Iterator[list[dict]]:
-    """The loop. Yields all rows so far, first those of the checkpoint, then after every epoch.
+    """The loop: yield all rows so far, first those of the checkpoint, then after every epoch.
 
-    When rows are yielded, the checkpoint that belongs to them is on disk, or will be when the
-    generator ends.
+    When rows are yielded, their checkpoint is on disk, or will be when the generator ends.
 
     Raises:
         Diverged, Stopped: in the middle of an epoch; rows and checkpoint are those before it.
@@ -167,18 +167,18 @@ def epochs(
         step = repeated(training_step(model, one_pass, optimizer), optimizer)
         return optimizer, step, watch(model, optimizer)
 
-    optimizer, step, watched = new_optimizer()
+    optimizer, step, watch_columns = new_optimizer()
     evaluate = repeated(_evaluation(model, task))
     probes = torch.Generator(task.device)
     learning_rates, lambdas = experiment.learning_rates(), experiment.lambdas()
 
     rows = [] if folder is None else restore_checkpoint(folder, experiment, model, optimizer)
     yield rows
-    unsaved = None  # the state after the last epoch, while no disk has it
+    unsaved = None  # the state after the last epoch, until it is saved
     try:
         for epoch in range(len(rows), experiment.epochs):
             if epoch + 1 == experiment.restart_epoch:
-                optimizer, step, watched = new_optimizer()
+                optimizer, step, watch_columns = new_optimizer()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rates[epoch]
                 if group["controller"] is None and len(group["rules"]) == len(lambdas(epoch)):
@@ -199,7 +199,7 @@ def epochs(
                 if experiment.validation_limit is not None:
                     measured = _test(evaluate, task, epoch, layout, "validation")
                     row["validation_loss"], row["validation_accuracy"] = measured
-            row |= _chosen(optimizer) | watched()
+            row |= _controller_columns(optimizer) | watch_columns()
             rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
             state = model.state_dict(), optimizer.state_dict(), rows
             due = (epoch + 1) % checkpoint_every == 0 or epoch + 1 == experiment.epochs
@@ -213,7 +213,7 @@ def epochs(
 
 
 def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tuple[float, float]:
-    """One epoch; returns mean loss and accuracy while training. On a GPU nothing here waits."""
+    """Train one epoch; return its mean loss and accuracy. On a GPU no step waits for the device."""
     e, device = task.experiment, task.device
     n_steps = math.ceil(task.n_train / e.batch_size)
     losses, sizes = torch.zeros(n_steps, device=device), []
@@ -228,7 +228,7 @@ def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tu
         losses[i] = loss
         sizes.append(y.numel())
         correct += right
-        if device.type == "cpu":  # elsewhere a look would wait: once per epoch, below
+        if device.type == "cpu":  # other devices would stall: once per epoch, below
             _check_finite(losses, optimizer, epoch)
 
     _check_finite(losses, optimizer, epoch)
@@ -237,14 +237,14 @@ def _train(step, optimizer, probes, task, epoch: int, should_stop, layout) -> tu
     return ((losses * weights).sum() / n).item(), correct.item() / n
 
 
-def _chosen(optimizer) -> dict:
-    """Of weights that choose themselves: those of now, the mean over tensors where each has its
-    own; and at which steps they switched, if they do that."""
-    steered = [group for group in optimizer.param_groups if group["controller"] is not None]
-    if not steered:
+def _controller_columns(optimizer) -> dict:
+    """The current weights set by a controller, averaged over tensors if each has its own, and the
+    steps at which they switched, if they do."""
+    controlled = [group for group in optimizer.param_groups if group["controller"] is not None]
+    if not controlled:
         return {}
-    mean = tuple(sum(λ) / len(steered) for λ in zip(*(group["lambdas"] for group in steered)))
-    switched = [g["memory"]["switched_at"] for g in steered if "switched_at" in g["memory"]]
+    mean = tuple(sum(λ) / len(controlled) for λ in zip(*(g["lambdas"] for g in controlled)))
+    switched = [g["memory"]["switched_at"] for g in controlled if "switched_at" in g["memory"]]
     return {"lambdas": mean} | ({"switched_at": switched} if switched else {})
 
 
@@ -283,7 +283,7 @@ def _check_finite(losses: Tensor, optimizer, epoch: int) -> None:
 
 
 def _train_until_done(history: History, task, folder, progress, on_epoch, how: dict) -> None:
-    """Fill the history, keep it on disk, and say how it ended."""
+    """Fill the history, save it after every epoch, and report how the run ended."""
     experiment, say = history.experiment, print if progress else lambda text: None
     try:
         for i, rows in enumerate(epochs(experiment, task, folder, **how)):
@@ -302,7 +302,7 @@ def _train_until_done(history: History, task, folder, progress, on_epoch, how: d
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"{task.device} is out of memory: lower batch_size or width (another experiment), or "
-            "free the device; what was finished is kept, run again to go on"
+            "free memory on the device; finished epochs are kept, run again to continue"
         ) from error
     finally:
         if folder is not None and (history.rows or history.status == "diverged"):
@@ -324,15 +324,16 @@ def _line(row: dict) -> str:
 
 
 def fast_layout(device: torch.device, compile: bool) -> torch.memory_format:
-    """Channels last where convolutions are faster so: on GPUs, and compiled on CPUs."""
+    """Channels last where it makes convolutions faster: on GPUs, and on CPUs when compiled."""
     fast = compile or device.type == "cuda"
     return torch.channels_last if fast else torch.contiguous_format
 
 
 @contextlib.contextmanager
 def gpu_settings(experiment: Experiment) -> Iterator[None]:
-    """For NVIDIA GPUs: TF32 or not (torch lets convolutions), and the fastest algorithm for each
-    convolution, found by trying, so that two runs may differ by rounding. Afterwards as before."""
+    """On NVIDIA GPUs, allow or forbid TF32 (torch allows it in convolutions) and let cuDNN try
+    algorithms to find the fastest convolutions, so two runs may differ by rounding. Undone on exit.
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     allowed = experiment.precision == "tf32"
@@ -354,7 +355,7 @@ def _cpu_threads(n: int) -> Iterator[None]:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock that never goes back, once the device has done what was asked of it."""
+    """Seconds on a monotonic clock, read after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -381,16 +382,16 @@ def _environment(task, compile: bool, capture: bool) -> dict:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")  # elsewhere platform knows; on Linux it says x86_64
+    """The processor's name, as far as the system reports it."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only, where platform just says x86_64
     lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _check_same(experiment: Experiment, history: History, folder: Path) -> None:
-    ours, theirs = dataclasses.asdict(experiment), dataclasses.asdict(history.experiment)
-    differing = [f"{k}: {theirs[k]!r} there, {v!r} here" for k, v in ours.items() if v != theirs[k]]
+    here, there = dataclasses.asdict(experiment), dataclasses.asdict(history.experiment)
+    differing = [f"{k}: {there[k]!r} there, {v!r} here" for k, v in here.items() if v != there[k]]
     if differing:
         raise RuntimeError(
             f"{folder} holds another experiment ({'; '.join(differing)}); choose another folder"

@@ -10,22 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_drawing = threading.Lock()
+_generator_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weights made inside are this seed's; torch's global generator is then as it was.
+    """Draw weights in this context from ``seed``, then restore torch's global generator.
 
-    One thread at a time: all draw from that one generator.
+    Threads take turns, because they all draw from that one generator.
     """
-    with _drawing, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone, unlike torch.manual_seed
+    with _generator_lock, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's only, unlike torch.manual_seed
         yield
 
 
 class Convolution(nn.Conv2d):
-    """A convolution without bias, computed in ``compute_dtype`` (None: its input's)."""
+    """A convolution without bias, computed in ``compute_dtype`` (None: the input's dtype)."""
 
     def __init__(self, in_channels, channels, size, stride, padding, compute_dtype=None):
         super().__init__(in_channels, channels, size, stride, padding, bias=False)
@@ -39,7 +39,7 @@ class Convolution(nn.Conv2d):
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm that can append its batch's mean and variance to ``statistics`` instead of writing
-    them into its buffers: ``torch.func`` takes only functions that write nothing.
+    them into its buffers, which ``torch.func`` does not allow.
     """
 
     def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
@@ -98,7 +98,7 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
-        """Logits. ``statistics``, a list, receives what :class:`BatchNorm` would have written."""
+        """Return logits; the list ``statistics`` receives what :class:`BatchNorm` would write."""
         convolution, norm, relu, pool = self.stem
         x = pool(relu(norm(convolution(x), statistics)))
         for block in self.blocks:
@@ -106,12 +106,12 @@ class ResNet18(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
     def running_statistics(self) -> list[Tensor]:
-        """The buffers that ``statistics`` belongs to, in its order."""
+        """The buffers that ``statistics`` corresponds to, in the same order."""
         norms = [m for m in self.modules() if isinstance(m, BatchNorm)]
         return [b for norm in norms for b in (norm.running_mean, norm.running_var)]
 
     def absorb(self, statistics: list[Tensor]) -> None:
-        """Write what a forward pass has handed out into the running statistics."""
+        """Update the running statistics with those that a forward pass returned."""
         torch._foreach_lerp_(self.running_statistics(), statistics, self.stem[1].momentum)
 
 
@@ -135,7 +135,7 @@ def resnet18(
     Raises:
         ValueError: for a number below 1 or an unknown stem.
 
-    Weights are drawn from torch's global generator, by PyTorch's defaults.
+    Weights are drawn from torch's global generator, with PyTorch's default initialisation.
 
     >>> sum(p.numel() for p in resnet18().parameters())
     11173962

@@ -1,17 +1,17 @@
-"""What is trained: a task brings data, model and loss, so that the loop knows none of them.
+"""Tasks: the data, model and loss to train, so that the loop need not know any of them.
 
-The loop and its engines use these names of a task, and nothing else:
+The loop and its engines use only these members of a task:
 
-- ``device``, ``n_train`` (items of an epoch), ``environment`` (what a history says of the data);
-- ``build_model()``: the network with its initial weights, a function ``model(x, statistics=None)``.
-  Given a list, it appends what it would have written into its buffers, and ``model.absorb(list)``
-  writes it afterwards (nothing, for a network without such buffers);
-- ``training_batches(epoch, layout)``, ``validation_batches(layout)`` (none, where there is no
-  validation set) and ``test_batches(layout)``: (x, y), 4-D tensors in that memory layout;
+- ``device``, ``n_train`` (items per epoch), ``environment`` (what a history says about the data);
+- ``build_model()``: the network with its initial weights, called as ``model(x, statistics=None)``.
+  Given a list, it appends the statistics that it would write into its buffers, and
+  ``model.absorb(list)`` writes them later (does nothing for a network without such buffers);
+- ``training_batches(epoch, layout)``, ``validation_batches(layout)`` (empty without a validation
+  set) and ``test_batches(layout)``: batches (x, y), with 4-D tensors in that memory layout;
 - ``loss(outputs, y, reduction)`` and ``right(outputs, y)``: cross entropy, and how many of the
   ``y.numel()`` predictions are right.
 
-Another kind of data set is another class here, and a line in :func:`load_task`.
+For another kind of data set, add a class here and a line in :func:`load_task`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.models import ResNet18, resnet18, seeded
 from hybrid_lib.training.text import load_text
 
-TEST_BATCH = 1000  # in evaluation mode the batch size does not matter, but for memory
+TEST_BATCH = 1000  # in evaluation mode the batch size only affects memory
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,16 @@ class ImageClassification:
         }
 
     def check(self) -> None:
-        """Refuse a batch size that does not go with the images.
+        """Refuse a batch size that does not suit the images.
 
         Raises:
-            ValueError: saying why.
+            ValueError: with the reason.
         """
         n, size = self.n_train, self.experiment.batch_size
         if size > n:
             images = f"the {n} training images of {self.data.title}"
             raise ValueError(f"batch_size={size} is larger than {images}")
-        # Eight times halved (cifar stem) or 32 times (imagenet), a small image is a single pixel.
+        # Shrunk 8 times (cifar stem) or 32 times (imagenet), a small image is a single pixel.
         shrink = 8 if self.experiment.stem == "cifar" else 32
         parts = [n] + [len(self.data.test_images)] * self.experiment.tests_in_training_mode
         if max(self.data.train_images.shape[2:]) <= shrink and any(
@@ -97,8 +97,8 @@ class ImageClassification:
     def test_batches(self, layout: torch.memory_format) -> Iterator[tuple]:
         images, labels = self.data.test_images, self.data.test_labels
         order, size = torch.arange(len(images)), TEST_BATCH
-        # Tests in training mode use, and move, batch statistics: a folder's images lie class by
-        # class, and a batch of one class has statistics like no training batch's.
+        # Tests in training mode use batch statistics and update the running ones. A folder's images
+        # are sorted by class, and a batch of one class has statistics like no training batch's.
         if self.experiment.tests_in_training_mode:
             order, size = data.order(len(images), seed=0, epoch=0), self.experiment.batch_size
         for x, y in data.batches(images, labels, order, size):
@@ -117,22 +117,22 @@ class ImageClassification:
 
 
 def image_model(experiment: Experiment, num_classes: int, in_channels: int) -> ResNet18:
-    """The network with this experiment's initial weights; the global generator is untouched."""
+    """The network with this experiment's initial weights; leaves the global generator as it is."""
     with seeded(experiment.seed):
         coarse = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(experiment.precision)
         return resnet18(num_classes, in_channels, experiment.width, experiment.stem, coarse)
 
 
 def load_task(experiment: Experiment, device: str | torch.device | None = None):
-    """The experiment's task on the device, once data, device and experiment go together.
+    """Load the experiment's task onto the device; check that data, device and settings agree.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`hybrid_lib.run` does.
     """
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # there, and able to hold numbers
-    except (RuntimeError, AssertionError, ImportError) as error:  # each backend has its own
+        torch.zeros(1, device=device).item()  # fails if the device is missing or unusable
+    except (RuntimeError, AssertionError, ImportError) as error:  # varies by backend
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device={str(device)!r}: use cpu, cuda or cuda:N ({reason})") from None
     if experiment.precision == "tf32" and device.type != "cuda":

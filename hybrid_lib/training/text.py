@@ -1,7 +1,7 @@
-"""The characters of Python's own documentation, one after the other: a task beside images.
+"""Character prediction on Python's own documentation: a task beside images.
 
-Adaptive optimizers and SGD differ there by design: symbols are unequally frequent, and a
-transformer has layers of unequal kinds.
+Adaptive optimizers and SGD are meant to differ here: symbols differ in frequency, and a transformer
+has different kinds of layers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from hybrid_lib.training import data
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.models import seeded
 
-WINDOW = 64  # characters that a prediction may look back at
+WINDOW = 64  # the most characters that a prediction can see
 HEADS = 4
 TEST_BATCH = 100
 
 
 class Block(nn.Module):
-    """Causal self-attention and a perceptron, each behind a layer norm and beside a shortcut."""
+    """Causal self-attention and a perceptron, each after a layer norm and with a shortcut."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -57,26 +57,26 @@ class CharacterModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, symbols)
 
     def forward(self, x: Tensor, statistics: list | None = None) -> Tensor:
-        """Logits of the next symbol at every place, (n, WINDOW, symbols)."""
-        # A product, not a look-up: linear algebra alone, whichever way it is differentiated.
+        """Logits of the next symbol at every position, (n, WINDOW, symbols)."""
+        # A product, not a look-up: every way of differentiating it is plain linear algebra.
         symbols = F.one_hot(x, self.symbol.num_embeddings).to(self.symbol.weight.dtype)
         embedded = symbols @ self.symbol.weight + self.place.weight
         return self.head(self.norm(self.blocks(embedded)))
 
     def absorb(self, statistics: list) -> None:
-        """There are none: layer norm keeps no running statistics."""
+        """Do nothing: layer norm keeps no running statistics."""
 
 
 @dataclass(frozen=True)
 class CharacterPrediction:
-    """Which character comes next? Items are windows of 64 characters; the last tenth is the test.
+    """Predict the next character. Items are windows of 64 characters; the last tenth is the test.
 
-    The text is that of the Python that runs it: another version has another, and says so.
+    The text comes with the running Python; other versions differ, and the title names the version.
     """
 
     experiment: Experiment
     train: Tensor  # int64, (characters,)
-    validation: Tensor  # what follows it
+    validation: Tensor  # the text after train
     test: Tensor
     symbols: str
 
@@ -127,15 +127,15 @@ class CharacterPrediction:
         return (logits.argmax(dim=-1) == y).sum()
 
     def _windows(self, text: Tensor, shift: int) -> Tensor:
-        """(n, WINDOW + 1): a window and the character after it, one after the other; as many for
-        every shift."""
+        """Consecutive windows, each with the character after it: (n, WINDOW + 1). Every shift gives
+        the same n."""
         n = windows(len(text))
         return text[shift:].unfold(0, WINDOW + 1, WINDOW)[:n] if n else text.view(0, 1)
 
 
 def load_text(experiment: Experiment, device: torch.device) -> CharacterPrediction:
-    """The task. Limits are of windows: the first ones to train on, of which the last ones validate,
-    and the first ones to test on.
+    """Load the task. Limits count windows: the first ones for training, the last of these for
+    validation, and the first ones of the test text for tests.
 
     Raises:
         ValueError: for settings that only images have, or that do not fit the text.
@@ -145,9 +145,9 @@ def load_text(experiment: Experiment, device: torch.device) -> CharacterPredicti
     e = experiment
     for name, usual in {"protocol": "clean", "stem": "cifar", "test_mode": "protocol"}.items():
         if (given := getattr(e, name)) != usual:
-            raise ValueError(f"{name}={given!r}: of images alone; dataset={e.dataset!r} is text")
+            raise ValueError(f"{name}={given!r}: for images only; dataset={e.dataset!r} is text")
     if e.precision not in ("float32", "tf32"):
-        raise ValueError(f"precision={e.precision!r}: of convolutions alone; use float32 or tf32")
+        raise ValueError(f"precision={e.precision!r}: for convolutions only; use float32 or tf32")
     if e.width % HEADS:
         raise ValueError(f"width={e.width}: must be a multiple of the {HEADS} heads")
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -158,13 +158,13 @@ def load_text(experiment: Experiment, device: torch.device) -> CharacterPredicti
     test = _first(codes[cut:], e.test_limit, "test")
     kept = train if e.validation_limit is None else train[: -(e.validation_limit + 1) * WINDOW]
     if e.batch_size > windows(len(kept)):
-        raise ValueError(f"batch_size={e.batch_size}: more than the {windows(len(kept))} windows")
+        raise ValueError(f"batch_size={e.batch_size}: there are only {windows(len(kept))} windows")
     parts = kept, train[len(kept) :], test
     return CharacterPrediction(e, *(part.to(device) for part in parts), symbols)
 
 
 def windows(characters: int) -> int:
-    """How many windows there are, each with a character after it, wherever the first begins."""
+    """Number of windows, each with a character after it, wherever the first one begins."""
     return max(0, characters // WINDOW - 1)
 
 

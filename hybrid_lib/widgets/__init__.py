@@ -1,3 +1,3 @@
-"""The explorer and the playground. Needs what the extra ``study`` installs."""
+"""The explorer and the playground; both need the extra ``study``."""
 
-import hybrid_lib.study  # noqa: F401  says so where it is missing
+import hybrid_lib.study  # noqa: F401  explains a missing extra

@@ -1,4 +1,4 @@
-// Draws the data of curves.py: a table that is the legend too, and below it four panels of SVG.
+// Draws the data of curves.py: a table that is also the legend, four SVG panels and a layer map.
 
 const PANELS = [
   { of: "loss", title: "loss (nats)", height: 190 },
@@ -6,10 +6,10 @@ const PANELS = [
   { of: "lr", title: "rate η", height: 56 },
   { of: "lambdas", title: "weights λ", height: 70 },
 ];
-const LEFT = 46, RIGHT = 10, ABOVE = 32, BELOW = 40; // margins in pixels, ABOVE of each panel
-const CELL = 6, KEY = 32; // of the map of layers: height of a row, and of the key above it
+const LEFT = 46, RIGHT = 10, ABOVE = 32, BELOW = 40; // margins in pixels, ABOVE over each panel
+const CELL = 6, KEY = 32; // layer map: heights of a row and of the key above
 const HEIGHT = BELOW + PANELS.reduce((sum, panel) => sum + ABOVE + panel.height, 0);
-const GREEN = "#009E73"; // of the rate; of the weights, by rule: colour, dash, and how it looks in text
+const GREEN = "#009E73"; // of the rate; below, the weights by rule: colour, dash, line in text
 const WEIGHTS = [["#D55E00", "", "━━"], ["#0072B2", "7 5", "╍╍"], [GREEN, "2 3", "┅┅"]];
 const STYLE = `
 .hybrid-curves { color: var(--jp-widgets-label-color, inherit); font-size: 12px; line-height: 1.35;
@@ -39,7 +39,7 @@ const short = (value, digits = 4) =>
     ? value.toExponential(1) : String(+value.toPrecision(digits));
 const fixed = (value) => (value === undefined ? "–" : value < 1e4 ? value.toFixed(4) : short(value));
 
-/** Multiples of 1, 2 or 5 times a power of ten, at most `count` steps apart. */
+/** Multiples of 1, 2 or 5 times a power of ten, in about `count` steps of at least `least`. */
 function ticks([low, high], count, least = 0) {
   const rough = Math.max((high - low) / count, least);
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -57,19 +57,19 @@ function logTicks([low, high]) {
   return found.filter((value) => value >= low && value <= high);
 }
 
-/** From the least to the largest value, and a little more. */
-function reach(values, empty, isLog) {
+/** The range of the values with a small margin. */
+function paddedRange(values, empty, isLog) {
   if (!values.length) return empty;
-  const of = isLog ? Math.log : (v) => v, back = isLog ? Math.exp : (v) => v;
-  const low = of(Math.min(...values)), high = of(Math.max(...values));
+  const scale = isLog ? Math.log : (v) => v, back = isLog ? Math.exp : (v) => v;
+  const low = scale(Math.min(...values)), high = scale(Math.max(...values));
   const more = 0.06 * (high - low) || (isLog ? 0.1 : 0.01);
   return [back(low - more), back(high + more)];
 }
 
-/** What there is to draw: per panel, lines of points [epoch, value]. */
+/** The lines of each panel, with points [epoch, value]. */
 function linesOf(data, hidden) {
   const lines = PANELS.map(() => []), points = (x, y) => x.map((epoch, i) => [epoch, y[i]]);
-  for (const run of [...data.runs].reverse()) { // the first one lies on top
+  for (const run of [...data.runs].reverse()) { // the first run lies on top
     if (hidden.has(run.name)) continue;
     for (const [row, what] of [[0, "loss"], [1, "accuracy"]])
       for (const part of ["train", "test"]) {
@@ -80,23 +80,23 @@ function linesOf(data, hidden) {
   }
   if (data.report && !hidden.has(data.report.name))
     lines[1].push({ points: points(data.report.epoch, data.report.test_accuracy), part: "report" });
-  const { epoch, lr, lambdas } = data.planned, held = { part: "planned", width: 2 };
-  lines[2].push({ ...held, points: points(epoch, lr), colour: GREEN, dash: "" });
+  const { epoch, lr, lambdas } = data.planned, shared = { part: "planned", width: 2 };
+  lines[2].push({ ...shared, points: points(epoch, lr), colour: GREEN, dash: "" });
   Object.values(lambdas).forEach((values, i) => {
     const [colour, dash] = WEIGHTS[i % 3];
-    lines[3].push({ ...held, points: points(epoch, values), colour, dash });
+    lines[3].push({ ...shared, points: points(epoch, values), colour, dash });
   });
   return lines;
 }
 
-function drawn(line, x, y, at) {
+function drawLine(line, x, y, at) {
   const { points, colour, dash, part, width } = line;
   const place = ([e, v]) => [x(e).toFixed(1), y(v).toFixed(1)];
   if (part === "report") {
     const diamonds = points.map(([e, v]) => `M${x(e)},${y(v) - 6}l5,6l-5,6l-5,-6z`).join("");
     return `<path data-part="report" d="${diamonds}" fill="none" stroke="currentColor"/>`;
   }
-  const last = points.length - 1; // what is planned holds for a whole epoch
+  const last = points.length - 1; // a planned value holds for a whole epoch
   const corners = part !== "planned" ? points
     : points.flatMap(([e, v], i) => [[i ? e - 0.5 : e, v], [i < last ? e + 0.5 : e, v]]);
   const least = part === "test" ? 2.6 : 1.4;
@@ -108,7 +108,7 @@ function drawn(line, x, y, at) {
     stroke="${colour}" stroke-width="${width}" stroke-dasharray="${dash}"/>${dots.join("")}</g>`;
 }
 
-/** Where an epoch lies, in pixels. */
+/** The epoch axis: its left end, pixels per epoch, and x, an epoch's place in pixels. */
 function axis(epochs, width) {
   const margin = Math.max(0.5, 0.02 * epochs), from = 1 - margin, to = epochs + margin;
   const perEpoch = (width - LEFT - RIGHT) / (to - from);
@@ -125,7 +125,7 @@ function panels(data, hidden, width, at) {
     top += ABOVE;
     const values = lines[row].flatMap((line) => line.points.map(([, y]) => y));
     const most = Math.max(...values), range = [
-      reach(values, [0.1, 3], true), reach(values, [0, 1]),
+      paddedRange(values, [0.1, 3], true), paddedRange(values, [0, 1]),
       [0, 1.15 * most], [-0.08, 1.08 * Math.max(1, most)],
     ][row];
     const scale = row ? (v) => v : Math.log, bottom = top + height;
@@ -141,7 +141,7 @@ function panels(data, hidden, width, at) {
       ${text(title, 0, top - 11, 'font-weight="600"')}
       ${text(caption(data.planned, row, at), width - RIGHT, top - 11, end)}
       ${at ? `<path d="M${x(at)},${top}V${bottom}" stroke="currentColor" opacity="0.6"/>` : ""}
-      ${lines[row].map((line) => drawn(line, x, y, at)).join("")}</g>`;
+      ${lines[row].map((line) => drawLine(line, x, y, at)).join("")}</g>`;
     top = bottom;
   });
   const below = epochs.map((e) => `<text x="${x(e)}" y="${top + 17}">${e}</text>`).join("");
@@ -150,16 +150,16 @@ function panels(data, hidden, width, at) {
   return { svg, epochAt: (px) => Math.round(from + (px - LEFT) / perEpoch) };
 }
 
-/** To the right above a panel: what its lines are, and their values at the cross-hair. */
+/** The text above a panel, on the right: its lines, and their values at the cross-hair. */
 function caption({ lr, lambdas }, row, at) {
   const value = (values) => (lr[at - 1] === undefined ? "" : ` = ${short(values[at - 1], 3)}`);
   const weights = Object.entries(lambdas).map(([rule, values], i) =>
     `<tspan fill="${WEIGHTS[i % 3][0]}">${WEIGHTS[i % 3][2]}</tspan> λ of ${rule}${value(values)}`);
-  const next = `what starts next${value(lr) && `: η${value(lr)}`}`;
+  const next = `next run${value(lr) && `: η${value(lr)}`}`;
   return ["thick: test, thin: training", "", next, weights.join(" \u00a0 ")][row];
 }
 
-/** The legend: per run its values at the cross-hair, or in its last epoch. */
+/** The legend: each run's values at the cross-hair, or in its last epoch. */
 function legend(data, hidden, at) {
   const faint = (text) => `<span class="faint">${text}</span>`;
   const row = ({ name, label }, swatch, cells) => `<tr><td>
@@ -186,22 +186,22 @@ function legend(data, hidden, at) {
     <tbody>${rows.join("")}</tbody></table>`;
 }
 
-/** From the colour of the first rule to that of the last one, through grey; `share` is 0 to 1. */
+/** From the first rule's colour through grey to the last rule's; `share` is from 0 to 1. */
 function colour(share) {
   const [low, middle, high] = [[213, 94, 0], [214, 214, 214], [0, 114, 178]];
   const [from, to, part] = share < 0.5 ? [low, middle, 2 * share] : [middle, high, 2 * share - 1];
   return `rgb(${from.map((v, i) => Math.round(v + part * (to[i] - v))).join()})`;
 }
 
-/** A row per layer, a cell per epoch: what one measure was there. */
+/** A map of one measure: a row per layer, a cell per epoch. */
 function layerMap({ epoch, every, layers }, { low, high, values }, epochs, width, [row, column]) {
   const { x, perEpoch } = axis(epochs, width), isLog = low === undefined;
   const found = values.flat().filter((v) => v !== null && (!isLog || v > 0));
   const ends = isLog ? [Math.min(...found), Math.max(...found)] : [low, high];
-  const of = isLog ? Math.log : (v) => v, [from, to] = ends.map(of);
+  const scale = isLog ? Math.log : (v) => v, [from, to] = ends.map(scale);
   const cells = values.flatMap((line, i) => line.map((v, j) => {
     if (v === null || (isLog && v <= 0)) return "";
-    const share = Math.min(1, Math.max(0, (of(v) - from) / (to - from || 1)));
+    const share = Math.min(1, Math.max(0, (scale(v) - from) / (to - from || 1)));
     const until = Math.min(epoch[j + 1] ?? epochs + 1, epoch[j] + every);
     return `<rect data-layer="${i}" data-column="${j}" x="${x(epoch[j] - 0.5).toFixed(1)}"
       y="${KEY + i * CELL}" width="${((until - epoch[j]) * perEpoch + 0.3).toFixed(1)}"
@@ -217,7 +217,7 @@ function layerMap({ epoch, every, layers }, { low, high, values }, epochs, width
   const name = `<text x="${width - RIGHT}" y="12" text-anchor="end">${here}</text>`;
   const middles = layers.length * CELL / 2 + KEY, up = `rotate(-90 34 ${middles})`;
   return `${steps.join("")}${key.join("")}${name}${cells.join("")}
-    <text x="34" y="${middles}" text-anchor="middle" transform="${up}">layers, the first on top</text>`;
+    <text x="34" y="${middles}" text-anchor="middle" transform="${up}">layers, first on top</text>`;
 }
 
 function render({ model, el }) {
@@ -233,7 +233,7 @@ function render({ model, el }) {
     const focused = root.contains(document.activeElement) && document.activeElement.dataset.run;
     title.textContent = data.title;
     table.innerHTML = legend(data, hidden, at);
-    table.querySelector(`[data-run="${focused}"]`)?.focus(); // the new one of the same run
+    table.querySelector(`[data-run="${focused}"]`)?.focus(); // the new button of the same run
     const made = panels(data, hidden, width, at);
     epochAt = made.epochAt;
     svg.innerHTML = made.svg;
@@ -244,7 +244,7 @@ function render({ model, el }) {
   function drawInside({ inside, epochs }, width) {
     const measures = inside?.measures ?? [], names = measures.map(({ name }) => name);
     label.hidden = !inside;
-    map.style.display = inside ? "block" : "none"; // an empty picture is nothing to anybody
+    map.style.display = inside ? "block" : "none"; // no empty map
     map.setAttribute("height", inside ? KEY + CELL * inside.layers.length + 10 : 0);
     map.setAttribute("width", width);
     if (select.dataset.names !== names.join()) {
@@ -258,7 +258,7 @@ function render({ model, el }) {
     map.innerHTML = measure ? layerMap(inside, measure, epochs, width, cell) : "";
     map.setAttribute("aria-label", measure ? `${measure.name}, by layer and epoch` : "");
   }
-  function point(epoch) { // 0: nowhere
+  function point(epoch) { // 0: no cross-hair
     if (epoch === at) return;
     at = epoch;
     draw();

@@ -31,7 +31,7 @@ from hybrid_lib.widgets.curves import Curves
 
 NAMES = [*EXPERIMENTS, *methods.METHODS, *map("+".join, itertools.permutations(methods.RULES, 2))]
 METHODS = [(get_experiment(name).label, name) for name in dict.fromkeys(NAMES)]
-# Per section, by field of Experiment: label, and what an empty text means or a full one looks like.
+# Per section, by field of Experiment: label, and as placeholder a default or an example.
 STEP = {
     "lr": ("Learning rate η",), "weight_decay": ("Weight decay γ", "default"),
     "lr_schedule": ("Schedule of η",), "lr_milestones": ("Milestones", "epochs: 6, 9"),
@@ -42,7 +42,7 @@ WEIGHTS = {
     "lambda_schedule": ("Schedule of λ",), "lambda_epochs": ("over epochs", "all"),
     "lambda_start": ("λ at the start", "0.5, 0.5"), "lambda_end": ("λ at the end", "0, 1"),
     "lambda_direction": ("Direction of λ",), "merge": ("Merge",),
-    "lambda_rate": ("Rate", "5, of hedge 0.1"), "lambda_steepness": ("Steepness", "12"),
+    "lambda_rate": ("Rate", "5; hedge: 0.1"), "lambda_steepness": ("Steepness", "12"),
     "lambda_share": ("Share", "0.001"), "lambda_tolerance": ("Tolerance", "1e-9"),
     "lambda_on": ("Merged layers",), "lambda_per": ("One λ per",),
 }  # fmt: skip
@@ -52,29 +52,29 @@ RUN = {
     "seed": ("Seed",), "protocol": ("Protocol",),
 }  # fmt: skip
 FIELDS, HINTS = STEP | WEIGHTS | RUN, typing.get_type_hints(Experiment)
-# Of some schedules of λ.
+# Settings of some schedules of λ; hidden for the others.
 OF_ONE_SHAPE = {"lambda_rate", "lambda_steepness", "lambda_share", "lambda_tolerance", "lambda_per"}
-LEFT, RIGHT = 430, 500  # widths in pixels; the curves' may grow
-WHEN_COMPLETE = {"continuous_update": False}  # a control is judged then, not while it is typed in
+LEFT, RIGHT = 430, 500  # column widths in pixels; the curves may grow
+WHEN_COMPLETE = {"continuous_update": False}  # checks wait for complete input
 
 
 class Explorer:
     """Widgets around :func:`hybrid_lib.run`.
 
-    Training runs in a thread, so that other cells can be used meanwhile; in Colab, which ignores
-    what threads draw, it runs in the cell and is stopped by interrupting it.
+    Training runs in a thread, so that other cells stay usable. Colab ignores what threads draw, so
+    there training runs in the cell, and interrupting the cell stops it.
 
     Args:
-        runs: the folder below which runs are kept, one folder per name.
+        runs: the parent folder of all runs; each run has a subfolder of its name.
         method: a name of ``EXPERIMENTS``, a method or "RULE+RULE".
-        start: fields of Experiment to begin with; the others are those of the demo scale. Those
-            without a control stay as they are.
+        start: initial fields of Experiment; the others are those of the demo scale. Fields
+            without a control never change.
 
     Attributes:
-        controls: the input widgets, by field of Experiment; also ``method`` and ``run_name``.
-        messages: what is said below each of them; empty if nothing is wrong.
-        figure, view: the curves; everything, as one widget.
-        history: of the current run, None before the first.
+        controls: the input widgets by field of Experiment, plus ``method`` and ``run_name``.
+        messages: the error below each control; empty if there is none.
+        figure, view: the curves; the whole explorer as one widget.
+        history: of the current run; None before the first run.
     """
 
     def __init__(self, runs: str | Path, method: str = "dyn_padam_sgd", **start):
@@ -82,15 +82,15 @@ class Explorer:
         self.history: History | None = None
         self.foreground = "google.colab" in sys.modules
         self._name: str | None = None  # of the run in ``history``
-        # The one that trains, then those that wait; and whether to look inside.
+        # The running job, then the queued ones: (experiment, whether to look inside) by folder.
         self._jobs: dict[Path, tuple[Experiment, bool]] = {}
         self.messages = dict.fromkeys(("method", "run_name", *FIELDS), "")
-        self._failures: list[str] = []  # since Start was pressed
+        self._failures: list[str] = []  # errors since Start was pressed
         self._stop, self._thread = threading.Event(), threading.Thread()
-        self._lock = threading.RLock()  # controls draw, and so does the training thread
+        self._lock = threading.RLock()  # controls and the training thread both draw
         self._filling, self._proposed = False, ""
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
-        self._valid = planning.plan("demo", only=[method], **start)[0]  # what the controls said
+        self._valid = planning.plan("demo", only=[method], **start)[0]  # last valid choice
         self._make_widgets(method)
         self._fill({field: getattr(self._valid, field) for field in FIELDS})
         self._propose_name()
@@ -102,7 +102,7 @@ class Explorer:
         self._changed("run_name")
 
     def experiment(self) -> Experiment:
-        """The experiment that the controls describe; a ``ValidationError`` if there is none."""
+        """Build the experiment that the controls describe, or raise a ``ValidationError``."""
         method = get_experiment(self.controls["method"].value)
         enabled = {f: self.controls[f].value for f in FIELDS if not self.controls[f].disabled}
         values = {"lr_milestones": (), **enabled}
@@ -113,26 +113,26 @@ class Explorer:
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept; a ``ValueError`` for a name that is no plain folder name."""
+        """The run's folder; raises a ``ValueError`` if the name is not a plain folder name."""
         name = self.controls["run_name"].value
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
             raise ValueError(f"{name!r}: use letters, digits, '.', '_' and '-'")
         return self.runs / name
 
     def start(self) -> None:
-        """Train the experiment, or go on with it; while another one trains, it waits."""
+        """Train or resume the experiment; queue it if another one is training."""
         with self._lock:
             self._jobs[self.folder] = self.experiment(), self.look.value
-            waits = len(self._jobs) > 1
+            queued = len(self._jobs) > 1
         self._check()
-        if not waits:
+        if not queued:
             self._failures.clear()
             self._say(f"loading {self._valid.dataset} …")
             self._thread = threading.Thread(target=self._work, daemon=True)
             (self._thread.run if self.foreground else self._thread.start)()
 
     def stop(self) -> None:
-        """Stop after the current step; what was finished is kept, Start goes on."""
+        """Stop after the current step and empty the queue; Start resumes from what was kept."""
         with self._lock:
             if self._jobs:
                 self._say("stopping …")
@@ -140,7 +140,7 @@ class Explorer:
             self._jobs = dict(itertools.islice(self._jobs.items(), 1))
 
     def reset(self) -> None:
-        """Stop, clear the curves and choose a new name; finished runs stay on disk."""
+        """Stop, clear the curves and propose a new name; finished runs stay on disk."""
         self.stop()
         self.wait()
         self.history, self._name = None, None
@@ -151,12 +151,12 @@ class Explorer:
         self._check()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until training has ended."""
+        """Wait until training ends."""
         if self._thread.is_alive():
             self._thread.join(timeout)
 
     def _work(self) -> None:
-        """Train what waits, one after another."""
+        """Train the queued experiments one after another."""
         more = True
         while more:
             folder, (experiment, look) = next(iter(self._jobs.items()))
@@ -165,19 +165,19 @@ class Explorer:
                 del self._jobs[folder]
                 more = bool(self._jobs)
                 self._stop.clear()
-            if more:  # what is finished is an earlier run now
+            if more:  # the finished run is now an earlier one
                 self.history, self._name = None, None
             self._list_earlier(also=folder.name if more else "")
             self._check()
 
-    def _train(self, experiment: Experiment, folder: Path, how: dict) -> None:
-        steps, said = itertools.count(), time.monotonic()
+    def _train(self, experiment: Experiment, folder: Path, options: dict) -> None:
+        steps, last_message = itertools.count(), time.monotonic()
 
         def should_stop() -> bool:
-            nonlocal said
+            nonlocal last_message
             step = next(steps)
-            if time.monotonic() - said > 0.2 and not self._stop.is_set():
-                said = time.monotonic()
+            if time.monotonic() - last_message > 0.2 and not self._stop.is_set():
+                last_message = time.monotonic()
                 n = math.ceil(self.history.environment["train_images"] / experiment.batch_size)
                 epoch = f"epoch {len(self.history.rows) + 1} of {experiment.epochs}"
                 waiting = ", ".join(folder.name for folder in [*self._jobs][1:])
@@ -191,16 +191,16 @@ class Explorer:
 
         try:
             keep(run(experiment, folder, progress=False, should_stop=should_stop, on_epoch=keep,
-                     **how))  # fmt: skip
+                     **options))  # fmt: skip
             self._say(_outcome(self.history))
         except KeyboardInterrupt:
-            self._say("stopped by an interrupt; Start goes on after the last finished epoch")
-        except Exception as error:  # a thread has nobody to raise to
+            self._say("stopped by an interrupt; Start resumes after the last finished epoch")
+        except Exception as error:  # nothing would catch it in a thread
             self._failures.append(f"{folder.name}: {type(error).__name__}: {error}")
             self._say("")
 
     def _changed(self, field: str) -> None:
-        """Let the other controls follow; judge the whole."""
+        """Update the controls that depend on this one, then check them all."""
         if self._filling:
             return
         method = get_experiment(self.controls["method"].value)
@@ -225,9 +225,9 @@ class Explorer:
         self._check()
 
     def _check(self) -> None:
-        """Say beside each control what is wrong with it; show what is right."""
+        """Show errors below their controls or, without any, update the code to copy; redraw."""
         experiment, problems = None, []
-        try:  # Experiment looks at the data set only once every number is right
+        try:  # Experiment checks the data set only once every number is valid
             data.check_name(self.controls["dataset"].value)
         except ValueError as unknown:
             problems.append(("dataset", str(unknown)))
@@ -236,23 +236,23 @@ class Explorer:
         except ValidationError as error:
             for fault in error.errors():
                 text = str(fault.get("ctx", {}).get("error", fault["msg"]))
-                # What does not go together is told in words that begin with one of the fields.
+                # An error about several fields has no location; its text begins with one of them.
                 place = (*fault["loc"], *re.findall(r"\w+", text))[0]
                 problems.append((place if place in self.controls else "method", text))
         try:
             if self._is_taken(self.folder, experiment):
                 if self.folder.name != self._proposed:
-                    raise ValueError("another experiment is kept under this name")
+                    raise ValueError("another experiment has this name; choose another name")
                 self._propose_name()
         except ValueError as error:
             problems.append(("run_name", str(error)))
         for field, cell in self._cells.items():
-            said = "; ".join(dict.fromkeys(text for place, text in problems if place == field))
-            if said != self.messages[field]:
+            message = "; ".join(dict.fromkeys(text for place, text in problems if place == field))
+            if message != self.messages[field]:
                 for old in cell.children[1:]:
                     old.close()
-                self.messages[field] = said
-                below = [widgets.HTML(_warning(said))] if said else []
+                self.messages[field] = message
+                below = [widgets.HTML(_warning(message))] if message else []
                 cell.children = [self.controls[field], *below]
         start, stop, _ = self.buttons
         start.description = "Queue" if self._jobs else "Start"
@@ -265,28 +265,28 @@ class Explorer:
         self._draw()
 
     def _is_taken(self, folder: Path, experiment: Experiment | None) -> bool:
-        """Whether another experiment is kept there, or will be."""
+        """Return whether the folder belongs to another experiment, saved or queued."""
         try:
             job = self._jobs.get(folder)
             kept = job[0] if job else History.load(folder).experiment
             return experiment is not None and kept != experiment
         except FileNotFoundError:
             return False
-        except (OSError, ValueError):  # damaged: not to be written over
+        except (OSError, ValueError):  # damaged: do not overwrite
             return True
 
     def _draw(self) -> None:
-        """This run, earlier ones and the report's points, if wished; below them the schedules."""
+        """Draw this run, earlier ones, the report's points if wanted, and the schedules."""
         with self._lock:
             runs = {} if self.history is None else {"this run": self.history}
             for name in self.earlier.value:
-                with contextlib.suppress(OSError, ValueError):  # gone or damaged by now
+                with contextlib.suppress(OSError, ValueError):  # deleted or damaged since
                     runs[name] = History.load(self.runs / name)
             report = self.controls["method"].value if self.report.value else ""
             self.figure.draw(runs, self._valid, report)
 
     def _fill(self, values: dict) -> None:
-        """Set controls from outside: no control follows."""
+        """Set controls without updating those that depend on them."""
         self._filling = True
         for field, value in values.items():
             if isinstance(value, tuple):
@@ -297,14 +297,14 @@ class Explorer:
         self._filling = False
 
     def _propose_name(self) -> None:
-        """The first free name after the method."""
+        """Propose the first free name METHOD-1, METHOD-2, …"""
         method = self.controls["method"].value.replace("+", "-")
         folders = (self.runs / f"{method}-{i}" for i in itertools.count(1))
         self._proposed = next(f.name for f in folders if f not in self._jobs and not f.exists())
         self._fill({"run_name": self._proposed})
 
     def _list_earlier(self, also: str = "") -> None:
-        """Offer the runs on disk; keep the choice, and add one to it."""
+        """List the runs on disk; keep the selection and add ``also`` to it."""
         options, chosen = [], {*self.earlier.value, also}
         for file in sorted(self.runs.glob(f"*/{FILE}")):
             if file.parent.name != self._name:
@@ -321,7 +321,7 @@ class Explorer:
         self.status.value = f'<div role="status">{html.escape(text)}&nbsp;</div>{failures}'
 
     def _make_widgets(self, method: str) -> None:
-        """The controls, each in a cell with room for a message, and what answers."""
+        """Make the controls, in cells with room for a message, the buttons and the outputs."""
         listed = method in (name for _, name in METHODS)
         others = [] if listed else [(get_experiment(method).label, method)]
         self.controls = {
@@ -350,25 +350,25 @@ class Explorer:
         wrap, left, form = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}, []
         sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
         sections = {title: [self._cells[f] for f in fields] for title, fields in sections.items()}
-        again = "The same again: click, Ctrl+A, Ctrl+C"
-        for title, cells in {**sections, again: [self.papermill, self.python]}.items():
+        copy = "Copy as code: click, Ctrl+A, Ctrl+C"
+        for title, cells in {**sections, copy: [self.papermill, self.python]}.items():
             heading = widgets.HTML(f'<div style="margin-top: 8px"><b>{title}</b></div>')
             form += [heading, widgets.Box(cells, layout=wrap)]
         right = widgets.VBox([self.figure, self.look, self.earlier, self.report])
         right.layout = {"flex": f"1 1 {RIGHT}px", "max_width": "900px", "margin": "0 0 0 10px"}
         names = widgets.VBox([self._cells["method"], self._cells["run_name"]], layout=left)
-        answers = widgets.VBox([widgets.HBox(self.buttons), self.status])
-        # The curves come first, and to the right: where both do not fit, they stay below Start.
+        actions = widgets.VBox([widgets.HBox(self.buttons), self.status])
+        # The curves come first, to the right; where both do not fit, they stay just below Start.
         below = widgets.Box([right, widgets.VBox(form, layout=left)])
         below.layout = {"flex_flow": "row-reverse wrap", "justify_content": "flex-end"}
-        self.view = widgets.VBox([widgets.Box([names, answers], layout=wrap), below])
+        self.view = widgets.VBox([widgets.Box([names, actions], layout=wrap), below])
         self.view.add_class("hybrid-explorer")
 
 
 def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explorer | None:
-    """Show an :class:`Explorer`; without a front end, a still figure of its schedules and None."""
+    """Show and return an :class:`Explorer`; without a front end, plot its schedules instead."""
     if not is_interactive():
-        from hybrid_lib.study import figures  # imported where used: opening shall be quick
+        from hybrid_lib.study import figures  # imported here, to open quickly
 
         figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
         return None
@@ -378,13 +378,13 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
 
 
 def _control(field: str, label: str, placeholder: str = "") -> widgets.Widget:
-    """What a field's type asks for."""
+    """Make the widget that suits the field's type."""
     if typing.get_origin(HINTS[field]) is typing.Literal:
         return _labelled(widgets.Dropdown, label, options=typing.get_args(HINTS[field]))
     kinds = {int: widgets.IntText, float: widgets.FloatText, str: widgets.Combobox}
     kind = kinds.get(HINTS[field], widgets.Text)
-    own = {widgets.Combobox: {"options": data.NAMES}, widgets.Text: {"placeholder": placeholder}}
-    return _labelled(kind, label, **own.get(kind, {}), **WHEN_COMPLETE)
+    extra = {widgets.Combobox: {"options": data.NAMES}, widgets.Text: {"placeholder": placeholder}}
+    return _labelled(kind, label, **extra.get(kind, {}), **WHEN_COMPLETE)
 
 
 def _labelled(kind, label: str, **options) -> widgets.Widget:
@@ -395,13 +395,13 @@ def _labelled(kind, label: str, **options) -> widgets.Widget:
 def _outcome(history: History) -> str:
     if history.status != "complete":
         kept = f"{len(history.rows)} finished epochs are kept"
-        again = ", Start goes on" if history.status == "stopped" else ""
-        return f"{history.status}, {history.note}; {kept}{again}"
+        resume = "; Start resumes" if history.status == "stopped" else ""
+        return f"{history.status}, {history.note}; {kept}{resume}"
     final, best = history.final["test_accuracy"], history.best
     highest = f"highest: {best['test_accuracy']:.4f}, epoch {best['epoch']}"
     return f"complete: test accuracy {final:.4f} in the last epoch ({highest})"
 
 
 def _warning(text: str) -> str:
-    colour = f"var(--jp-error-color1, {methods.VERMILLION})"  # JupyterLab's own fits its theme
+    colour = f"var(--jp-error-color1, {methods.VERMILLION})"  # JupyterLab's follows its theme
     return f'<div role="alert" style="color:{colour};line-height:1.3">⚠ {html.escape(text)}</div>'

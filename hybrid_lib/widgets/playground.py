@@ -1,7 +1,7 @@
-"""The playground: paths of optimizers over a landscape of two weights, as a page of its own.
+"""The playground: a self-contained page with paths of optimizers on surfaces of two weights.
 
-``playground.html`` computes and draws in the browser, without a kernel and without a network.
-What it knows of surfaces and methods is printed into it when it is built.
+``playground.html`` computes and draws in the browser, without a kernel or a network. Surfaces and
+methods are written into it when it is built.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from hybrid_lib.optim.schedules import SHAPES, Constant
 from hybrid_lib.study import figures
 from hybrid_lib.widgets.surfaces import FAR, STEPS, SURFACES, TOLERANCE, settled, walk
 
-# λ is the page's: no method that sets its own.
+# The page sets λ, so methods with a controller are left out.
 METHODS = {k: m for k, m in methods.METHODS.items() if "controller" not in m.defaults}
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 class Settings(pydantic.BaseModel, extra="forbid"):
-    """What a page begins with; a ValidationError names what is impossible and what is allowed."""
+    """A page's initial settings; a ValidationError names the invalid ones and what is allowed."""
 
     surface: Literal[tuple(SURFACES)] = "beale"
     methods: list[Literal[tuple(METHODS)]] = Field(["sgd", "adam", "atmo"], min_length=1)
-    lr: float | None = Field(None, ge=1e-6, le=1e3)  # of all methods; None: the surface's
-    schedule: Literal[("constant", *SHAPES)] = "constant"  # of λ of SGD, between the next two
+    lr: float | None = Field(None, ge=1e-6, le=1e3)  # for all methods; None: the surface's
+    schedule: Literal[("constant", *SHAPES)] = "constant"  # of SGD's λ, between the next two fields
     sgd_weight: float = Field(0.1, ge=0, le=1)
     sgd_weight_end: float = Field(1.0, ge=0, le=1)
-    noise: float = Field(0.0, ge=0, le=1e6)  # standard deviation, of each slope
+    noise: float = Field(0.0, ge=0, le=1e6)  # standard deviation per gradient component
     seed: int = Field(0, ge=0, le=2**31 - 3)  # of the noise
     merge: Literal[tuple(MERGES)] = "product"
     start: tuple[pydantic.FiniteFloat, pydantic.FiniteFloat] | None = None  # None: the surface's
-    step: int = Field(3, ge=0, lt=STEPS)  # whose arrows are shown
+    step: int = Field(3, ge=0, lt=STEPS)  # the one whose arrows are shown
 
     @pydantic.field_validator("methods", mode="before")
     @classmethod
@@ -56,7 +56,7 @@ class Settings(pydantic.BaseModel, extra="forbid"):
 
 
 def page(**settings) -> str:
-    """The page, complete in itself; settings as in :class:`Settings`."""
+    """Return the self-contained page; the settings are those of :class:`Settings`."""
     rules = {}
     for name, method in METHODS.items():
         (group,) = method([torch.zeros(2)], weight_decay=0.0).param_groups
@@ -76,7 +76,7 @@ def page(**settings) -> str:
 
 
 def show(**settings) -> None:
-    """The page in a frame of a notebook; where nobody could move it, a picture."""
+    """Show the page in a notebook's frame, or a static figure where it cannot be interactive."""
     from IPython.display import display  # there is a notebook, so there is IPython
 
     if not figures.is_interactive():
@@ -88,7 +88,7 @@ def show(**settings) -> None:
 
 
 def paths(**settings) -> dict[str, np.ndarray]:
-    """The path of every method (:func:`~hybrid_lib.widgets.surfaces.walk`), from Python."""
+    """Compute the path of every method in Python (:func:`~hybrid_lib.widgets.surfaces.walk`)."""
     s = Settings(**settings)
     ends = [(1 - λ, λ) for λ in (s.sgd_weight, s.sgd_weight_end)]
     weights = Constant(ends[0]) if s.schedule == "constant" else SHAPES[s.schedule](*ends, STEPS)
@@ -97,12 +97,12 @@ def paths(**settings) -> dict[str, np.ndarray]:
 
 
 def still(**settings):
-    """A figure of the paths on their map, and of the losses beside it."""
+    """Return a static figure: the paths on the map, and the losses beside it."""
     s, figure = Settings(**settings), make_subplots(1, 2, column_widths=[0.57, 0.43])
     surface = SURFACES[s.surface]
     x, y = (np.linspace(*ends, 61) for ends in surface.bounds)
     levels = np.log10((heights := surface.at(*np.meshgrid(x, y))[0]) + np.median(heights) / 60)
-    veil = [[0, "rgba(100,125,165,0.035)"], [1, "rgba(100,125,165,0.035)"]]  # one per level
+    veil = [[0, "rgba(100,125,165,0.035)"], [1, "rgba(100,125,165,0.035)"]]  # one layer per level
     figure.add_contour(x=x, y=y, z=levels.astype(np.float32), colorscale=veil, showscale=False,
                        ncontours=20, line_width=0.5)  # fmt: skip
     for name, path in paths(**settings).items():

@@ -1,6 +1,6 @@
-"""Landscapes of two weights, and the paths of optimizers over them.
+"""Loss surfaces of two weights, and the paths of optimizers on them.
 
-Every minimum in :data:`SURFACES` has the value 0: a loss is also its distance from the best one.
+Every minimum in :data:`SURFACES` has the value 0, so a loss is also its excess over the lowest.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hybrid_lib.optim.methods import METHODS
 
 Point = tuple[float, float]
 STEPS = 250
-TOLERANCE = 0.01  # of the loss: a path that stays below has settled
-FAR = 2.0  # a path has left the map once it is that many widths away from its centre
+TOLERANCE = 0.01  # a path has settled once its loss stays below this
+FAR = 2.0  # a path has left the map once it is this many widths from the centre
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A function of two weights, and what is needed to walk on it and to draw it.
+    """A function of two weights, with what is needed to walk on it and to draw it.
 
     Attributes:
-        title, f: the name that figures show; the function, of two symbols of sympy.
+        title, f: the name in figures; the function of two sympy symbols.
         minima, start: its global minima; where paths begin.
         bounds: ((x from, to), (y from, to)) of the part to draw, a square.
         lr: a learning rate at which the methods differ.
@@ -49,7 +49,7 @@ class Surface:
 
     @functools.cached_property
     def at(self) -> Callable:
-        """The formulas' values as a function of x and y.
+        """The values of the formulas as a function of x and y.
 
         >>> SURFACES["ravine"].at(2.0, -1.0)
         [27.0, 2.0, -50.0, 1, 50]
@@ -57,7 +57,7 @@ class Surface:
         return sympy.lambdify(["x", "y"], self.formulas, cse=True)
 
     def javascript(self) -> str:
-        """The same function for a page."""
+        """Return :attr:`at` as a JavaScript function."""
         shared, formulas = sympy.cse(self.formulas)
         constants = "".join(f"const {name} = {sympy.jscode(part)}; " for name, part in shared)
         return f"(x, y) => {{ {constants}return [{', '.join(map(sympy.jscode, formulas))}]; }}"
@@ -73,17 +73,17 @@ def walk(
     seed: int = 0,
     start: Point | None = None,
 ) -> np.ndarray:
-    """A method's path, without weight decay, and with the exact Hessian diagonal for AdaHessian.
+    """Compute a method's path without weight decay; AdaHessian gets the exact Hessian diagonal.
 
     Args:
         surface, method: keys of :data:`SURFACES` and :data:`~hybrid_lib.optim.methods.METHODS`.
-        lr, start: None: the surface's.
+        lr, start: those of the surface if None.
         weights: a schedule of lambdas, called with the 0-based step, for methods of two rules.
-        merge: of :data:`~hybrid_lib.optim.hybrid.MERGES`.
-        noise, seed: standard deviation and seed of what is added to the gradient.
+        merge: a key of :data:`~hybrid_lib.optim.hybrid.MERGES`.
+        noise, seed: standard deviation and seed of the noise added to the gradient.
 
     Returns:
-        A row (x, y, loss) per point: STEPS + 1 of them, or fewer, the last one off the map.
+        A row (x, y, loss) per point: STEPS + 1 rows, or fewer if the last point is off the map.
     """
     landscape, draws = SURFACES[surface], normal(seed)
     centre, width = np.mean(landscape.bounds, axis=1), np.ptp(landscape.bounds[0])
@@ -105,8 +105,8 @@ def walk(
 
 
 def normal(seed: int):
-    """Normal numbers, the same as the page's: Lehmer's generator, Box and Muller's transform."""
-    state = (seed + 1) * 48271**20 % 2147483647  # seeds in a row begin alike
+    """Yield the page's normal numbers: Lehmer's generator and the Box–Muller transform."""
+    state = (seed + 1) * 48271**20 % 2147483647  # consecutive seeds begin alike: skip 20
     while True:
         radius = math.sqrt(-2 * math.log(state / 2147483647))
         angle = 2 * math.pi * (state := state * 48271 % 2147483647) / 2147483647
@@ -115,7 +115,7 @@ def normal(seed: int):
 
 
 def settled(path: np.ndarray) -> int | None:
-    """The number of steps after which the loss stays below TOLERANCE; None: never."""
+    """Return the number of steps after which the loss stays below TOLERANCE, or None."""
     (above,) = np.nonzero(~(path[:, 2] < TOLERANCE))
     first = int(above[-1]) + 1 if len(above) else 0
     return first if first < len(path) else None
