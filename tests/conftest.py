@@ -1,4 +1,4 @@
-"""One thread per process, also in the ones that tests start: xdist already uses every core."""
+"""Use one thread per process, child processes included: xdist already uses every core."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ from pathlib import Path
 import filelock
 import pytest
 
-# Read when torch is imported. Sums round otherwise with more threads, so no other number will do.
+# Set before torch is imported. More threads would round sums differently, so it must be 1.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Started in the background of a script, a process ignores Ctrl-C, and so do its children.
+# A process that a script starts in the background ignores Ctrl-C, and so would its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -23,10 +23,10 @@ FRONT_END = ("notebook", "ipywidgets", "ipykernel", "ipython", "jupyter_client",
 
 
 @pytest.fixture(scope="session")
-def twin(tmp_path_factory):
-    """A Python with Colab's versions of what shows widgets, and for the rest our packages.
+def colab_python(tmp_path_factory):
+    """A Python with Colab's versions of the packages that show widgets, and ours for the rest.
 
-    TWIN in the environment names a folder in which it is kept, or is already.
+    The environment variable TWIN names a folder to keep it in, or one that already holds it.
     """
     home = tmp_path_factory.getbasetemp()
     home = home.parent if "PYTEST_XDIST_WORKER" in os.environ else home

@@ -1,4 +1,4 @@
-"""The project keeps its own rules: who imports whom, what is declared, promised and committed."""
+"""The project keeps its rules on imports, dependencies, public names and committed files."""
 
 import ast
 import inspect
@@ -31,11 +31,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ROOMS = ["optim", "training", "study", "widgets"]  # each may import from those before it
 
 
-# --- Who imports whom. ---
+# --- Imports. ---
 
 
 def imports(file: Path) -> set[str]:
-    """Dotted names of everything that a file imports, at its top or inside of functions."""
+    """Dotted names of everything that a file imports, at its top or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,38 +46,38 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def of_ours(file: Path) -> set[str]:
-    """Which rooms of the library a file imports from."""
+def imported_rooms(file: Path) -> set[str]:
+    """The rooms of the library that a file imports from."""
     parts = [name.split(".") for name in imports(file) if name.split(".")[0] == "hybrid_lib"]
-    assert all(part[1] in ROOMS for part in parts), f"{file}: name the room in imports"
+    assert all(part[1] in ROOMS for part in parts), f"{file}: imports must name the room"
     return {part[1] for part in parts}
 
 
-def test_every_module_has_its_room():
+def test_every_module_is_in_a_room():
     assert {name.partition("/")[0] for name in LIBRARY} == {*ROOMS, "__init__"}
 
 
 @pytest.mark.parametrize("name", sorted(LIBRARY.keys() - {"__init__"}))
-def test_imports_go_down_only(name):
+def test_a_room_imports_only_from_itself_and_those_above(name):
     room = ROOMS.index(name.partition("/")[0])
-    assert of_ours(LIBRARY[name]) <= {*ROOMS[: room + 1]}
+    assert imported_rooms(LIBRARY[name]) <= {*ROOMS[: room + 1]}
 
 
 DASK = {"dask", "distributed", "dask_jobqueue"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-BROUGHT = {"IPython": "ipykernel", "comm": "ipywidgets", "nbformat": "nbconvert",
-           "traitlets": "ipywidgets"}  # fmt: skip
+BROUGHT_BY = {"IPython": "ipykernel", "comm": "ipywidgets", "nbformat": "nbconvert",
+              "traitlets": "ipywidgets"}  # fmt: skip
 BASE, STUDY = PROJECT["dependencies"], PROJECT["optional-dependencies"]["study"]
 
 
 @pytest.mark.parametrize(("rooms", "lines"), [(ROOMS[:2], BASE), (ROOMS, BASE + STUDY)])
-def test_every_package_that_rooms_import_is_declared(rooms, lines):
+def test_every_imported_package_is_declared(rooms, lines):
     declared = {re.match(r"[\w-]+", line).group().replace("-", "_") for line in lines}
     files = [file for name, file in LIBRARY.items() if name.partition("/")[0] in rooms]
     used = {name.split(".")[0] for file in files for name in imports(file)}
-    used -= {*sys.stdlib_module_names, "hybrid_lib", "google"}  # google.colab is its runtime's
-    used -= DASK | ({"pandas"} if lines == BASE else set())  # History.frame alone, once called
-    names = {DISTRIBUTIONS.get(name, BROUGHT.get(name, name)).replace("-", "_") for name in used}
+    used -= {*sys.stdlib_module_names, "hybrid_lib", "google"}  # google.colab is Colab's own
+    used -= DASK | ({"pandas"} if lines == BASE else set())  # only in History.frame, when called
+    names = {DISTRIBUTIONS.get(name, BROUGHT_BY.get(name, name)).replace("-", "_") for name in used}
     assert names <= declared
 
 
@@ -97,7 +97,7 @@ except ImportError as error:
 """
 
 
-def test_without_the_extra_study_a_run_trains_and_a_notebook_says_what_to_install():
+def test_without_the_study_extra_a_run_trains_and_the_explorer_says_what_to_install():
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_STUDY], capture_output=True, text=True, timeout=300
     )
@@ -108,13 +108,13 @@ def test_without_the_extra_study_a_run_trains_and_a_notebook_says_what_to_instal
 
 
 def test_dask_is_optional():
-    """Only one module uses it, and only once it is called."""
+    """Only study/cluster imports it, and only inside functions."""
     assert {
         n for n, file in LIBRARY.items() if DASK & {name.split(".")[0] for name in imports(file)}
     } == {"study/cluster"}
     tree = ast.parse(LIBRARY["study/cluster"].read_text("utf-8"))
-    at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not [line for line in map(ast.unparse, at_once) if any(name in line for name in DASK)]
+    at_the_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in map(ast.unparse, at_the_top) if any(name in line for name in DASK)]
 
 
 LIGHT = """
@@ -132,7 +132,7 @@ except ImportError as error:
 """
 
 
-def test_importing_the_library_is_light_and_an_old_torch_is_named():
+def test_importing_the_library_is_light_and_refuses_an_old_torch():
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=300
     )
@@ -143,7 +143,7 @@ def test_importing_the_library_is_light_and_an_old_torch_is_named():
     assert "2.5.1" in refusal
 
 
-# --- Names that others rely on. ---
+# --- Public names. ---
 
 SIGNATURES = {
     hl.rules.SGD: "momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0",
@@ -183,10 +183,10 @@ def test_experiments_have_the_promised_fields():
     assert {*promised.split(), "protocol", "precision"} <= fields
 
 
-# --- How one gets in. ---
+# --- Installation, commands and the README. ---
 
 
-def test_conda_and_pip_ask_for_the_same():
+def test_conda_and_pip_ask_for_the_same_python_and_extras():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     *plain, nested = environment["dependencies"]
     assert f"python{PROJECT['requires-python']}" in plain
@@ -201,7 +201,7 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", makefile, re.M))
 
 
-def test_make_knows_study_and_test():
+def test_make_has_the_targets_study_and_test():
     assert {"study", "test"} <= targets()
     assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8")
 
@@ -217,15 +217,15 @@ def blocks(language: str) -> list[str]:
 
 
 @needs_readme
-def test_the_readme_s_python_runs():
+def test_the_python_code_of_the_readme_runs():
     codes, known = blocks("python"), {}
     assert codes
-    for code in codes:  # from top to bottom, as one reads
+    for code in codes:  # in order, as a reader runs them
         exec(compile(code, "README.md", "exec"), known)
 
 
 @needs_readme
-def test_every_option_of_the_readme_s_commands_exists(capsys):
+def test_every_hybrid_study_option_of_the_readme_exists(capsys):
     with pytest.raises(SystemExit):
         study(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
@@ -251,10 +251,10 @@ def test_the_readme_names_every_notebook_and_contributing_every_module():
 
 @pytest.fixture(scope="module")
 def committed() -> dict[Path, str]:
-    """The text of every file that is, or would be, committed: none of a picture, whose bytes may
-    spell anything."""
+    """The text of every file that is, or would be, committed; binary files count as empty, since
+    their bytes may spell anything."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("this is no git checkout")
+        pytest.skip("this is not a git checkout")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
@@ -268,7 +268,7 @@ FORBIDDEN = {  # spelt so that this file does not contain them
     r"|conda\.anaco[n]da\.org|download\.pyto[r]ch\.org|cra[t]es\.io",
     "a path of one machine": rf"{re.escape(str(ROOT))}\b|{re.escape(str(Path.home()))}/"
     r"|(?<![\w.~$}])/(?:ho[m]e|Us[e]rs|wo[r]k|mn[t])/(?!ada/|you/)\w+/|[A-Z]:\\Us[e]rs",
-    "an unfinished mark": r"\b(?:TO[D]O|FIX[M]E|X[X]X)\b",
+    "a mark of unfinished work": r"\b(?:TO[D]O|FIX[M]E|X[X]X)\b",
 }
 
 
@@ -283,7 +283,7 @@ def test_no_committed_file_contains(what, committed):
     assert found == []
 
 
-def test_neither_results_nor_downloads_are_committed(committed):
+def test_neither_runs_nor_downloads_are_committed(committed):
     folders = {file.relative_to(ROOT).parts[0] for file in committed}
     assert not folders & {"runs", ".venv", "build"}
     parts = [file.relative_to(ROOT).parts for file in committed]

@@ -1,4 +1,4 @@
-"""Notebook sources are committed without outputs, copies to be read with them."""
+"""Notebook sources are committed without outputs, reading copies with them."""
 
 import json
 import os
@@ -26,14 +26,14 @@ def hooks():
 
 
 def strip(*arguments):
-    """The command of the hook."""
+    """Run the hook's command."""
     command = [*shlex.split(hooks()["nbstripout"]["entry"]), *map(str, arguments)]
     command[0] = shutil.which(command[0], path=PATH)
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def dirty(notebook):
-    """A notebook as Colab, JupyterLab and papermill leave it behind, with a name in it."""
+    """The notebook as Colab, JupyterLab and papermill may leave it, with a person's name in it."""
     who = {"user": {"displayName": "Ada L.", "userId": "1815"}, "timestamp": 1, "elapsed": 2}
     for number, cell in enumerate(notebook["cells"]):
         cell["metadata"] |= {"id": f"x{number}", "executionInfo": who}
@@ -50,24 +50,24 @@ def dirty(notebook):
     return notebook
 
 
-def test_sources_are_as_the_hook_leaves_them():
+def test_the_hook_would_change_no_source():
     done = strip("--verify", *SOURCES)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_an_editor_leaves_behind_is_taken_out_again(tmp_path):
+def test_the_hook_removes_all_that_editors_add(tmp_path):
     for path in SOURCES:
         left = json.dumps(dirty(json.loads(path.read_text("utf-8"))))
         assert "Ada L." in left
         (tmp_path / path.name).write_text(left, encoding="utf-8")
     assert strip("--verify", *tmp_path.iterdir()).returncode == 1
     assert strip(*tmp_path.iterdir()).returncode == 0
-    for path in SOURCES:  # to the byte: a notebook that was only looked at makes no difference
+    for path in SOURCES:  # to the byte, so that opening a notebook leaves no diff
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git here")
-def test_a_commit_of_an_executed_notebook_is_stopped(tmp_path):
+def test_the_hook_stops_a_commit_of_an_executed_notebook(tmp_path):
     source = SOURCES[0]
     copy = tmp_path / source.name
     copy.write_text(json.dumps(dirty(json.loads(source.read_text("utf-8")))), encoding="utf-8")
@@ -96,14 +96,14 @@ def test_a_commit_of_an_executed_notebook_is_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_a_copy_is_its_source_executed_with_figures_that_every_reader_shows(source):
+def test_a_reading_copy_is_its_source_executed_and_has_a_picture_of_every_figure(source):
     stamp = runpy.run_path(ROOT / "notebooks" / "stamp_colab.py")
     copy = ROOT / "data" / "results" / "reading" / source.name
     notebook = nbformat.read(copy, 4)
-    given = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
-    cells = [c.source for c in notebook.cells if c not in given]
-    today = nbformat.reads(stamp["stamped"](source.read_text("utf-8"), "", ""), 4)
-    assert cells == [c.source for c in today.cells], "older than its source: make copies"
+    injected = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    cells = [c.source for c in notebook.cells if c not in injected]
+    current = nbformat.reads(stamp["stamped"](source.read_text("utf-8"), "", ""), 4)
+    assert cells == [c.source for c in current.cells], "older than its source: make copies"
     assert copy.stat().st_size <= 200 * 1024
     outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
     assert not any(o.output_type == "error" for o in outputs)

@@ -1,4 +1,4 @@
-"""Optimizers on random runs: the same seed gives the same parameters, gradients and diagonals."""
+"""Optimizers on random data: the same seed gives the same parameters, gradients and diagonals."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def parameters(seed=0, dtype=torch.float64, shapes=SHAPES):
 
 
 def observe(params, step):
-    """Gradients and D of one step: functions of the step alone."""
+    """Set the gradients of one step and return its D; both depend on the step alone."""
     generator = torch.Generator().manual_seed(1000 + step)
 
     def normal(p):
@@ -40,7 +40,7 @@ def observe(params, step):
 
 
 def train(optimizer, steps):
-    """Observe and step; a public witness, which knows no hess_diag, only gets what it takes."""
+    """Take steps; an optimizer of another package only gets the arguments that it knows."""
     for step in steps:
         diag = observe(parameters_of(optimizer), step)
         if isinstance(optimizer, Hybrid):
@@ -72,7 +72,7 @@ def saved_and_loaded(state):
 
 
 def same(a, b):
-    """Bit-equal, through dicts, lists and tensors."""
+    """Whether two nested structures of tensors and values are equal to the bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""A compiled step and a foreach step are the loop's step, whatever changes between the steps."""
+"""Compiled and foreach steps match the plain loop, whatever changes between the steps."""
 
 import copy
 import dataclasses
@@ -11,7 +11,7 @@ from torch import nn
 import hybrid_lib as hl
 from hybrid_lib.optim.compiled import CannotCompile, compiled
 
-# --- What cannot be compiled. ---
+# --- Functions that cannot be compiled. ---
 
 
 def branches(x):
@@ -25,20 +25,20 @@ def test_a_function_that_cannot_be_compiled_is_named_in_one_line():
     assert refused.value.__cause__ is not None
 
 
-def test_a_function_follows_its_numbers_where_nothing_was_promised():
+def test_a_compiled_function_follows_its_python_arguments():
     twice = compiled(lambda x, plus: x + 1 if plus else x - 1, "a test function")
     assert [twice(torch.zeros(1), plus).item() for plus in (True, False)] == [1.0, -1.0]
 
 
 @pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
-def test_a_compiler_that_is_switched_off_is_none(monkeypatch, switch):
+def test_the_variable_that_switches_the_compiler_off_is_named(monkeypatch, switch):
     monkeypatch.setenv(switch, "1")
     with pytest.raises(CannotCompile, match=f"{switch}.* is set") as refused:
         compiled(lambda x: x.sin(), "my function")(torch.zeros(2))
     assert "\n" not in str(refused.value)
 
 
-def test_errors_that_are_not_the_compiler_s_pass_through(monkeypatch):
+def test_errors_that_are_not_the_compiler_s_are_raised_unchanged(monkeypatch):
     def out_of_memory(x):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -73,7 +73,7 @@ def schedule(step):
     return 0.01 / (1 + step), (1 - step / 10, step / 10)
 
 
-EVERY_RULE = (  # and every branch in one, so that one compilation checks them all
+EVERY_RULE = (  # and every branch, so that one compilation checks them all
     hl.rules.Adam(weight_decay=0.1),
     hl.rules.SGD(momentum=0.9, dampening=0.2, weight_decay=0.01),
     hl.rules.SGD(momentum=0.9, nesterov=True),
@@ -84,20 +84,20 @@ EVERY_RULE = (  # and every branch in one, so that one compilation checks them a
 )
 
 
-def every_rule(merge, **how):
+def hybrid_of_every_rule(merge, **how):
     params = parameters(shapes=[(4, 3), (5,), ()])
     return hl.Hybrid(params, EVERY_RULE, 0.01, (1,) * 7, 0.1, maximize=True, merge=merge, **how)
 
 
 @pytest.mark.parametrize("how", [{"compile": True}, {"foreach": True}], ids=["compiled", "foreach"])
 @pytest.mark.parametrize("merge", ["product", "sum", "graft"])
-def test_every_rule_and_every_merge_is_the_loop_s(how, merge):
-    def rates(step):  # a rule without weight among them
+def test_every_rule_and_every_merge_matches_the_loop(how, merge):
+    def rates(step):  # some of them 0
         return 0.01 / (1 + step), [(i + step) % 3 / 4 for i in range(7)]
 
-    both = every_rule(merge), every_rule(merge, **how)
+    both = hybrid_of_every_rule(merge), hybrid_of_every_rule(merge, **how)
     take_steps(both, 4, rates=rates)
-    for optimizer in both:  # one parameter waits and is a step behind from then on
+    for optimizer in both:  # one parameter skips a step and stays one behind
         optimizer.param_groups[0]["params"][1].grad = None
         optimizer.step()
     take_steps(both, 3, first=20, rates=rates)
@@ -106,7 +106,7 @@ def test_every_rule_and_every_merge_is_the_loop_s(how, merge):
     assert counts == [8, 7, 8]
 
 
-def test_schedules_compile_nothing():
+def test_schedules_cause_no_recompilation():
     eager, fast = twins(hl.atmo)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     take_steps((eager, fast), 11, rates=schedule)  # from (1, 0) to (0, 1)
@@ -116,13 +116,13 @@ def test_schedules_compile_nothing():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_step_keeps_to_the_precision_of_the_parameters(dtype):
+def test_a_compiled_step_matches_at_the_precision_of_the_parameters(dtype):
     eager, fast = twins(hl.atmo, dtype)
     take_steps((eager, fast), 20)
     assert_twins_agree(eager, fast, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_eager_and_compiled_optimizers_read_each_other_s_states():
+def test_eager_and_compiled_optimizers_load_each_other_s_states():
     eager, fast = twins(hl.atmo)
     take_steps((eager, fast), 3)
     saved = fast.state_dict()
@@ -139,27 +139,27 @@ def test_eager_and_compiled_optimizers_read_each_other_s_states():
     assert copy.deepcopy(fast).param_groups[0]["compile"]
 
 
-def replaced(**change):
-    """The first rule of the group is another one."""
+def with_rule(**fields):
+    """Replace fields of the group's first rule."""
 
-    def happens(optimizer):
+    def change(optimizer):
         (group,) = optimizer.param_groups
-        group["rules"] = (dataclasses.replace(group["rules"][0], **change), *group["rules"][1:])
+        group["rules"] = (dataclasses.replace(group["rules"][0], **fields), *group["rules"][1:])
         return optimizer
 
-    return happens
+    return change
 
 
-def changed(**settings):
+def setting(**settings):
     return lambda optimizer: optimizer.param_groups[0].update(settings)
 
 
-def loaded(optimizer):
+def reloaded(optimizer):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def transposed(optimizer):
-    """Its buffers lie otherwise in memory."""
+def with_other_strides(optimizer):
+    """Lay its buffers out differently in memory."""
     for state in optimizer.state.values():
         for buffers in state["rules"]:
             for name, b in buffers.items():
@@ -167,53 +167,54 @@ def transposed(optimizer):
     return optimizer
 
 
-def of_first(optimizer):
+def first_state(optimizer):
     return optimizer.state[parameters_of(optimizer)[0]]
 
 
-def new_mean(optimizer):
-    of_first(optimizer)["rules"][0]["exp_avg"] = torch.zeros(5, dtype=torch.float64)
+def with_new_mean(optimizer):
+    first_state(optimizer)["rules"][0]["exp_avg"] = torch.zeros(5, dtype=torch.float64)
 
 
-def waits(which):
-    """The rules change while a parameter has no gradient."""
+def without_gradient(which):
+    """Change a rule and take a step in which one parameter has no gradient."""
 
-    def happens(optimizer):
-        observe(parameters_of(replaced(amsgrad=True)(optimizer)), 60)
+    def change(optimizer):
+        observe(parameters_of(with_rule(amsgrad=True)(optimizer)), 60)
         parameters_of(optimizer)[which].grad = None
         optimizer.step()
 
-    return happens
+    return change
 
 
 def plain_sgd(params, compile):
     return hl.sgd(params, momentum=0, compile=compile)
 
 
-momentum, amsgrad = replaced(momentum=0.9), replaced(amsgrad=True)
+momentum, amsgrad = with_rule(momentum=0.9), with_rule(amsgrad=True)
 CHANGES = {
-    "maximize": (hl.atmo, changed(maximize=True), changed(maximize=False)),
-    "decay": (hl.atmo, changed(decoupled_weight_decay=0.5), changed(decoupled_weight_decay=0.0)),
-    "merge": (hl.atmo, changed(merge="sum")),
-    "a number that leaves the buffers alone": (hl.adam, replaced(eps=10.0), replaced(eps=1e-8)),
-    "eager for a while": (hl.atmo, changed(compile=False), changed(compile=True)),
+    "maximize": (hl.atmo, setting(maximize=True), setting(maximize=False)),
+    "decay": (hl.atmo, setting(decoupled_weight_decay=0.5), setting(decoupled_weight_decay=0.0)),
+    "merge": (hl.atmo, setting(merge="sum")),
+    "a number that leaves the buffers alone": (hl.adam, with_rule(eps=10.0), with_rule(eps=1e-8)),
+    "eager for a while": (hl.atmo, setting(compile=False), setting(compile=True)),
     "another buffer": (hl.atmo, amsgrad),
-    "another buffer after a load": (hl.atmo, loaded, amsgrad),
-    "another buffer, then loaded": (hl.adam, lambda o: loaded(amsgrad(o))),
+    "another buffer after a load": (hl.atmo, reloaded, amsgrad),
+    "another buffer, then loaded": (hl.adam, lambda o: reloaded(amsgrad(o))),
     "another buffer, then copied": (hl.adam, lambda o: copy.deepcopy(amsgrad(o))),
     "momentum, then copied": (plain_sgd, lambda o: copy.deepcopy(momentum(o))),
-    "the first waits": (hl.adam, waits(0)), "the second waits": (hl.adam, waits(1)),
-    "other strides": (hl.atmo, transposed),
-    "other strides, then loaded": (hl.atmo, lambda o: loaded(transposed(o))),
+    "the first has no gradient": (hl.adam, without_gradient(0)),
+    "the second has no gradient": (hl.adam, without_gradient(1)),
+    "other strides": (hl.atmo, with_other_strides),
+    "other strides, then loaded": (hl.atmo, lambda o: reloaded(with_other_strides(o))),
     "the state is cleared": (hl.atmo, lambda o: o.state.clear()),
-    "one state is cleared": (hl.adam, lambda o: of_first(o).clear()),
-    "a buffer is put in": (hl.adam, new_mean),
-    "a count is put in": (hl.adam, lambda o: of_first(o).update(step=0)),
+    "one state is cleared": (hl.adam, lambda o: first_state(o).clear()),
+    "a buffer is put in": (hl.adam, with_new_mean),
+    "a count is put in": (hl.adam, lambda o: first_state(o).update(step=0)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "changes"), [(m, c) for m, *c in CHANGES.values()], ids=CHANGES)
-def test_a_compiled_step_follows_what_changes_between_steps(make, changes):
+def test_a_compiled_step_follows_changes_between_steps(make, changes):
     both = twins(make)
     take_steps(both, 3)
     for i, change in enumerate(changes, start=1):
@@ -221,7 +222,7 @@ def test_a_compiled_step_follows_what_changes_between_steps(make, changes):
         take_steps(both, 3, first=20 * i)
         assert_twins_agree(*both)
     states = [o.state_dict()["state"].values() for o in both]
-    eager, fast = ([(s["step"], [[*b] for b in s["rules"]]) for s in of_one] for of_one in states)
+    eager, fast = ([(s["step"], [[*b] for b in s["rules"]]) for s in each] for each in states)
     assert eager == fast
 
 
@@ -235,7 +236,7 @@ def test_a_compiled_step_takes_several_precisions_in_one_group():
     assert_twins_agree(*both, 1e-5)
 
 
-def test_rules_may_not_be_added_to_old_buffers():
+def test_rules_added_after_the_first_step_are_refused():
     optimizer = train(hl.atmo(parameters()), range(2))
     (group,) = optimizer.param_groups
     group.update(rules=(*group["rules"], hl.rules.SGD()), lambdas=(0.5, 0.5, 0.1))
@@ -245,7 +246,7 @@ def test_rules_may_not_be_added_to_old_buffers():
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A rule of one's own."""
+    """A custom rule."""
 
     needs_hessian = False
 
@@ -266,7 +267,7 @@ class Rebinding(Mean):
         return buffers["mean"], lr
 
 
-class Looking(Mean):
+class Branching(Mean):
     def propose(self, seen, buffers, lr, corrections):
         return seen.g if seen.g.sum() > 0 else -seen.g, lr
 
@@ -275,22 +276,22 @@ def hybrid_of(rule):
     return lambda params, **settings: hl.Hybrid(params, [rule], 0.1, **settings)
 
 
-def test_a_rule_of_one_s_own_compiles():
+def test_a_custom_rule_compiles():
     both = twins(hybrid_of(Mean()))
     take_steps(both, 6)
     assert_twins_agree(*both)
 
 
 @pytest.mark.parametrize("how", [{}, {"foreach": True}])
-def test_a_rule_must_keep_its_buffers(how):
-    """A tensor in a buffer's place would be lost in a compiled step: refused in every step."""
+def test_a_rule_that_replaces_a_buffer_is_refused(how):
+    """A compiled step would lose the new tensor, so every kind of step refuses it."""
     optimizer = hybrid_of(Rebinding())([nn.Parameter(torch.ones(2))], **how)
     with pytest.raises(TypeError, match="in place"):
         take_steps((optimizer,), 1)
 
 
-def test_a_rule_that_looks_at_values_is_refused_in_a_line():
-    eager, fast = twins(hybrid_of(Looking()))
+def test_a_rule_that_branches_on_values_is_refused_in_one_line_by_the_compiler():
+    eager, fast = twins(hybrid_of(Branching()))
     take_steps((eager,), 1)
     with pytest.raises(CannotCompile, match="the optimizer's step cannot be compiled") as refused:
         take_steps((fast,), 1)
@@ -298,8 +299,8 @@ def test_a_rule_that_looks_at_values_is_refused_in_a_line():
     assert {state["step"] for state in fast.state.values()} == {0}  # nothing has moved
 
 
-def test_a_new_diagonal_is_written_where_the_last_one_was():
-    """A captured step reads it there."""
+def test_a_new_diagonal_is_written_into_the_tensor_of_the_last_one():
+    """A captured step reads that tensor."""
     optimizers = twins(hl.adahessian)
     take_steps(optimizers, 3)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
@@ -347,8 +348,8 @@ def test_rates_and_weights_may_be_tensors():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_asks_nothing_of_the_values_on_a_device(name):
-    """Meta tensors have none: what waited for a GPU would fail here."""
+def test_a_step_never_reads_values_from_the_device(name):
+    """Meta tensors have no values, so anything that waits for a GPU would fail here."""
     w = nn.Parameter(torch.empty(3, 4, device="meta"))
     optimizer = OPTIMIZERS[name]([w])
     (group,) = optimizer.param_groups

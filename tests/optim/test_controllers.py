@@ -1,4 +1,4 @@
-"""λ that chooses itself: Hedge and SWATS, by the letter, everywhere where Hybrid runs."""
+"""Adaptive λ: Hedge and SWATS follow their formulas, eager, foreach and compiled."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ HOW = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "compiled": {"
 
 
 def every_way(names, values, compiled):
-    """All values eagerly and with foreach; one compiled, since compiling takes seconds."""
+    """Test all values eagerly and with foreach, but only one compiled, which takes seconds."""
     cases = [*itertools.product(("eager", "foreach"), values), ("compiled", compiled)]
     return pytest.mark.parametrize(("way", names), cases)
 
@@ -46,7 +46,7 @@ def swats(params=None, tolerance=1e-3, **settings):
     return methods.swats(params or parameters(), controller=SWATS(tolerance), **given)
 
 
-# --- By the letter. ---
+# --- Formulas. ---
 
 
 def vector(tensors):
@@ -54,12 +54,12 @@ def vector(tensors):
 
 
 @every_way("merge", ["product", "sum", "graft"], compiled="product")
-def test_hedge_multiplies_weights_by_the_last_direction_s_agreement(way, merge):
-    """The directions of three optimizers that each hold one rule, and see the same weights."""
+def test_hedge_follows_its_formula(way, merge):
+    """A weight grows with the cosine of its rule's last direction and the new gradient."""
     optimizer, λ, last = hedged(merge, **HOW[way]), (0.5, 0.3, 0.2), None
     for step in range(5):
         diag = observe(parameters_of(optimizer), step)
-        asked = [of_one for _, of_one in optimizer.proposals(diag)]
+        proposed = [answer for _, answer in optimizer.proposals(diag)]
         assert tuple(optimizer.param_groups[0]["lambdas"]) == pytest.approx(λ, rel=1e-6)
         optimizer.step(hess_diag=diag)
         g = vector(p.grad for p in parameters_of(optimizer))
@@ -68,13 +68,13 @@ def test_hedge_multiplies_weights_by_the_last_direction_s_agreement(way, merge):
                 λi * math.exp(0.7 * torch.cosine_similarity(d, g, dim=0)) for λi, d in zip(λ, last)
             ]
             λ = [0.98 * x / sum(grown) + 0.02 / 3 for x in grown]
-        else:  # nothing was proposed yet
+        else:  # no direction yet
             λ = [0.98 * λi + 0.02 / 3 for λi in λ]
-        last = [vector(d[i] for _, d, *_ in asked) for i in range(3)]
+        last = [vector(d[i] for _, d, *_ in proposed) for i in range(3)]
 
 
-def swats_by_the_letter(w, gradients, lr, β1=0.9, β2=0.999, ε=1e-15, tolerance=1e-3, γ_decay=0.0):
-    """Algorithm 1 of Keskar and Socher for one vector; also at which step it switched."""
+def swats_reference(w, gradients, lr, β1=0.9, β2=0.999, ε=1e-15, tolerance=1e-3, γ_decay=0.0):
+    """Algorithm 1 of Keskar and Socher for one vector: where it ends and when it switched."""
     m, v, momentum, s, Λ = *(torch.zeros_like(w) for _ in range(3)), 0.0, None
     for k, g in enumerate(gradients, start=1):
         g = g + γ_decay * w
@@ -102,11 +102,11 @@ def gradients_of(params, steps):
 
 
 @every_way("settings", [(0.0, 0.03), (0.1, 0.03), (0.0, 1e-9)], compiled=(0.1, 0.03))
-def test_swats_is_its_algorithm_over_all_tensors_at_once(way, settings):
+def test_swats_follows_its_algorithm_over_all_tensors_at_once(way, settings):
     decay, tolerance = settings
     optimizer, steps = swats(tolerance=tolerance, weight_decay=decay, **HOW[way]), 40
     start, drawn = vector(parameters()), gradients_of(parameters(), steps)
-    end, switched_at = swats_by_the_letter(
+    end, switched_at = swats_reference(
         start, map(vector, drawn), 0.05, tolerance=tolerance, γ_decay=decay
     )
     assert bool(switched_at) == (tolerance > 1e-6)
@@ -115,12 +115,12 @@ def test_swats_is_its_algorithm_over_all_tensors_at_once(way, settings):
     assert optimizer.param_groups[0]["memory"]["switched_at"] == switched_at
 
 
-def test_swats_per_tensor_switches_each_at_its_own_time():
+def test_swats_per_tensor_switches_each_tensor_at_its_own_step():
     optimizer, steps = swats([{"params": [p]} for p in parameters()], 0.01), 60
     drawn, ends = gradients_of(parameters(), steps), []
     for i, p in enumerate(parameters()):
-        of_one = [g[i].flatten() for g in drawn]
-        ends.append(swats_by_the_letter(p.detach().flatten(), of_one, 0.05, tolerance=0.01))
+        gradients = [g[i].flatten() for g in drawn]
+        ends.append(swats_reference(p.detach().flatten(), gradients, 0.05, tolerance=0.01))
     train(optimizer, range(steps))
     for p, (end, _) in zip(parameters_of(optimizer), ends):
         torch.testing.assert_close(p.detach().flatten(), end, rtol=1e-9, atol=1e-9)
@@ -129,9 +129,9 @@ def test_swats_per_tensor_switches_each_at_its_own_time():
     assert len(set(switched_at)) > 2
 
 
-def test_swats_is_another_implementation_s():
-    """pytorch_optimizer's is right for one tensor; its tolerance is relative, so both get the same
-    gradient until they switch, at the second step."""
+def test_swats_matches_another_implementation():
+    """pytorch_optimizer's SWATS is right for one tensor. Its tolerance is relative, so both get the
+    same gradient until they switch, at the second step."""
     theirs = pytest.importorskip("pytorch_optimizer").SWATS
     ours, theirs = swats([parameters()[0]]), theirs([parameters()[0]], lr=0.05, eps=1e-13)
     for optimizer in (ours, theirs):
@@ -143,7 +143,7 @@ def test_swats_is_another_implementation_s():
     assert_close(weights(ours), weights(theirs), rtol=1e-6)
 
 
-def test_a_rate_s_schedule_goes_on_after_the_switch():
+def test_the_learning_rate_still_applies_after_the_switch():
     optimizer = swats(tolerance=0.03, momentum=0.0, dampening=0.0)
     train(optimizer, range(40))
     (group,) = optimizer.param_groups
@@ -155,7 +155,7 @@ def test_a_rate_s_schedule_goes_on_after_the_switch():
         torch.testing.assert_close(p.detach(), w - 0.005 * λ * p.grad)
 
 
-# --- Life: states, refusals, numbers. ---
+# --- Checkpoints, refusals and edge cases. ---
 
 MAKE = {"hedge": hedged, "swats": lambda **how: swats(tolerance=0.03, **how)}
 every_controller = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
@@ -163,18 +163,18 @@ every_controller = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 @every_controller
 @every_way("before", [1, 4, 30], compiled=4)
-def test_a_checkpoint_continues_bit_by_bit(make, way, before):
+def test_a_checkpoint_continues_to_the_same_bits(make, way, before):
     how = HOW[way]
-    through = train(make(**how), range(before))
-    state, at = saved_and_loaded(through.state_dict()), weights(through)
-    train(through, range(before, before + 4))
+    straight = train(make(**how), range(before))
+    state, saved = saved_and_loaded(straight.state_dict()), weights(straight)
+    train(straight, range(before, before + 4))
     resumed = make(**how)
     with torch.no_grad():
-        for p, w in zip(parameters_of(resumed), at):
+        for p, w in zip(parameters_of(resumed), saved):
             p.copy_(w)
     resumed.load_state_dict(state)
     train(resumed, range(before, before + 4))
-    assert same(snapshot(through), snapshot(resumed))
+    assert same(snapshot(straight), snapshot(resumed))
 
 
 def test_a_state_of_another_controller_is_refused():
@@ -187,12 +187,12 @@ def test_a_state_of_another_controller_is_refused():
 
 REFUSED = {
     "merge='product'.*'sum'": dict(merge="product"),
-    r"one rule to SGD, lambdas \(1, 0\)": dict(lambdas=(0.5, 0.5)),
+    r"SGD\) and lambdas \(1, 0\)": dict(lambdas=(0.5, 0.5)),
 }
 
 
 @pytest.mark.parametrize(("reason", "settings"), REFUSED.items())
-def test_swats_refuses_what_it_cannot_steer(reason, settings):
+def test_swats_refuses_groups_that_it_cannot_control(reason, settings):
     with pytest.raises(ValueError, match=reason):
         swats(**settings)
 
@@ -207,49 +207,49 @@ def test_settings_outside_their_range_are_refused(make, name, bad):
         make(**{name: bad})
 
 
-def test_a_group_without_any_weight_is_refused():
+def test_a_group_whose_weights_are_all_0_is_refused():
     with pytest.raises(ValueError, match="all 0"):
         hl.Hybrid(parameters(), RULES, 0.01, (0, 0, 0), controller=Hedge())
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_the_largest_rate_gives_the_best_rule_everything(sign):
-    """Gradients that agree, or that turn round: the gains are near 1, or near -1."""
+def test_a_very_large_rate_gives_the_best_rule_all_the_weight(sign):
+    """The gradients agree or reverse, so the gains are near 1 or near -1."""
     w = torch.nn.Parameter(torch.zeros(3))
     optimizer = hl.Hybrid([w], [SGD(), Adam()], 0.1, (0.5, 0.5), controller=Hedge(1e4, share=0))
     for g in ([1.0, 2, 3], [sign * 1.0, sign * 2, sign * 3]):
         w.grad = torch.tensor(g)
         optimizer.step()
     λ = optimizer.param_groups[0]["lambdas"]
-    best = 0 if sign > 0 else 1  # SGD's direction is the gradient's, for better or worse
+    best = 0 if sign > 0 else 1  # SGD follows the gradient, for better or worse
     assert λ[best] == pytest.approx(1)
     assert sum(λ) == pytest.approx(1)
 
 
-def test_adam_s_own_average_tells_when_swats_switches():
+def test_swats_averages_with_the_beta2_of_adam():
     one, other = (swats(betas=(0.9, β2), tolerance=0.03) for β2 in (0.9, 0.999))
     for optimizer in (one, other):
         train(optimizer, range(40))
     start, drawn = vector(parameters()), [*map(vector, gradients_of(parameters(), 40))]
-    letter = swats_by_the_letter(start, drawn, 0.05, β2=0.9, tolerance=0.03)
-    assert one.param_groups[0]["memory"]["switched_at"] == letter[1]
+    expected = swats_reference(start, drawn, 0.05, β2=0.9, tolerance=0.03)
+    assert one.param_groups[0]["memory"]["switched_at"] == expected[1]
 
 
-def test_whoever_waited_starts_without_momentum_too():
+def test_after_the_switch_a_parameter_without_gradient_has_no_momentum_either():
     optimizer = swats(tolerance=10.0)
-    mover, waits, *_ = parameters_of(optimizer)
+    moving, waiting, *_ = parameters_of(optimizer)
     observe(parameters_of(optimizer), 0)
     optimizer.step()
     observe(parameters_of(optimizer), 1)
-    waits.grad = None
+    waiting.grad = None
     optimizer.step()
     assert optimizer.param_groups[0]["memory"]["switched_at"] == 2
-    for p in (mover, waits):
+    for p in (moving, waiting):
         assert not optimizer.state[p]["rules"][1]["momentum_buffer"].any()
 
 
 @every_controller
-def test_a_step_that_moves_nothing_decides_nothing(make):
+def test_steps_at_lr_0_leave_the_controller_as_it_was(make):
     optimizer = make()
     before = copy.deepcopy(
         (optimizer.param_groups[0]["memory"], optimizer.param_groups[0]["lambdas"])
@@ -259,7 +259,7 @@ def test_a_step_that_moves_nothing_decides_nothing(make):
     assert before == (optimizer.param_groups[0]["memory"], optimizer.param_groups[0]["lambdas"])
 
 
-def test_a_gradient_that_is_no_number_does_not_spoil_the_weights():
+def test_a_nan_gradient_leaves_the_weights_finite():
     optimizer = hedged()
     train(optimizer, range(2))
     diag = observe(parameters_of(optimizer), 2)
@@ -268,12 +268,12 @@ def test_a_gradient_that_is_no_number_does_not_spoil_the_weights():
     assert all(math.isfinite(λ) for λ in optimizer.param_groups[0]["lambdas"])
 
 
-# --- Proposals: what step() is going to do, without doing it. ---
+# --- Proposals: what step() would do, without doing it. ---
 
 
 @pytest.mark.parametrize("merge", ["product", "sum", "graft"])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_proposals_tell_the_next_step_and_change_nothing(merge, steps):
+def test_proposals_predict_the_next_step_and_change_nothing(merge, steps):
     rules = [Adam(weight_decay=0.01), SGD(momentum=0.9), AdaHessian(eps=0.1)]
     optimizer = hl.Hybrid(parameters(), rules, 0.01, (0.5, 0.3, 0.2), merge=merge, maximize=True)
     train(optimizer, range(steps))
@@ -287,13 +287,13 @@ def test_proposals_tell_the_next_step_and_change_nothing(merge, steps):
     assert same(before, snapshot(optimizer))
     optimizer.step(hess_diag=diag)
     assert_close(weights(optimizer), expected)
-    if steps:  # without a new diagonal, the one that was kept
-        asked = {p: D for p, (*_, D) in optimizer.proposals()}
-        assert all(torch.equal(asked[p], D) for p, D in zip(parameters_of(optimizer), diag))
+    if steps:  # without a new diagonal, the last one counts
+        diagonals = {p: D for p, (*_, D) in optimizer.proposals()}
+        assert all(torch.equal(diagonals[p], D) for p, D in zip(parameters_of(optimizer), diag))
 
 
 def test_proposals_work_wherever_a_step_does():
-    """Before there is a D, at a rate of zero; and for a rule that was changed."""
+    """Before the first D, at a rate of zero, and after a rule was changed."""
     optimizer = hl.adasgd(parameters())
     observe(parameters_of(optimizer), 0)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -305,7 +305,7 @@ def test_proposals_work_wherever_a_step_does():
     assert len(list(plain.proposals())) == len(parameters_of(plain))
 
 
-def test_proposals_need_what_a_step_needs():
+def test_proposals_need_a_diagonal_where_a_step_does():
     optimizer = hl.adahessian(parameters())
     observe(parameters_of(optimizer), 0)
     with pytest.raises(RuntimeError, match="first step"):

@@ -1,9 +1,9 @@
-"""The estimate of the Hessian diagonal is Hutchinson's, and leaves nothing behind.
+"""The estimate of the Hessian diagonal is Hutchinson's and leaves nothing behind.
 
-Rows of one parameter that do not touch each other are independent draws, so a single call gives
-thousands: their distinct values are all probes there are, their frequencies show fair and
-independent signs, their mean and variance are compared with the exact Hessian, off-diagonals and
-all. Then the odd cases, and that no graph, gradient or random state outlives a call.
+Rows of one parameter that do not interact are independent draws, so a single call gives thousands:
+their distinct values show every possible probe, their frequencies show fair and independent signs,
+and their mean and variance are compared with the exact Hessian, off-diagonals included. Further
+tests cover edge cases, and that no graph, gradient or random state outlives a call.
 """
 
 import gc
@@ -45,7 +45,7 @@ def draws(n, n_samples=1, seed=0):
 def test_over_all_probes_the_mean_is_exact_and_the_variance_known():
     D = draws(2000)
     distinct, counts = D.round(decimals=9).unique(dim=0, return_counts=True)
-    assert len(distinct) == 2**3  # z and -z answer the same, so half of the 2^4 probes
+    assert len(distinct) == 2**3  # z and -z give the same, so half of the 2^4 probes
     torch.testing.assert_close(distinct.mean(0), H.diag())
     torch.testing.assert_close(distinct.var(0, correction=0), OFF_DIAGONAL)
     assert (counts - 250).abs().max() < 4 * (2000 / 8 * 7 / 8) ** 0.5  # all equally often
@@ -61,7 +61,7 @@ def test_samples_are_averaged_and_independent(n_samples):
 
 
 def test_the_signs_are_independent_between_parameters():
-    """Were the probe shared between a and b, D would be 2 + 5 always: an error that stays."""
+    """If a and b shared a probe, D would always be 2 + 5, an error that averaging keeps."""
     a, b = leaf(1000), leaf(1000, seed=1)
     _, (D_a, D_b) = hessian_diagonal((a**2 + 5 * a * b).sum(), [a, b], 1, seeded())
     values, counts = D_a.unique(return_counts=True)
@@ -88,7 +88,7 @@ def small_net():
 
 @given(seed=st.integers(0, 2**31), n_samples=st.integers(1, 3))
 @settings(max_examples=20, deadline=None)
-def test_a_function_is_taken_forward_over_reverse_to_the_same_numbers(seed, n_samples):
+def test_a_loss_given_as_a_function_has_the_same_gradient_and_diagonal(seed, n_samples):
     params = [leaf(4, 3, seed=seed), leaf(3, seed=seed + 1)]
 
     def loss_of(params):
@@ -157,7 +157,7 @@ def test_without_a_generator_the_global_one_is_used_and_moves_on():
 
 
 X, W, U = (leaf(3, seed=seed) for seed in range(3))
-ODD = {  # loss, parameters, gradients (None, too) and diagonals, all entries alike
+EDGE_CASES = {  # loss, parameters; for all entries, gradients (or None) and diagonals
     "one enters linearly": (lambda: (X**2).sum() + W.sum(), [X, W], [2 * X, 1], [2, 0]),
     "one is unused": (lambda: (X**2).sum(), [W, X], [None, 2 * X], [0, 2]),
     "all enter linearly": (lambda: 3 * X.sum() + W.sum(), [X, W], [3, 1], [0, 0]),
@@ -167,8 +167,8 @@ ODD = {  # loss, parameters, gradients (None, too) and diagonals, all entries al
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("loss", "params", "grads", "diag"), ODD.values(), ids=ODD)
-def test_what_has_no_curvature_or_no_gradient(loss, params, grads, diag):
+@pytest.mark.parametrize(("loss", "params", "grads", "diag"), EDGE_CASES.values(), ids=EDGE_CASES)
+def test_parameters_without_curvature_or_without_gradient(loss, params, grads, diag):
     found = hessian_diagonal(loss(), params, n_samples=2)
     for ours, expected in zip(found[0] + found[1], grads + diag, strict=True):
         assert (ours is None) == (expected is None)
@@ -184,35 +184,35 @@ def test_no_gradient_is_written_and_the_results_are_detached(n_samples):
     assert w.grad is None
     assert not any(t.requires_grad or t.grad_fn for t in grads + diag)
     of_function = hessian_diagonal(lambda p: ((p[0] ** 3 + p[0] * w).sum(), p[0] * w), [x])
-    grads, diag, other = of_function  # w is not asked for, but used
+    grads, diag, other = of_function  # w is used but is no parameter
     assert not any(t.requires_grad or t.grad_fn for t in [*grads, *diag, other])
 
 
-class Held:
-    """A tensor that a graph saved for its backward pass; dies with the last graph to hold it."""
+class SavedTensor:
+    """A tensor that a graph saved for its backward pass; freed with the last graph to hold it."""
 
-    def __init__(self, tensor, living):
+    def __init__(self, tensor, alive):
         self.tensor = tensor
-        living.add(self)
+        alive.add(self)
 
 
 @pytest.mark.parametrize("n_samples", [1, 3])
 def test_no_graph_outlives_the_loss(n_samples):
-    """Counted without the garbage collector's help: a cycle would fill memory between its runs."""
-    net, x, living = small_net(), leaf(8, 3).detach(), weakref.WeakSet()
+    """The garbage collector is off, since a cycle would fill memory between its runs."""
+    net, x, alive = small_net(), leaf(8, 3).detach(), weakref.WeakSet()
     gc.collect()
     gc.disable()
     try:
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: Held(tensor, living), lambda held: held.tensor
+            lambda tensor: SavedTensor(tensor, alive), lambda saved: saved.tensor
         ):
             for _ in range(50):
                 loss = net(x).square().sum()
-                assert len(living) > 0
+                assert len(alive) > 0
                 results = hessian_diagonal(loss, net.parameters(), n_samples)
                 del loss
-                assert len(living) == 0
-        assert len(results) == 2  # alive, and yet they hold no graph
+                assert len(alive) == 0
+        assert len(results) == 2  # alive, but they hold no graph
     finally:
         gc.enable()
 
@@ -225,22 +225,22 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("layout", STRIDED)
-def test_strides_change_nothing_not_even_the_draws(layout):
-    def of(x):
+def test_strides_change_neither_results_nor_draws(layout):
+    def estimate(x):
         return hessian_diagonal((x.sum() ** 2 + (x**3).sum()), [x], 2, seeded())
 
     x = STRIDED[layout]().requires_grad_()
     plain = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     assert not x.is_contiguous()
     assert plain.is_contiguous()
-    (g,), (D,) = of(x)
-    (g_plain,), (D_plain,) = of(plain)
+    (g,), (D,) = estimate(x)
+    (g_plain,), (D_plain,) = estimate(plain)
     torch.testing.assert_close(g, g_plain, check_stride=False)
     torch.testing.assert_close(D, D_plain, check_stride=False)
 
 
-def test_it_works_where_gradients_are_switched_off():
-    """An optimizer's step runs under no_grad; a loss made before is still differentiable."""
+def test_the_diagonal_can_be_estimated_under_no_grad():
+    """An optimizer's step runs under no_grad; a loss computed before is still differentiable."""
     x = leaf(3)
     loss = (x**2).sum()
     with torch.no_grad():
@@ -248,10 +248,10 @@ def test_it_works_where_gradients_are_switched_off():
     assert D.tolist() == [2, 2, 2]
 
 
-# --- What cannot be differentiated twice is refused in a line that says what to do. ---
+# --- Losses that cannot be differentiated twice: the refusal says what to do. ---
 
 
-def attention_of(q):
+def attention_loss(q):
     return F.scaled_dot_product_attention(q, q, q).square().mean()
 
 
@@ -259,7 +259,7 @@ def lstm():
     return nn.LSTM(3, 2, batch_first=True), torch.randn(2, 4, 3)
 
 
-def of_an_lstm_as_a_function():
+def diagonal_of_an_lstm_function():
     net, x = lstm()
     names = [name for name, _ in net.named_parameters()]
 
@@ -283,40 +283,40 @@ class OnceOnly(torch.autograd.Function):
         return 2 * x * g
 
 
-def of_a_checkpoint():
-    """Its gradients are all None and D would be 0: AdaHessian would divide by epsilon."""
+def diagonal_of_a_checkpoint():
+    """All its gradients are None and D would be 0, so AdaHessian would divide by epsilon."""
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
     return hessian_diagonal(
         checkpoint(net, leaf(4, 3, dtype=torch.float32), use_reentrant=True).sum(), net.parameters()
     )
 
 
-def of_a_frozen_parameter():
+def diagonal_of_a_frozen_parameter():
     net = nn.Linear(3, 2)
     net.weight.requires_grad_(False)
     return hessian_diagonal(net(torch.randn(4, 3)).square().mean(), net.parameters())
 
 
-def of_a_compiled_model():
+def diagonal_of_a_compiled_model():
     net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
     fast = torch.compile(net, backend="aot_eager")
     return hessian_diagonal(fast(torch.randn(4, 3)).square().mean(), net.parameters())
 
 
-def of_attention(as_function=False):
+def diagonal_of_attention(as_function=False):
     q = leaf(1, 2, 4, 8, dtype=torch.float32)
-    loss = (lambda p: (attention_of(p[0]), ())) if as_function else attention_of(q)
+    loss = (lambda p: (attention_loss(p[0]), ())) if as_function else attention_loss(q)
     return hessian_diagonal(loss, [q])
 
 
 REFUSED = {
-    "attention": (of_attention, r"sdpa_kernel\(SDPBackend.MATH\)"),
-    "attention, forward": (lambda: of_attention(True), r"sdpa_kernel\(SDPBackend.MATH\)"),
-    "an LSTM, forward": (of_an_lstm_as_a_function, "pass the loss itself"),
-    "a compiled model": (of_a_compiled_model, "before torch.compile"),
-    "a reentrant checkpoint": (of_a_checkpoint, "use_reentrant=False"),
-    "a frozen parameter": (of_a_frozen_parameter, r"params at \[0\].*frozen"),
-    "a backward of one's own": (
+    "attention": (diagonal_of_attention, r"sdpa_kernel\(SDPBackend.MATH\)"),
+    "attention, forward": (lambda: diagonal_of_attention(True), r"sdpa_kernel\(SDPBackend.MATH\)"),
+    "an LSTM, forward": (diagonal_of_an_lstm_function, "pass the loss itself"),
+    "a compiled model": (diagonal_of_a_compiled_model, "before torch.compile"),
+    "a reentrant checkpoint": (diagonal_of_a_checkpoint, "use_reentrant=False"),
+    "a frozen parameter": (diagonal_of_a_frozen_parameter, r"params at \[0\].*frozen"),
+    "a custom backward": (
         lambda: hessian_diagonal(OnceOnly.apply(w := leaf(3)).sum(), [w]), "not differentiable",
     ),
     "a bare tensor": (lambda: hessian_diagonal((X**2).sum(), X), "a list of tensors"),
@@ -328,17 +328,17 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("attempt", "way_out"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("attempt", "advice"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of checkpoints and compilers
-def test_a_refusal_names_the_way_out(attempt, way_out):
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=way_out) as refused:
+def test_a_refusal_says_what_to_do_instead(attempt, advice):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=advice) as refused:
         attempt()
     assert "\n" not in str(refused.value)
 
 
-def test_the_ways_out_work():
+def test_what_the_refusals_suggest_works():
     with sdpa_kernel(SDPBackend.MATH):
-        _, (D,) = of_attention()
+        _, (D,) = diagonal_of_attention()
     assert D.abs().sum() > 0
     net, x = lstm()
     _, diag = hessian_diagonal(net(x)[0].square().mean(), net.parameters())

@@ -1,8 +1,8 @@
 """The optimizers compute what the original ones computed.
 
-Every recorded trajectory of ``golden/`` is replayed step by step by the real constructors, with
-gradient and Hessian diagonal differentiated by autograd from the loss: a wrong sign, order, power
-or bias correction leaves the recorded path. The released schedules of the weights are replayed too.
+Every recorded trajectory in ``golden/`` is replayed step by step by the real constructors, with the
+gradient and Hessian diagonal that autograd derives from the loss. A wrong sign, order, power or
+bias correction leaves the recorded path. The released schedules of λ are replayed too.
 """
 
 import json
@@ -27,7 +27,7 @@ def load(name):
 SCHEDULES = load("lambda_schedules")
 
 
-def test_all_recordings_are_here():
+def test_all_recordings_are_present():
     assert len(TRAJECTORIES) == 25
     assert len(SCHEDULES["rows"]) == 12
 
@@ -54,7 +54,7 @@ def test_the_recorded_trajectory_is_reproduced(name, dtype):
 
 
 @pytest.mark.parametrize("row", SCHEDULES["rows"], ids=lambda row: row["kind"].split()[0])
-def test_the_released_weights_are_reproduced(row):
+def test_the_released_schedule_is_reproduced(row):
     def pair(driven):  # in our order: (adaptive, SGD)
         other = 1 - driven
         return (driven, other) if row["drives"] == "lambda_adaptive" else (other, driven)
@@ -62,7 +62,7 @@ def test_the_released_weights_are_reproduced(row):
     start, end, epochs = pair(row["start"]), pair(row["end"]), row["horizon"]
     first = (row["initial"]["lambda_ad"], row["initial"]["lambda_sgd"])
     ours = [schedules.Released(start, end, epochs, first)]
-    if start == first:  # the scheduler drives as it should: no jump, and no need for a first
+    if start == first:  # no jump after the first epoch, so a plain ramp does as well
         ours.append(schedules.Linear(start, end, epochs))
 
     adaptive, sgd = (SCHEDULES["lambda_order"].index(k) for k in ("lambda_adaptive", "lambda_sgd"))
@@ -109,7 +109,7 @@ def dense(case, dtype):
 
 
 def differentiate(loss, params, case, step):
-    """Set the gradients; answer D, with the recorded probes where there are any."""
+    """Set the gradients and return D, from the recorded probes where there are any."""
     params = list(params.values())
     if "probes_per_step" not in case:
         grads, diag = hessian_diagonal(loss, params)
@@ -157,7 +157,7 @@ STATES = torch.load(GOLDEN / "states-0.1.pt", weights_only=True)
 
 @pytest.mark.parametrize("how", [{}, {"foreach": True}], ids=["loop", "foreach"])
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_version_0_1_saved_goes_on(name, how):
+def test_a_state_saved_by_version_0_1_continues(name, how):
     """Saved after three steps; weights recorded after three more, by that version's own code."""
     saved = STATES[name]
     params = [torch.nn.Parameter(w.clone()) for w in saved["at_3"]]

@@ -1,8 +1,8 @@
 """The optimizers behave as PyTorch optimizers should, whatever happens between the steps.
 
-One rule alone is PyTorch's own SGD or Adam, and an independent package's AdaHessian and Padam;
-groups, schedulers, closures, missing gradients, checkpoints, copies and low precision work at any
-moment of a run; what is impossible is refused with the reason, and then nothing has moved.
+A single rule matches PyTorch's own SGD or Adam, or an independent package's AdaHessian or Padam.
+Groups, schedulers, closures, missing gradients, checkpoints, copies and low precision work at any
+moment of a run. Impossible input is refused with the reason, before anything has moved.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Lion, Padam
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-unhurried = settings(deadline=None)  # a busy machine is no fault
+no_deadline = settings(deadline=None)  # a busy machine must not fail a test
 
 
-# --- Witnesses: one rule alone is a known optimizer. ---
+# --- A single rule matches a known optimizer. ---
 
 
-PUBLIC = [  # pytorch_optimizer's Padam has no AMSGrad maximum, and the released bias correction
+PUBLIC = [  # pytorch_optimizer's Padam: no AMSGrad maximum, the released bias correction
     *[("SGD", "sgd", settings, {}) for settings in (
         dict(momentum=0.0, weight_decay=0.0), dict(momentum=0.95, weight_decay=5e-4),
         dict(momentum=0.9, dampening=0.3, weight_decay=0.0),
@@ -61,10 +61,10 @@ PUBLIC = [  # pytorch_optimizer's Padam has no AMSGrad maximum, and the released
 
 
 @pytest.mark.parametrize(("theirs", "ours", "settings", "only_ours"), PUBLIC)
-def test_a_method_is_another_implementation_s(theirs, ours, settings, only_ours):
-    """Both are fed the same D: a package's own estimator is not under test here."""
-    of_torch = hasattr(torch.optim, theirs)
-    package = torch.optim if of_torch else pytest.importorskip("pytorch_optimizer")
+def test_a_method_matches_another_implementation(theirs, ours, settings, only_ours):
+    """Both get the same D, since a package's own estimator is not under test here."""
+    in_torch = hasattr(torch.optim, theirs)
+    package = torch.optim if in_torch else pytest.importorskip("pytorch_optimizer")
     ours = getattr(methods, ours)(parameters(), lr=0.01, **settings, **only_ours)
     theirs = getattr(package, theirs)(parameters(), lr=0.01, **settings)
     assert_close(weights(train(ours, range(100))), weights(train(theirs, range(100))))
@@ -77,7 +77,7 @@ MIXTURE = (Adam(), SGD(momentum=0.9), AdaHessian(eps=0.1))
 
 
 @every_optimizer
-def test_foreach_is_the_loop_of_several_precisions(name):
+def test_foreach_matches_the_loop_for_mixed_precisions(name):
     def mixed():
         dtypes = torch.float64, torch.float32, torch.bfloat16, torch.bfloat16
         return [torch.nn.Parameter(p.detach().to(d)) for p, d in zip(parameters(), dtypes)]
@@ -105,7 +105,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["atmo", "adasgd", "adahessian"])
 def test_a_foreach_step_dispatches_few_operations(name):
-    """However many parameters there are: on a GPU each is a launch."""
+    """However many parameters there are; on a GPU each operation is a launch."""
     params = parameters(dtype=torch.float32, shapes=[(3,)] * 62)
     optimizer = train(getattr(methods, name)(params, foreach=True), [0])
     diag = observe(params, 1)
@@ -116,7 +116,7 @@ def test_a_foreach_step_dispatches_few_operations(name):
 
 @pytest.mark.parametrize("lambdas", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)])
 def test_rules_without_weight_still_move_their_buffers(lambdas):
-    """Faded in later, they are as warm as if they had always had weight."""
+    """If they gain weight later, they are as warm as if they had always had it."""
     ours = train(Hybrid(parameters(), MIXTURE, 0.01, lambdas), range(7))
     all_on = train(Hybrid(parameters(), MIXTURE, 0.01, (1.0, 1.0, 1.0)), range(7))
     for p, q in zip(parameters_of(ours), parameters_of(all_on)):
@@ -126,7 +126,7 @@ def test_rules_without_weight_still_move_their_buffers(lambdas):
 
 @pytest.mark.parametrize("how", [{}, {"foreach": True}, {"compile": True}], ids=str)
 def test_a_rule_without_weight_cannot_spoil_the_step(how):
-    """0 * nan is nan: AdaHessian with eps = 0 on flat curvature answers nan and inf."""
+    """On flat curvature AdaHessian with eps = 0 proposes nan and inf, and 0 * nan is nan."""
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = Hybrid([w], (AdaHessian(eps=0.0), SGD()), 0.1, (0.0, 1.0), **how)
     w.grad = torch.tensor([0.0, 1.0])
@@ -136,8 +136,8 @@ def test_a_rule_without_weight_cannot_spoil_the_step(how):
 
 @every_optimizer
 @pytest.mark.parametrize("maximize", [False, True])
-def test_gradients_and_diagonals_are_only_read_and_may_live_in_the_same_memory(name, maximize):
-    """As with zero_grad(set_to_none=False): no buffer may be the gradient itself."""
+def test_gradients_and_diagonals_are_only_read_and_may_reuse_their_memory(name, maximize):
+    """As under zero_grad(set_to_none=False): no buffer may be the gradient itself."""
     how = {"weight_decay": 0.0, "maximize": maximize}
     params = parameters()
     optimizer, twin = OPTIMIZERS[name](params, **how), OPTIMIZERS[name](parameters(), **how)
@@ -212,8 +212,8 @@ def test_a_group_may_join_at_any_time(name, before):
     fresh = OPTIMIZERS[name](parameters()[2:], lr=0.05)
     for step in range(10, 13):
         optimizer.step(hess_diag=observe(first + late, step))
-        everyone = parameters_of(alone) + parameters_of(fresh)
-        diag = observe(everyone, step)
+        separate = parameters_of(alone) + parameters_of(fresh)
+        diag = observe(separate, step)
         alone.step(hess_diag=diag[:2])
         fresh.step(hess_diag=diag[2:])
     assert same(weights(optimizer), weights(alone) + weights(fresh))
@@ -252,20 +252,20 @@ def test_a_refused_group_says_why_and_leaves_the_optimizer_as_it_was(group, erro
         optimizer.add_param_group(group)
     assert same(snapshot(optimizer), before)
     assert optimizer.defaults == defaults
-    optimizer.add_param_group({"params": [new()]})  # and it still takes what is right
+    optimizer.add_param_group({"params": [new()]})  # and it still accepts a valid group
     train(optimizer, range(3, 5))
 
 
-# --- Gradients: missing, sparse; closures; the Hessian diagonal. ---
+# --- Missing and sparse gradients, closures, the Hessian diagonal. ---
 
 
 @every_optimizer
 def test_a_parameter_without_gradient_waits(name):
-    """It neither moves nor ages: later it steps as if the others' steps had not been."""
+    """It neither moves nor counts steps; later it steps as if it had not skipped any."""
     params = parameters()
     optimizer = OPTIMIZERS[name](params)
     waiting, before = params[1], snapshot(optimizer)
-    optimizer.step()  # nobody has one
+    optimizer.step()  # no parameter has one
     assert same(snapshot(optimizer), before)
     start = waiting.detach().clone()
     for step in (0, 1, 2):
@@ -293,7 +293,7 @@ def test_sparse_gradients_are_refused_and_nothing_moves():
     assert same(snapshot(optimizer), before)
 
 
-def test_a_closure_is_called_once_with_gradients_on():
+def test_a_closure_is_called_once_with_gradients_enabled():
     params, twin, calls = parameters(), methods.sgd(parameters()), []
     optimizer = methods.sgd(params)
 
@@ -313,8 +313,8 @@ def test_a_closure_is_called_once_with_gradients_on():
 
 
 @pytest.mark.parametrize("name", ["adahessian", "adasgd"])
-def test_no_new_hessian_diagonal_uses_the_last_one(name):
-    """For all parameters, or for one."""
+def test_without_a_new_hessian_diagonal_the_last_one_is_used(name):
+    """For all parameters or for some."""
     implicit, explicit = OPTIMIZERS[name](parameters()), OPTIMIZERS[name](parameters())
     last = [None] * 4
     for step, fresh in enumerate([(0, 1, 2, 3), (), (1,), (0, 3), (), (0, 1, 2, 3), ()]):
@@ -327,8 +327,8 @@ def test_no_new_hessian_diagonal_uses_the_last_one(name):
     assert same(weights(implicit), weights(explicit))
 
 
-def test_the_last_hessian_diagonal_is_the_one_that_was_given():
-    """Not whatever the caller computes into the same memory later."""
+def test_the_last_hessian_diagonal_is_kept_as_a_copy():
+    """The caller may write into the same memory later."""
     params = parameters()
     optimizer, twin = methods.adahessian(params), methods.adahessian(parameters())
     diag = observe(params, 0)
@@ -342,7 +342,7 @@ def test_the_last_hessian_diagonal_is_the_one_that_was_given():
     assert same(weights(optimizer), weights(twin))
 
 
-def test_a_hessian_diagonal_may_come_in_another_precision():
+def test_a_hessian_diagonal_may_have_another_precision():
     a, b = methods.adahessian(parameters(dtype=torch.float32)), methods.adahessian(parameters())
     for step in range(3):
         a.step(hess_diag=[D.double() for D in observe(parameters_of(a), step)])
@@ -353,7 +353,7 @@ def test_a_hessian_diagonal_may_come_in_another_precision():
 
 
 @pytest.mark.parametrize("name", ["sgd", "atmo", "padam"])
-def test_a_hessian_diagonal_nobody_needs_is_not_kept(name):
+def test_a_hessian_diagonal_that_no_rule_needs_is_not_kept(name):
     params = parameters()
     with_diag, without = OPTIMIZERS[name](params), OPTIMIZERS[name](parameters())
     assert not with_diag.needs_hessian
@@ -426,9 +426,9 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize(("rule", "field"), ALLOWED, ids=lambda v: getattr(v, "__name__", v))
-@unhurried
+@no_deadline
 @given(value=any_float)
-def test_a_rule_takes_exactly_the_values_of_its_range(rule, field, value):
+def test_a_rule_accepts_exactly_the_values_in_its_range(rule, field, value):
     if ALLOWED[rule, field](value):
         assert getattr(rule(**{field: value}), field) == value
     else:
@@ -437,9 +437,9 @@ def test_a_rule_takes_exactly_the_values_of_its_range(rule, field, value):
 
 
 @pytest.mark.parametrize("rule", [Adam, Padam, AdaHessian])
-@unhurried
+@no_deadline
 @given(betas=st.tuples(any_float, any_float))
-def test_betas_lie_in_0_to_1(rule, betas):
+def test_betas_must_lie_in_0_to_1(rule, betas):
     if all(0 <= beta < 1 for beta in betas):
         assert rule(betas=list(betas)).betas == betas
     else:
@@ -459,12 +459,12 @@ CONTRADICT = [
 
 
 @pytest.mark.parametrize(("rule", "settings", "reason"), CONTRADICT)
-def test_settings_that_contradict_are_refused(rule, settings, reason):
+def test_unknown_or_contradictory_settings_are_refused(rule, settings, reason):
     with pytest.raises(ValueError, match=reason):
         rule(**settings)
 
 
-@unhurried
+@no_deadline
 @given(lr=any_float, lambdas=st.lists(any_float, max_size=3), decay=any_float)
 def test_impossible_rates_are_refused_at_construction_and_at_the_step(lr, lambdas, decay):
     fine = len(lambdas) == 2 and all(map(not_negative, [*lambdas, decay, lr]))
@@ -477,10 +477,10 @@ def test_impossible_rates_are_refused_at_construction_and_at_the_step(lr, lambda
     for p in parameters_of(optimizer):
         p.grad = torch.ones(2)
     optimizer.param_groups[1].update(lr=lr, lambdas=lambdas, decoupled_weight_decay=decay)
-    with contextlib.nullcontext() if fine else refused:  # lr = 0 is: schedulers end there
+    with contextlib.nullcontext() if fine else refused:  # lr = 0 is fine: schedulers end there
         optimizer.step()
-    stands = all(torch.equal(p, torch.ones(2)) for p in parameters_of(optimizer))
-    assert fine or (stands and not optimizer.state)
+    unmoved = all(torch.equal(p, torch.ones(2)) for p in parameters_of(optimizer))
+    assert fine or (unmoved and not optimizer.state)
 
 
 # --- Checkpoints and copies. ---
@@ -491,7 +491,7 @@ def test_impossible_rates_are_refused_at_construction_and_at_the_step(lr, lambda
     st.sampled_from(sorted(OPTIMIZERS)), st.sampled_from([torch.float64, torch.bfloat16]),
     st.integers(0, 4), st.integers(1, 3), st.booleans(),
 )  # fmt: skip
-def test_a_checkpoint_at_any_moment_continues_bit_by_bit(name, dtype, before, after, second_group):
+def test_a_checkpoint_at_any_step_continues_bit_by_bit(name, dtype, before, after, second_group):
     def build(params):
         optimizer = OPTIMIZERS[name](params[:3])
         if second_group:
@@ -502,7 +502,7 @@ def test_a_checkpoint_at_any_moment_continues_bit_by_bit(name, dtype, before, af
         params = parameters_of(optimizer)
         for step in steps:
             diag = observe(params, step)
-            params[step % len(params)].grad = None  # frozen layers and unused heads
+            params[step % len(params)].grad = None  # as in frozen layers and unused heads
             optimizer.step(hess_diag=diag if step % 3 == 0 else None)
 
     original = build(parameters(dtype=dtype))
@@ -524,7 +524,7 @@ def test_a_checkpoint_at_any_moment_continues_bit_by_bit(name, dtype, before, af
 
 
 def test_loading_restores_every_number_that_decides_a_step():
-    """Into an optimizer that has others: nothing is right by accident."""
+    """The loading optimizer has other numbers, so that none is right by accident."""
     given = dict(lr=0.03, lambdas=(0.2, 0.9), maximize=True, merge="sum")
     named = list(zip("abcd", parameters()))
     saved = methods.adasgd(named, weight_decay_in="both", **given).state_dict()
@@ -533,19 +533,19 @@ def test_loading_restores_every_number_that_decides_a_step():
     (group,) = optimizer.param_groups
     expected = {**given, "decoupled_weight_decay": 5e-4, "param_names": list("abcd")}
     expected["rules"] = (AdaHessian(), SGD(0.95, weight_decay=5e-4))
-    expected |= {"compile": True, "foreach": True}  # how to compute is its own
+    expected |= {"compile": True, "foreach": True}  # how to compute is not loaded
     assert {k: group[k] for k in expected} == expected
 
 
-def test_loading_hooks_have_their_say():
-    """As with torch's own: a hook before may change the state, a hook after sees it loaded."""
+def test_hooks_before_and_after_loading_are_called():
+    """As in torch, a pre-hook may change the state, and a post-hook sees it loaded."""
     saved = train(methods.adasgd(parameters()), range(3)).state_dict()
     optimizer, after = methods.adasgd(parameters()), []
 
     def zeroed(_, state_dict):
         state = copy.deepcopy(state_dict["state"])
-        for of_one in state.values():
-            of_one["rules"][0]["exp_avg"].zero_()
+        for buffers in state.values():
+            buffers["rules"][0]["exp_avg"].zero_()
         return {**state_dict, "state": state}
 
     optimizer.register_load_state_dict_pre_hook(zeroed)
@@ -559,7 +559,7 @@ def test_loading_hooks_have_their_say():
 
 
 @every_optimizer
-def test_torch_s_distributed_checkpoints_take_a_fresh_optimizer(name):
+def test_torch_s_distributed_checkpoints_accept_a_fresh_optimizer(name):
     checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
     model = torch.nn.Linear(3, 2)
     before = [p.detach().clone() for p in model.parameters()]
@@ -567,7 +567,7 @@ def test_torch_s_distributed_checkpoints_take_a_fresh_optimizer(name):
     saved = checkpoint.get_optimizer_state_dict(model, optimizer)
     assert set(saved["state"]) == {"weight", "bias"}
     assert same(before, weights(optimizer))
-    if optimizer.needs_hessian:  # the empty step has left no diagonal behind
+    if optimizer.needs_hessian:  # the empty step leaves no diagonal behind
         observe(parameters_of(optimizer), 0)
         with pytest.raises(RuntimeError, match="hessian_diagonal"):
             optimizer.step()
@@ -593,7 +593,7 @@ PRECISIONS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 @pytest.mark.parametrize("saved_in", PRECISIONS)
 @pytest.mark.parametrize("loaded_in", PRECISIONS)
 def test_a_checkpoint_may_continue_in_another_precision(name, saved_in, loaded_in):
-    """As with PyTorch's own: buffers follow the parameters, but never below float32."""
+    """As in PyTorch, buffers follow the parameters' precision, but never below float32."""
 
     def assert_wide(optimizer, dtype):
         for p in parameters_of(optimizer):
@@ -608,7 +608,7 @@ def test_a_checkpoint_may_continue_in_another_precision(name, saved_in, loaded_i
     assert_wide(train(optimizer, range(2, 4)), loaded_in)
 
 
-def test_numpy_s_numbers_are_saved_as_plain_ones():
+def test_numpy_numbers_are_saved_as_python_numbers():
     """Weights and settings often come from np.linspace; torch.load would refuse its scalars."""
     ramp = np.linspace(0, 1, 5)
     optimizer = methods.atmo(parameters(), momentum=ramp[3], eps=ramp[1])
@@ -620,7 +620,7 @@ def test_numpy_s_numbers_are_saved_as_plain_ones():
 OTHERS = {
     "other rules": lambda: methods.padam_sgd(parameters()),
     "rules in another order": lambda: Hybrid(parameters(), (SGD(), Adam()), 0.1, (1, 1)),
-    "one rule less": lambda: methods.adam(parameters()),
+    "one rule fewer": lambda: methods.adam(parameters()),
     "torch's SGD": lambda: torch.optim.SGD(parameters(), lr=0.1, momentum=0.9),
     "torch's Adam": lambda: torch.optim.Adam(parameters()),
     "fewer parameters": lambda: methods.atmo(parameters()[:3]),
@@ -641,7 +641,7 @@ def test_another_optimizer_s_state_is_refused(other):
 
 @every_optimizer
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_live_on_their_own(name, copied):
+def test_copies_are_independent(name, copied):
     original = train(OPTIMIZERS[name](parameters()), range(3))
     twin = copied(original)
     before = snapshot(original)
@@ -688,8 +688,8 @@ def test_strided_parameters_step_like_contiguous_ones(name):
 
 
 @pytest.mark.parametrize("average", [None, "kernel", "auto", 4])
-def test_empty_parameters_are_no_obstacle(average):
-    """Layers of width zero exist; their mean is over nothing."""
+def test_empty_parameters_are_supported(average):
+    """Layers of width zero exist, and their mean is over nothing."""
     params = parameters(shapes=[(0,), (0, 3), (2,)])
     optimizer = methods.adasgd(params, spatial_average=average)
     before = params[2].detach().clone()
@@ -697,15 +697,15 @@ def test_empty_parameters_are_no_obstacle(average):
     assert not torch.equal(params[2], before)
 
 
-def test_training_holds_no_graph_and_grows_no_state():
+def test_training_keeps_no_graph_and_its_state_does_not_grow():
     w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer, held = methods.adasgd([w]), []
+    optimizer, sizes = methods.adasgd([w]), []
     for _ in range(3):
         w.grad, D = w.detach() ** 3, 12 * w**2  # D has a graph
         optimizer.step(hess_diag=[D])
         state = optimizer.state[w]
         tensors = [t for buffers in state["rules"] for t in buffers.values()] + [state["hess_diag"]]
         assert not any(t.requires_grad for t in tensors)
-        held.append(sum(t.numel() for t in tensors))
-    assert held == [held[0]] * 3
+        sizes.append(sum(t.numel() for t in tensors))
+    assert sizes == [sizes[0]] * 3
     assert w.is_leaf

@@ -1,9 +1,9 @@
 """The optimizers compute what the report's algorithms say, for any hyper-parameters.
 
-Algorithms 1 to 4 are written out below by the letter: one weight at a time, in Python floats, every
-average as the sum over the whole past that Algorithm 3 prints. Slow and obvious, and nothing is
-shared with the library; over random gradients, Hessian diagonals, rates and hyper-parameters, the
-two must end at the same weights.
+Algorithms 1 to 4 are written out below literally: one weight at a time, in Python floats, every
+average as the sum over the whole past that Algorithm 3 prints. This is slow and obvious and shares
+nothing with the library. For random gradients, Hessian diagonals, rates and hyper-parameters, both
+must end at the same weights.
 """
 
 import math
@@ -19,7 +19,7 @@ from hybrid_lib.optim.rules import SGD, AdaHessian, Adam, Lion, Padam
 
 SHAPES = [(2, 2, 3, 3), (3, 5), (2, 2, 3), (7,), ()]
 
-# --- The algorithms. g, w, D: one entry's values at steps 1..t; the answer is (direction, eta). ---
+# --- The algorithms. g, w, D: one entry's values at steps 1..t. They return (direction, eta). ---
 
 
 def average(β, x):
@@ -75,21 +75,21 @@ def delta_lion(g, w, D, η, *, β1, β2):
     return math.copysign(1, c) if c else 0.0, η
 
 
-def product(answers, λ):
-    """How far each entry of a tensor moves; answers: per entry, one (d, η) per rule."""
-    η_merged = sum(λi * η for λi, (_, η) in zip(λ, answers[0]))
-    return [η_merged * sum(λi * d for λi, (d, _) in zip(λ, of_entry)) for of_entry in answers]
+def product(proposals, λ):
+    """How far each entry of a tensor moves; proposals: for each entry, one (d, η) per rule."""
+    η_merged = sum(λi * η for λi, (_, η) in zip(λ, proposals[0]))
+    return [η_merged * sum(λi * d for λi, (d, _) in zip(λ, entry)) for entry in proposals]
 
 
-def sum_of_steps(answers, λ):
-    return [sum(λi * η * d for λi, (d, η) in zip(λ, of_entry)) for of_entry in answers]
+def sum_of_steps(proposals, λ):
+    return [sum(λi * η * d for λi, (d, η) in zip(λ, entry)) for entry in proposals]
 
 
-def graft(answers, λ):
-    norms = [math.sqrt(sum((η * d) ** 2 for d, η in rule)) for rule in zip(*answers)]
+def graft(proposals, λ):
+    norms = [math.sqrt(sum((η * d) ** 2 for d, η in rule)) for rule in zip(*proposals)]
     length = sum(λi * norm for λi, norm in zip(λ, norms))
-    first = math.sqrt(sum(of_entry[0][0] ** 2 for of_entry in answers))
-    return [length * of_entry[0][0] / first if first else 0.0 for of_entry in answers]
+    first = math.sqrt(sum(entry[0][0] ** 2 for entry in proposals))
+    return [length * entry[0][0] / first if first else 0.0 for entry in proposals]
 
 
 MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
@@ -100,15 +100,15 @@ def spatially_averaged(D, shape, how, signed):
     length = {None: 1, "kernel": 1, "auto": shape[-1] if len(shape) in (2, 3) else 1}.get(how, how)
     if how in ("kernel", "auto") and len(shape) == 4:
         length = shape[2] * shape[3]
-    answer = []
+    averaged = []
     for start in range(0, len(D), length):
         block = [x if signed or how is None else abs(x) for x in D[start : start + length]]
-        answer += [sum(block) / len(block)] * len(block)
-    return answer
+        averaged += [sum(block) / len(block)] * len(block)
+    return averaged
 
 
 def reference(case, deltas, how=None, signed=False, merge="product"):
-    """All weights after all steps; ``deltas``: one per rule, each a function with its letters."""
+    """All weights after all steps; ``deltas``: a function and its arguments for each rule."""
     sign = -1 if case.maximize else 1
     ends = []
     for i, shape in enumerate(SHAPES):
@@ -116,11 +116,11 @@ def reference(case, deltas, how=None, signed=False, merge="product"):
         g_s = [[sign * x for x in g[i].flatten().tolist()] for g in case.g]
         w_s = [[w] for w in case.w[i].flatten().tolist()]
         for t, (η, λ) in enumerate(zip(case.η, case.λ), start=1):
-            answers = []
+            proposals = []
             for entry, w in enumerate(w_s):
                 g, D = ([x[entry] for x in x_s[:t]] for x_s in (g_s, D_s))
-                answers.append([delta(g, w, D, η, **letters) for delta, letters in deltas])
-            for w, moved in zip(w_s, MERGES[merge](answers, λ)):
+                proposals.append([delta(g, w, D, η, **letters) for delta, letters in deltas])
+            for w, moved in zip(w_s, MERGES[merge](proposals, λ)):
                 w.append(w[-1] * (1 - η * case.γ_decoupled) - moved)
         ends += [w[-1] for w in w_s]
     return ends
@@ -130,7 +130,7 @@ def reference(case, deltas, how=None, signed=False, merge="product"):
 
 
 class Case:
-    """Start weights; per step: gradients, Hessian diagonals (some repeat the last), η and λ."""
+    """Start weights; for each step gradients, Hessian diagonals (some repeat the last), η and λ."""
 
     def __init__(self, seed, steps, n_rules, maximize=False, γ_decoupled=0.0, foreach=False):
         generator = torch.Generator().manual_seed(seed)
@@ -143,7 +143,7 @@ class Case:
         self.maximize, self.γ_decoupled, self.foreach = maximize, γ_decoupled, foreach
         self.w, self.g = normal(), [normal() for _ in range(steps)]
         self.g[0][1][0] = 0.0  # a row of dead units
-        self.g[0][4] *= 0.0  # a tensor of them: a graft has no direction to go
+        self.g[0][4] *= 0.0  # a tensor of them: a graft has no direction
         self.η = (10 ** -(1 + 2 * torch.rand(steps, generator=generator))).tolist()
         self.λ = (1.5 * torch.rand(steps, n_rules, generator=generator) - 0.3).relu().tolist()
         refreshed = torch.rand(steps, generator=generator) < 0.6
@@ -191,26 +191,26 @@ ADAPTIVE = {
     "spatial_average": st.sampled_from([None, "kernel", "auto", 1, 2, 4, 5, 1000]),
     "signed_average": st.booleans(),
 }  # fmt: skip
-RULES = {  # the letters of each delta, and what they are called
+RULES = {  # the arguments of each delta, and the settings that they stand for
     Adam: (delta_adam, {"ε": "eps", "γ": "weight_decay", "amsgrad": "amsgrad"}),
     Padam: (delta_padam, {"ε": "eps", "γ": "weight_decay", "amsgrad": "amsgrad", "p": "partial",
                           "reading": "bias_correction"}),
     AdaHessian: (delta_adahessian, {"ε": "eps", "k": "hessian_power"}),
     Lion: (delta_lion, {}),
 }  # fmt: skip
-random = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fuzzed = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def assert_same(ours, by_the_letter):
-    assert ours == pytest.approx(by_the_letter, rel=1e-9, abs=1e-9)
+def assert_same(ours, expected):
+    assert ours == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-@random
+@fuzzed
 @given(st.data())
-def test_a_method_is_its_algorithm(name, data):
-    """With weight_decay_in="sgd" γ is in SGD alone, as Algorithm 2 is printed; with "both" it is
-    in both rules, as Algorithm 4 is."""
+def test_a_method_follows_its_algorithm(name, data):
+    """With weight_decay_in="sgd" γ is in SGD alone, as Algorithm 2 prints it; with "both" it is in
+    both rules, as in Algorithm 4."""
     adaptive, hybrid = methods.METHODS[name].rules[0], methods.METHODS[name].is_hybrid
     case, given, deltas = data.draw(cases(1 + hybrid)), {}, []
     if hybrid or adaptive is SGD:
@@ -234,13 +234,13 @@ def test_a_method_is_its_algorithm(name, data):
         deltas.insert(0, (delta, named))
     how, signed = given.get("spatial_average"), given.get("signed_average")
     merge = methods.METHODS[name].defaults.get("merge", "product")
-    ours = case.library(getattr(methods, name), controller=None, **given)  # λ is the case's
+    ours = case.library(getattr(methods, name), controller=None, **given)  # the case sets λ
     assert_same(ours, reference(case, deltas, how, signed, merge))
 
 
-@random
+@fuzzed
 @given(cases(5, decoupled=True), st.sampled_from(sorted(MERGES)), st.integers(0, 4))
-def test_any_number_of_rules_merge_as_the_formula_says(case, merge, first):
+def test_five_rules_merge_as_the_formula_says(case, merge, first):
     pairs = [
         (SGD(momentum=0.9, weight_decay=0.01),
          (delta_sgd, dict(μ=0.9, d=0.0, nesterov=False, γ=0.01))),

@@ -1,8 +1,8 @@
-"""Schedules are pure functions of the epoch with the ends they name.
+"""Schedules are pure functions of the epoch with the ends that they are given.
 
-Every ramp starts at ``start``, reaches ``end`` at its horizon and keeps it, never turns back and
-never leaves the line between the two; schedules are values (frozen, equal, hashable, printable);
-:class:`Released` is the released code's detour.
+Every ramp starts at ``start``, reaches ``end`` at its horizon and stays there, never turns back and
+never leaves the line between the two. Schedules are values (frozen, comparable, hashable,
+printable). :class:`Released` has the released code's first epoch.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from hybrid_lib.optim.schedules import (
     Step,
 )
 
-unhurried = settings(deadline=None)  # a busy machine is no fault
+no_deadline = settings(deadline=None)  # a busy machine must not fail a test
 
 RAMPS = [Linear, Cosine, Step, Exponential, Sigmoid]
 EXAMPLES = [*(ramp([1, 0, 2], (0.25, 0.75, 2), 10) for ramp in RAMPS), Constant([0.3]), Released()]
@@ -43,7 +43,7 @@ def ramps(draw):
     return kind(draw(pairs), draw(pairs), draw(horizons), **extra)
 
 
-@unhurried
+@no_deadline
 @given(ramps(), st.integers(0, 1000))
 def test_a_ramp_starts_at_its_start_and_stays_at_its_end(ramp, later):
     assert ramp(0) == ramp.start
@@ -51,7 +51,7 @@ def test_a_ramp_starts_at_its_start_and_stays_at_its_end(ramp, later):
     assert ramp(ramp.epochs + later) == ramp.end
 
 
-@unhurried
+@no_deadline
 @given(ramps(), st.data())
 def test_a_ramp_goes_straight_to_its_end_and_never_back(ramp, data):
     epochs = sorted(data.draw(st.lists(st.integers(0, ramp.epochs), min_size=2, max_size=8)))
@@ -80,7 +80,7 @@ IN_BETWEEN = [  # after a quarter and after half of the way
 
 
 @pytest.mark.parametrize(("ramp", "quarter", "half"), IN_BETWEEN)
-def test_the_shapes_in_between(ramp, quarter, half):
+def test_each_shape_is_right_after_a_quarter_and_half_of_the_way(ramp, quarter, half):
     assert ramp(2) == pytest.approx((1 - quarter, quarter), abs=1e-12)
     assert ramp(4) == pytest.approx((1 - half, half), abs=1e-12)
 
@@ -97,7 +97,7 @@ def test_schedules_are_values(schedule):
     assert twin == schedule
     assert hash(twin) == hash(schedule)
     assert eval(repr(schedule), vars(schedules)) == schedule
-    assert [schedule(7), schedule(2), schedule(7)] == [twin(7), twin(2), twin(7)]  # no memory
+    assert [schedule(7), schedule(2), schedule(7)] == [twin(7), twin(2), twin(7)]  # no hidden state
     assert type(schedule(2)) is tuple
     assert len({*EXAMPLES, *EXAMPLES}) == len(EXAMPLES)
     field = dataclasses.fields(schedule)[0].name
@@ -109,7 +109,7 @@ BAD_WEIGHTS = [(-0.1, 1), (math.nan, 1), (math.inf, 0), (), 0.5, "ab", None, (1,
 
 
 @pytest.mark.parametrize("bad", BAD_WEIGHTS, ids=repr)
-def test_impossible_weights_are_named(bad):
+def test_impossible_weights_are_refused_by_name(bad):
     with pytest.raises(ValueError, match="lambdas="):
         Constant(bad)
     for ramp in RAMPS:
@@ -126,22 +126,22 @@ def test_ends_of_unequal_length_are_refused():
 
 @pytest.mark.parametrize("epochs", [0, -5, 0.5, math.nan, math.inf])
 @pytest.mark.parametrize("ramp", RAMPS)
-def test_an_impossible_horizon_is_named(ramp, epochs):
+def test_an_impossible_horizon_is_refused_by_name(ramp, epochs):
     with pytest.raises(ValueError, match=f"epochs={epochs}"):
         ramp(epochs=epochs)
 
 
 @pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf])
-def test_an_impossible_sharpness_is_named(bad):
+def test_an_impossible_sharpness_is_refused_by_name(bad):
     with pytest.raises(ValueError, match=f"rate={bad}"):
         Exponential(rate=bad)
     with pytest.raises(ValueError, match=f"steepness={bad}"):
         Sigmoid(steepness=bad)
 
 
-@unhurried
+@no_deadline
 @given(horizons, pairs, pairs, pairs, st.integers(1, 600))
-def test_released_is_one_epoch_of_its_own_and_then_the_ramp(epochs, start, end, first, epoch):
+def test_released_has_its_own_first_epoch_and_then_the_ramp(epochs, start, end, first, epoch):
     schedule = Released(start, end, epochs, first)
     assert schedule(0) == first
     expected = Linear(start, end, epochs)(epoch)

@@ -1,4 +1,4 @@
-"""A claim holds, fails or stays open as its numbers say, and no verdict outruns its seeds."""
+"""Verdicts on claims follow the numbers and claim no more than the seeds support."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ EPOCHS = 40
 
 
 def step(before, after, at=EPOCHS // 2):
-    """A column that steps from one value to another behind an epoch."""
+    """A column that steps from one value to another after an epoch."""
     return lambda epoch: after if epoch > at else before
 
 
@@ -23,7 +23,7 @@ def line(start, slope, bend=0):
     return lambda epoch: start + slope * max(0, epoch - bend)
 
 
-# A world in which every claim holds; columns that are not given are constant.
+# Columns with which every claim holds; those that are not given are constant.
 REPORT = {
     "sgd": {"test_accuracy": lambda epoch: 0.87 + 0.02 * (-1) ** epoch},
     "adam": {"test_accuracy": line(0.84, 0)},
@@ -38,7 +38,7 @@ REPORT = {
     "adasgd": {"test_accuracy": step(0.84, 0.91), "train_seconds": line(3.7, 0)},
 }  # fmt: skip
 # For each claim, in order, what must be changed for it to fail.
-OTHERWISE = [
+COUNTEREXAMPLES = [
     {"adasgd": {"test_accuracy": line(0.98, 0)}},
     {"padam_sgd": {"test_loss": line(1, 0.05)}},
     {"dyn_padam_sgd": {"test_accuracy": step(0.93, 0.96)}},
@@ -72,7 +72,7 @@ def history(name, columns, seed=0, epochs=EPOCHS, shift=0.0):
     return History(experiment, rows, {"dataset": "Pictures", "test_images": 10_000}, "complete")
 
 
-def world(*changes, seed=0, shifts=None, epochs=EPOCHS) -> list[History]:
+def study(*changes, seed=0, shifts=None, epochs=EPOCHS) -> list[History]:
     """A run of each method; ``shifts`` move a method's accuracies up or down."""
     columns = {name: dict(of) for name, of in REPORT.items()}
     for change in changes:
@@ -83,21 +83,21 @@ def world(*changes, seed=0, shifts=None, epochs=EPOCHS) -> list[History]:
 
 
 def judge(histories, topic):
-    """The row of the one claim that begins so."""
+    """The row of the one claim that begins with ``topic``."""
     judged = claims.table(histories)
     (row,) = [row for row in judged.itertuples() if row.claim.startswith(topic)]
     return row
 
 
 def seeds_of(*shifts, change=None):
-    """A world per seed."""
-    return [h for s, shift in enumerate(shifts) for h in world(change or {}, seed=s, shifts=shift)]
+    """The runs of a study per seed."""
+    return [h for s, shift in enumerate(shifts) for h in study(change or {}, seed=s, shifts=shift)]
 
 
-# --- Every claim can hold, fail and stay open. ---
+# --- Every claim can hold, fail and be undecided. ---
 
 
-def test_in_the_report_s_world_every_claim_holds_at_any_length():
+def test_every_claim_can_hold_at_any_length():
     assert {claim.where for claim in claims.CLAIMS} == {"V §1", "V §2", "V §3", "VI"}
     for epochs in (EPOCHS, 5 * EPOCHS):
         stretched = {
@@ -105,52 +105,52 @@ def test_in_the_report_s_world_every_claim_holds_at_any_length():
             for name, of in REPORT.items()
             if name != "sgd"  # it goes up and down with every epoch
         }
-        judged = claims.table(world(stretched, epochs=epochs))
+        judged = claims.table(study(stretched, epochs=epochs))
         assert set(judged.verdict) == {HOLDS}, judged[judged.verdict != HOLDS][["claim", "numbers"]]
 
 
 @pytest.mark.parametrize(
-    ("topic", "change"), [*zip(TOPICS, OTHERWISE, strict=True)], ids=TOPICS
+    ("topic", "change"), [*zip(TOPICS, COUNTEREXAMPLES, strict=True)], ids=TOPICS
 )  # fmt: skip
-def test_a_claim_fails_where_the_opposite_is_so(topic, change):
-    assert judge(world(change), topic).verdict == FAILS
+def test_every_claim_can_fail(topic, change):
+    assert judge(study(change), topic).verdict == FAILS
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=TOPICS)
 def test_without_one_of_its_methods_a_claim_cannot_be_told(claim):
     for name in claim.methods:
-        row = judge([h for h in world() if h.experiment.name != name], claim.topic)
+        row = judge([h for h in study() if h.experiment.name != name], claim.topic)
         assert (row.verdict, row.n) == (UNTOLD, 0)
         assert EXPERIMENTS[name].label in row.numbers
     for status in ("running", "stopped", "diverged"):
-        runs = [replace(h, status=status) if h.experiment.name == name else h for h in world()]
-        assert judge(runs, claim.topic).numbers == row.numbers, "it is no evidence"
+        runs = [replace(h, status=status) if h.experiment.name == name else h for h in study()]
+        assert judge(runs, claim.topic).numbers == row.numbers, "such a run is no evidence"
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5])
 def test_short_runs_decide_nothing_about_their_course(epochs):
     for topic in ("SGD is unsteady", "PADAM-SGD jumps", "PADAM-SGD still learns", "After the sec"):
-        row = judge(world(epochs=epochs), topic)
+        row = judge(study(epochs=epochs), topic)
         assert (row.verdict, "too few epochs" in row.numbers) == (UNTOLD, True)
 
 
-# --- No more than the seeds carry. ---
+# --- No more than the seeds support. ---
 
 
 def test_with_one_seed_the_margin_is_that_of_the_test_set():
-    few = world({"adahessian": {"test_accuracy": line(0.883, 0)}})
+    few = study({"adahessian": {"test_accuracy": line(0.883, 0)}})
     assert judge(few, "AdaSGD ends").verdict == HOLDS
     for h in few:
         h.environment["test_images"] = 400
     row = judge(few, "AdaSGD ends")
     assert row.verdict == UNTOLD
     assert "+0.027, margin 0.050 (best: +0.027)" in row.numbers
-    assert "±" not in "".join(claims.table(few).numbers), "of one seed there is none"
+    assert "±" not in "".join(claims.table(few).numbers), "one seed has no interval"
 
 
-def test_more_seeds_decide_by_their_spread_with_the_margins_of_the_shared_statistics():
+def test_several_seeds_decide_by_their_spread_with_the_margins_of_statistics():
     topic, close = "SGD and dynamic ATMO", {"sgd": {"test_accuracy": line(0.845, 0)}}
-    assert judge(world(close), topic).verdict == UNTOLD  # .005 above Adam, one seed
+    assert judge(study(close), topic).verdict == UNTOLD  # .005 above Adam, one seed
     steady = seeds_of(*({"adam": 1e-4 * s} for s in range(3)), change=close)
     assert judge(steady, topic).verdict == HOLDS
     wilder = seeds_of(*({"adam": 0.02 * (s - 1)} for s in range(3)), change=close)
@@ -163,7 +163,7 @@ def test_more_seeds_decide_by_their_spread_with_the_margins_of_the_shared_statis
     assert (judge(fewer, topic).n, judge(fewer, "AdaSGD ends").n) == (1, 3)
 
 
-def test_seeds_and_not_places_belong_together():
+def test_runs_are_matched_by_seed_and_not_by_position():
     """The average of the others is taken seed by seed, whatever the order of the runs."""
     topic = "PADAM-SGD starts slowly"
     seeds = seeds_of(*({"sgd": 0.06 * s, "adam": -0.06 * s} for s in range(3)))  # they cancel
@@ -179,7 +179,7 @@ def test_seeds_and_not_places_belong_together():
     assert "share no seed" in alone.numbers
 
 
-# --- Where the bounds and margins are. ---
+# --- Bounds and margins. ---
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_almost_four_times_is_three_to_five_times_training_and_test_pass(column,
     """A margin of a tenth of the ratio; a first-order epoch takes .9 s and .1 s."""
     usual = {"train_seconds": 0.9, "test_seconds": 0.1}
     slow = {c: line(s if c != column else ratio - 1 + s, 0) for c, s in usual.items()}
-    row = judge(world({"adahessian": slow, "adasgd": slow}), "A second-order epoch")
+    row = judge(study({"adahessian": slow, "adasgd": slow}), "A second-order epoch")
     assert row.numbers == f"AdaHessian: {ratio:.2f} ×; AdaSGD: {ratio:.2f} ×"
     assert row.verdict == verdict
 
@@ -207,20 +207,20 @@ def test_almost_four_times_is_three_to_five_times_training_and_test_pass(column,
 def test_losses_have_a_margin_of_a_twentieth(topic, at, change, verdict):
     columns = {"test_loss": step(1, 1 + change, at)}
     changed = dict.fromkeys(("padam_sgd", "dyn_padam_sgd", "adahessian"), columns)
-    assert judge(world(changed), topic).verdict == verdict
+    assert judge(study(changed), topic).verdict == verdict
 
 
-def test_a_slow_start_and_an_overtaking_are_told_at_the_first_milestone():
-    """Epoch 20: until then .827 on average of the others; AdaHessian is the best in the next 4."""
-    start = judge(world(), "PADAM-SGD starts slowly").numbers
+def test_a_slow_start_and_an_overtaking_are_judged_at_the_first_milestone():
+    """Until epoch 20 the others average .827; AdaHessian is the best in the next 4 epochs."""
+    start = judge(study(), "PADAM-SGD starts slowly").numbers
     assert start.startswith("PADAM-SGD: −0.077, margin 0.010; Dyn. PADAM-SGD: −0.067, ")
-    after = judge(world(), "The jump takes PADAM-SGD above all").numbers
+    after = judge(study(), "The jump takes PADAM-SGD above all").numbers
     assert after.startswith("PADAM-SGD − AdaHessian: +0.030, margin 0.010; Dyn.")
 
 
 @pytest.mark.parametrize("epochs", [20, 40, 100])
 def test_a_jump_is_measured_a_tenth_of_the_epochs_around_the_first_milestone(epochs):
-    """Steps everywhere, so that every other window and every other milestone is another number."""
+    """The curve rises everywhere, so any other window or milestone gives another number."""
     w, first = max(3, epochs // 10), epochs // 2
     h = history("padam_sgd", {"test_accuracy": lambda e: (e / epochs) ** 2}, epochs=epochs)
     assert h.experiment.lr_milestones[0] == first < h.experiment.lr_milestones[1]
@@ -233,14 +233,14 @@ def test_a_jump_is_measured_a_tenth_of_the_epochs_around_the_first_milestone(epo
         assert claims.drift(h) == pytest.approx(sum(column[-w:]) / w - start)
 
 
-# --- What it is shown as. ---
+# --- Refusals. ---
 
 
 @pytest.mark.parametrize(
     "message", ["no history", "protocols clean, released", "several data sets"]
 )
 def test_histories_that_do_not_belong_together_are_refused(message):
-    first, *others = world()
+    first, *others = study()
     released = replace(first, experiment=replace(first.experiment, protocol="released"))
     elsewhere = replace(first, environment={"dataset": "Others", "test_images": 1})
     more = {"no history": [], "protocols clean, released": [released, *others]}

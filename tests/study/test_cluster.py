@@ -1,4 +1,4 @@
-"""Runs on Dask are those of a serial study, to the bit, whoever dies; nobody else can listen."""
+"""Runs on Dask repeat a serial study to the bit, whichever process dies; no port is public."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ def listening(*pids: int) -> set[str]:
 CPU = {"device": "cpu"}
 
 
-# --- What cannot be. ---
+# --- Clusters that cannot be used. ---
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ CPU = {"device": "cpu"}
         ("nonsense", r"give tcp://HOST:PORT, tls://…, slurm:FILE\.yaml"),
         ("http://127.0.0.1:1", r"give tcp://"),
         ("tls://127.0.0.1:1", r"Dask's configuration names no certificates"),
-        ("tcp://127.0.0.1:1", r"cluster='tcp://127.0.0.1:1': nobody answers"),
+        ("tcp://127.0.0.1:1", r"cluster='tcp://127.0.0.1:1': no answer"),
         ("without Dask", r"pip install '.\[cluster\]'"),
     ],
 )
-def test_where_there_is_no_cluster_one_line_says_so(
+def test_without_a_usable_cluster_one_line_says_why(
     address, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(cluster, "ANSWER", 0.3)
@@ -60,16 +60,16 @@ def test_where_there_is_no_cluster_one_line_says_so(
     assert re.search(message, errors)
 
 
-# --- A scheduler and workers that others have started. ---
+# --- A scheduler and workers that are running already. ---
 
 
 class Joined:
-    """A scheduler and two workers as processes of their own, as somebody would start them."""
+    """A scheduler and two workers in their own processes, started as a user would."""
 
     def __init__(self, folder: Path):
         self.folder, self.processes, self.file = folder, [], folder / "scheduler.json"
         self.start("scheduler", "--port", "0", "--scheduler-file", self.file)
-        self.address = waited_for(lambda: self.file.exists() and self.said())["address"]
+        self.address = waited_for(lambda: self.file.exists() and self.contents())["address"]
         for _ in range(2):
             limits = ("--nthreads", "1", "--memory-limit", "0")
             self.start("worker", self.address, *limits, "--local-directory", folder)
@@ -82,7 +82,7 @@ class Joined:
                 subprocess.Popen([*command, *closed], stdout=log, stderr=log, cwd=self.folder)
             )
 
-    def said(self):
+    def contents(self):
         try:
             return json.loads(self.file.read_text())
         except ValueError:
@@ -102,7 +102,7 @@ def joined(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_joined_cluster_finishes_what_a_serial_study_does_whoever_dies(tmp_path, joined):
+def test_a_joined_cluster_repeats_a_serial_study_even_if_a_process_is_killed(tmp_path, joined):
     experiments, out, killed = with_failures(8), tmp_path / "out", {}
     experiments[0] = experiments[0].scaled(40)
     expected, failed_there = run_many(experiments, tmp_path / "serial", "cpu", workers=1)
@@ -125,7 +125,7 @@ def long_and_short(tmp_path: Path) -> list:
     return [(long, tmp_path / "long"), (short, tmp_path / "short")]
 
 
-def test_who_stops_waiting_stops_the_runs(tmp_path, joined):
+def test_an_interrupt_of_the_waiting_process_stops_the_runs(tmp_path, joined):
     def report(number, event):
         if number == 0 and event == 3:
             assert not is_free(tmp_path / "long")
@@ -141,8 +141,8 @@ def test_who_stops_waiting_stops_the_runs(tmp_path, joined):
     assert History.load(tmp_path / "short").status == "complete"
 
 
-def test_a_scheduler_s_end_is_told_and_loses_nothing(tmp_path, joined):
-    """The last test with this scheduler."""
+def test_the_end_of_the_scheduler_is_reported_and_loses_nothing(tmp_path, joined):
+    """It kills the scheduler, so it must be the last test with it."""
 
     def kill():
         waited_for((tmp_path / "long" / FILE).exists)
@@ -150,24 +150,24 @@ def test_a_scheduler_s_end_is_told_and_loses_nothing(tmp_path, joined):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(RuntimeError, match=r"is gone; .* the same command goes on from there"):
+    with pytest.raises(RuntimeError, match=r"is gone; .* repeat the same command to resume"):
         cluster.train_all(long_and_short(tmp_path), [0], lambda *_: None, joined.address, 1, CPU)
     killer.join()
     waited_for(lambda: is_free(tmp_path / "long"), 20)
     assert History.load(tmp_path / "long").rows
 
 
-# --- SLURM: there is none here, but the script that it would be given can be read. ---
+# --- SLURM: there is none here, but the job script for it can be read. ---
 
 
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
-    """The example, on the network of every machine.
+    """The example, on the loopback network, which every machine has.
 
-    dask_jobqueue leaves its certificates' files open, which the collector then says of whichever
-    test it runs in: it runs here.
+    dask_jobqueue leaves the files of its certificates open, about which the garbage collector warns
+    in whichever test it runs, so it runs here.
     """
-    monkeypatch.chdir(tmp_path)  # where certificates go
+    monkeypatch.chdir(tmp_path)  # certificates are written here
     settings = yaml.safe_load((ROOT / "examples" / "slurm.yaml").read_text("utf-8"))
     file = tmp_path / "profile.yaml"
     file.write_text(yaml.safe_dump({**settings, "interface": "lo"}), "utf-8")
@@ -179,7 +179,7 @@ leaves_files_open = pytest.mark.filterwarnings("ignore")
 
 
 @leaves_files_open
-def test_the_job_script_of_the_example(profile):
+def test_the_example_profile_gives_the_expected_job_script(profile):
     there, timeout = cluster.slurm(profile)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with there:
@@ -214,10 +214,8 @@ echo Submitted batch job $!
 
 @pytest.mark.slow
 @leaves_files_open
-def test_with_an_sbatch_that_runs_its_script_here_a_second_job_goes_on_from_the_first(
-    profile, tmp_path, monkeypatch
-):
-    """SLURM itself has not been run; this is what happens between its jobs and this process."""
+def test_a_second_slurm_job_resumes_the_runs_of_the_first(profile, tmp_path, monkeypatch):
+    """SLURM itself has not been run; a stand-in for sbatch runs its job scripts here."""
     settings = yaml.safe_load(profile.read_text("utf-8"))
     short = ["--lifetime", "12s"]
     settings |= {"processes": 2, "cores": 2, "job_script_prologue": [], "worker_extra_args": short}
@@ -230,7 +228,7 @@ def test_with_an_sbatch_that_runs_its_script_here_a_second_job_goes_on_from_the_
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     experiments = toy_runs(2, epochs=200)
     expected, _ = run_many(experiments, tmp_path / "serial", "cpu", workers=1)
-    with pytest.raises(RuntimeError, match=r"no worker is left; .* the same command goes on"):
+    with pytest.raises(RuntimeError, match=r"no worker is left; .* repeat the same command"):
         run_many(experiments, tmp_path / "out", "cpu", cluster=f"slurm:{profile}")
     settings["worker_extra_args"] = []
     profile.write_text(yaml.safe_dump(settings), "utf-8")
@@ -240,7 +238,7 @@ def test_with_an_sbatch_that_runs_its_script_here_a_second_job_goes_on_from_the_
 
 
 @leaves_files_open
-def test_where_there_is_no_sbatch_nothing_waits_for_it(profile, tmp_path, monkeypatch):
+def test_without_sbatch_nothing_waits_for_it(profile, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no sbatch here"):
         run_many(toy_runs(1), tmp_path / "out", cluster=f"slurm:{profile}")
@@ -251,10 +249,10 @@ def test_where_there_is_no_sbatch_nothing_waits_for_it(profile, tmp_path, monkey
     [("", ""), ("- a\n- b", ""), ("a: {", ""), ("queue: gpu", "cores"),
      ("cores: 4\nmemory: 1GB\nqueu: gpu", "queu")],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore")  # dask_jobqueue's, of what it leaves half-built
-def test_what_is_no_profile_is_refused(text, message, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # dask_jobqueue's, about half-built objects
+def test_an_invalid_profile_is_refused(text, message, tmp_path):
     file = tmp_path / "profile.yaml"
     file.write_text(text)
     for where, why in ((file, message), (tmp_path / "nowhere.yaml", "No such file")):
-        with pytest.raises(ValueError, match=rf"no profile for SLURM \(.*{why}"):
+        with pytest.raises(ValueError, match=rf"not a valid SLURM profile \(.*{why}"):
             cluster.slurm(where)

@@ -1,7 +1,7 @@
-"""The way in from Colab: the setup cell of the notebooks, and the command that stamps them.
+"""Notebooks opened in Colab: their setup cell, and the command that stamps them.
 
-The cell runs in a kernel that cannot see hybrid_lib, in an empty folder, without a network. Colab's
-own list of packages is resolved with ours; Colab itself was not run.
+The cell runs in a kernel without hybrid_lib, in an empty folder, without a network. Colab's own
+list of packages is resolved with ours; Colab itself was not run.
 """
 
 import json
@@ -34,7 +34,7 @@ SETUP = code(SOURCES[0])[1]
 STAMPED = SETUP.replace('REPO_URL = ""', f'REPO_URL = "{ADDRESS}"')
 
 
-def test_every_notebook_has_the_same_few_lines_between_parameters_and_first_import():
+def test_every_notebook_has_the_same_short_setup_cell():
     for path in SOURCES:
         parameters, setup, *others = code(path)
         assert setup == SETUP
@@ -43,7 +43,7 @@ def test_every_notebook_has_the_same_few_lines_between_parameters_and_first_impo
     assert len([line for line in SETUP.splitlines() if line]) <= 6
 
 
-# --- The cell at work. ---
+# --- The setup cell. ---
 
 TRIAL = """
 import hybrid_lib as hl
@@ -70,8 +70,8 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def python(project, tmp_path):
-    """Runs a Python that has all that is installed here but hybrid_lib, in an empty folder."""
-    packages = sysconfig.get_path("purelib")  # from PYTHONPATH an editable package is not seen
+    """Runs a Python with everything installed here except hybrid_lib, in an empty folder."""
+    packages = sysconfig.get_path("purelib")  # an editable package is not found by PYTHONPATH
     has_pip = Path(packages, "pip").is_dir()  # an environment made by uv has none
     venv.create(tmp_path / "python", symlinks=os.name != "nt", with_pip=not has_pip)
     pins = [f"{d.name}=={d.version}\n" for d in metadata.distributions(path=[packages])]
@@ -79,10 +79,10 @@ def python(project, tmp_path):
     (tmp_path / "content").mkdir()
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": packages,
-        "PIP_NO_INDEX": "1",  # nothing is to be downloaded, least of all something of our name
+        "PIP_NO_INDEX": "1",  # download nothing, least of all something with our name
         "PIP_CONSTRAINT": str(tmp_path / "pins.txt"),
         "PIP_NO_BUILD_ISOLATION": "0",  # pip reads this as "no isolation": setuptools is there
-        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": ADDRESS,  # for which the project stands in
+        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": ADDRESS,  # the project stands in for it
         "GIT_CONFIG_KEY_0": f"url.{project.as_uri()}.insteadOf",
         "OMP_NUM_THREADS": "1", "JUPYTER_PLATFORM_DIRS": "1",
     }  # fmt: skip
@@ -92,7 +92,7 @@ def python(project, tmp_path):
 
 
 def execute(python, folder, setup, exit_code=0):
-    """Execute a notebook's head and a small training run; returns what was said."""
+    """Execute a notebook's head and a small training run; return the output."""
     parameters, _, imports, *_ = code(ROOT / "notebooks" / "10_train_one.ipynb")
     cells = [nbformat.v4.new_code_cell(c) for c in (parameters, setup, imports, TRIAL)]
     cells[0].metadata["tags"] = ["parameters"]
@@ -110,13 +110,13 @@ def execute(python, folder, setup, exit_code=0):
      (STAMPED.replace("notes", "notes/nowhere"), "does not appear to be a git repository")],
     ids=["nothing available", "pip fails"],
 )  # fmt: skip
-def test_without_a_way_in_one_sentence_says_why(python, tmp_path, setup, message):
+def test_a_failed_setup_says_why_in_one_sentence(python, tmp_path, setup, message):
     assert re.search(message, execute(python, tmp_path / "content", setup, exit_code=1))
 
 
-def test_the_stamped_repository(python, tmp_path):
-    said = execute(python, tmp_path / "content", STAMPED)
-    assert str(tmp_path / "python") in re.search("home (.*)", said)[1]
+def test_a_stamped_notebook_installs_from_its_repository(python, tmp_path):
+    output = execute(python, tmp_path / "content", STAMPED)
+    assert str(tmp_path / "python") in re.search("home (.*)", output)[1]
 
 
 @pytest.mark.slow
@@ -125,10 +125,10 @@ def test_an_uploaded_wheel_is_preferred_and_installed_once(python, project, tmp_
     assert python(*wheel).returncode == 0
     assert "git clone" not in execute(python, tmp_path / "content", STAMPED)
     next((tmp_path / "content").glob("*.whl")).unlink()
-    execute(python, tmp_path / "content", SETUP)  # the next notebook finds it there
+    execute(python, tmp_path / "content", SETUP)  # the next notebook finds it installed
 
 
-# --- Beside the packages of Colab. ---
+# --- Colab's packages. ---
 
 LIST = Path(__file__).with_name("colab-packages.txt").read_text("utf-8").splitlines()
 COLAB = dict(line.split("==") for line in LIST if not line.startswith("#"))
@@ -143,7 +143,7 @@ def wanted():
 
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="there is no uv to resolve with")
-def test_nothing_that_colab_has_is_changed_but_plotly(wanted, tmp_path):
+def test_of_colab_s_packages_only_plotly_is_changed(wanted, tmp_path):
     # Its torch is built for another CUDA than the index's: those libraries cannot be compared.
     pins = [f"{name}=={version}\n" for name, version in COLAB.items()
             if not name.startswith(("plotly", "nvidia", "cuda"))]  # fmt: skip
@@ -213,6 +213,6 @@ def test_stamping_is_idempotent_and_can_be_undone(tmp_path):
 )  # fmt: skip
 def test_other_addresses_are_refused(address):
     stamp = runpy.run_path(ROOT / "notebooks" / "stamp_colab.py")
-    with pytest.raises(ValueError, match="is no repository on GitHub") as refused:
+    with pytest.raises(ValueError, match="is not a GitHub repository") as refused:
         stamp["github"](address)
     assert "secret" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Figures say what they show and tables compute what they say, whatever state the runs are in."""
+"""Figures and tables show the right numbers and labels, whatever state the runs are in."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ COLUMNS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
 
 
 def history(name="sgd", seed=0, epochs=3, dataset="Some images", status="complete", **columns):
-    """A history whose columns are lists, or made up."""
+    """A history with the given columns; the others are made up."""
     rows = []
     for i in range(epochs):
         made_up = {c: 0.1 * (seed + 1) + 0.01 * i for c in (*COLUMNS, "train_seconds")}
@@ -58,7 +58,7 @@ def any_of(functions):
 
 
 @any_of(FIGURES)
-def test_every_figure_names_its_data_set_and_axes_with_units_on_light_and_dark_pages(make):
+def test_every_figure_names_its_data_set_and_axes_with_units_and_is_transparent(make):
     figure = make(ALL)
     assert "Some images" in figure.layout.title.text
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
@@ -71,13 +71,13 @@ def test_every_figure_names_its_data_set_and_axes_with_units_on_light_and_dark_p
 
 
 @any_of([figures.curves, figures.panels, schedules])
-def test_every_method_has_a_look_of_its_own(make):
+def test_every_method_has_its_own_look(make):
     looks = {}
     for trace in make(ALL).data:
         if trace.fill is None:
             looks.setdefault(trace.name, set()).add((trace.line.color, trace.line.dash))
     assert len(looks) == 9
-    assert all(len(of_one) == 1 for of_one in looks.values()), "the same in every panel"
+    assert all(len(look) == 1 for look in looks.values()), "the same in every panel"
     assert len(set.union(*looks.values())) == 9
     own = make([history("mine"), history("yours"), history("sgd")]).data
     assert len({(trace.line.color, trace.line.dash) for trace in own}) == 3
@@ -136,7 +136,7 @@ def test_curves_are_means_with_bands_of_student_s_interval():
     assert list(sgd.y) == [0.2, 0.2, 0.3]
     assert figures.curves(runs).layout.title.subtitle.text.endswith("1 or 4 seeds")
     clip = figures.curves(runs).layout.yaxis.autorangeoptions
-    assert clip.clipmin < 0.1 < 0.9 < clip.clipmax < 1, "the panel is that of the runs"
+    assert clip.clipmin < 0.1 < 0.9 < clip.clipmax < 1, "the panel fits the runs"
 
 
 def test_the_four_panels_show_their_own_columns_and_one_legend():
@@ -163,7 +163,7 @@ def test_the_report_s_accuracies_are_marked_on_cifar10(make):
     assert dict(zip(sgd.x, sgd.y))[350] == 0.8539
     assert dict(zip(adahessian.x, adahessian.y))[160] == 0.8372
     shorter = [History(h.experiment.scaled(9), h.rows, h.environment) for h in full]
-    assert not marks(make(shorter).data), "at the report's length alone"
+    assert not marks(make(shorter).data), "only at the report's length"
     for name, marked in ((copy, True), ("CIFAR-10", True), ("CIFAR-100", False), ("X", False)):
         h = history(dataset=name)
         h.environment["published"] = True
@@ -187,14 +187,14 @@ def test_the_seconds_are_medians_without_the_first_epoch():
     assert "abacus" in figure.layout.title.text
 
 
-def test_schedules_are_the_experiment_s_own():
+def test_the_figure_of_schedules_shows_those_of_the_experiment():
     e = EXPERIMENTS["dyn_padam_sgd"].scaled(8)
     rates, weights = figures.schedules([e]).data
     assert list(rates.x) == list(range(1, 9))
     assert list(rates.y) == e.learning_rates()
     assert list(weights.y) == [e.lambdas()(epoch)[1] for epoch in range(8)]
-    of_one_rule = figures.schedules([EXPERIMENTS["sgd"], EXPERIMENTS["adam"]]).data
-    assert {trace.y[0] for trace in of_one_rule if trace.yaxis in ("y3", "y4")} == {1.0, 0.0}
+    without_hybrids = figures.schedules([EXPERIMENTS["sgd"], EXPERIMENTS["adam"]]).data
+    assert {trace.y[0] for trace in without_hybrids if trace.yaxis in ("y3", "y4")} == {1.0, 0.0}
 
 
 # --- Tables, against sums done by hand. ---
@@ -240,7 +240,7 @@ def test_the_seconds_table_by_hand():
     ]
     table = tables.seconds(runs)
     assert list(table.index) == ["SGD", "AdaSGD"]
-    assert table["train seconds"].tolist() == [4, 8]  # of 1, 3, 5, 5 and of 7, 9
+    assert table["train seconds"].tolist() == [4, 8]  # medians of 1, 3, 5, 5 and of 7, 9
     assert table["test seconds"].tolist() == [1, 2]
     assert table["ratio to SGD"].tolist() == [1, 2]
     assert table["report's ratio"].tolist() == pytest.approx([1, 148.4 / 40.4])
@@ -252,7 +252,7 @@ def test_the_seconds_table_by_hand():
 
 @pytest.fixture
 def displayed(monkeypatch):
-    """What show() hands to IPython; no browser is started, and none draws."""
+    """What show() hands to IPython; no browser is started, and drawing fails."""
     bundles = []
     monkeypatch.setattr("kaleido.start_sync_server", lambda **_: None)
     monkeypatch.setattr(go.Figure, "to_image", lambda *_, **__: 1 / 0)
@@ -260,8 +260,8 @@ def displayed(monkeypatch):
     return bundles
 
 
-def test_a_reader_gets_the_figure_itself_others_one_with_a_static_twin(displayed, monkeypatch):
-    figures.show(figures.curves([history()]))  # where there is no Chromium: a page
+def test_an_interactive_reader_gets_the_figure_and_others_a_static_twin(displayed, monkeypatch):
+    figures.show(figures.curves([history()]))  # without Chromium: HTML
     drawn = io.BytesIO()
     Image.new("RGB", (900, 460), "white").save(drawn, "png")
     monkeypatch.setattr(go.Figure, "to_image", lambda self, form: drawn.getvalue())
@@ -276,7 +276,7 @@ def test_a_reader_gets_the_figure_itself_others_one_with_a_static_twin(displayed
 
 
 @pytest.mark.parametrize("n", [350, 20])
-def test_what_a_notebook_keeps_is_light_and_as_drawn(displayed, n):
+def test_figures_kept_in_notebooks_are_small_and_as_drawn(displayed, n):
     rising = [[i / n + seed for i in range(n)] for seed in (0, 1)]
     figure = figures.curves([history("sgd", s, n, test_accuracy=a) for s, a in enumerate(rising)])
     figures.show(figure)
@@ -291,7 +291,7 @@ def test_what_a_notebook_keeps_is_light_and_as_drawn(displayed, n):
     assert len(figure.data[1].x) == n, "the figure itself is as it was"
     figures.show(go.Figure(go.Scatter(x=[0.5, 0.25], y=["ATMO", "SGD"], mode="markers")))
     (kept,) = displayed[1]["application/vnd.plotly.v1+json"]["data"]
-    assert kept["y"] == ["ATMO", "SGD"], "names on an axis of categories stay"
+    assert kept["y"] == ["ATMO", "SGD"], "names on an axis of categories are kept"
 
 
 NO_BROWSER = """
@@ -303,7 +303,7 @@ figures.show(go.Figure())
 """
 
 
-def test_where_no_browser_starts_nothing_waits_for_one():
+def test_without_a_browser_nothing_waits_for_one():
     done = subprocess.run(
         [sys.executable, "-c", NO_BROWSER], capture_output=True, text=True, timeout=60,
         env={**os.environ, "BROWSER_PATH": os.devnull},
@@ -312,7 +312,7 @@ def test_where_no_browser_starts_nothing_waits_for_one():
     assert done.stdout.split() == ["application/vnd.plotly.v1+json", "text/html"]
 
 
-def test_lines_have_their_methods_looks_and_others_one_each():
+def test_lines_have_the_looks_of_their_methods_and_others_one_each():
     names = ["atmo", "dyn_atmo", *"abcdef"]
     figure = figures.lines({n: pd.Series([1.0, 2.0]) for n in names}, "title", "x", "y", level=1.5)
     looks = [(line.line.color, line.line.dash) for line in figure.data]

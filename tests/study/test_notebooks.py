@@ -1,7 +1,7 @@
-"""Notebooks are committed clean, run from top to bottom, and refuse what they do not know.
+"""Notebooks are committed clean, run from top to bottom, and refuse unknown parameters.
 
 Papermill executes each one at toy size. The cells that read a study are also executed in this
-process, for studies of every kind: of one method, of none of the report's, with a run that failed.
+process, for every kind of study: one method, none of the report's methods, a failed run.
 """
 
 import ast
@@ -30,7 +30,7 @@ from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
-# What is injected for speed, where a notebook declares it; each gets a folder of its own for runs.
+# Injected for speed where a notebook declares it; each notebook has its own folder for runs.
 SMALL = {"scale": "toy", "train": True, "steps": 5, "probes": 16, "train_limit": 160, "epochs": 2,
          "workers": 1}  # fmt: skip
 every_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda source: source.stem)
@@ -41,7 +41,7 @@ def code_cells(source: Path) -> list[str]:
 
 
 def declared(source: Path) -> dict[str, ast.AnnAssign]:
-    """The parameters by name."""
+    """The declared parameters by name."""
     return {node.target.id: node for node in ast.parse(code_cells(source)[0]).body}
 
 
@@ -49,7 +49,7 @@ def declared(source: Path) -> dict[str, ast.AnnAssign]:
 
 
 @every_notebook
-def test_it_is_a_text_with_short_cells_and_without_results(source):
+def test_a_notebook_has_text_short_cells_and_no_outputs(source):
     notebook = nbformat.reads(source.read_text("utf-8"), nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
@@ -73,11 +73,11 @@ def test_the_first_code_cell_declares_parameters_with_type_and_comment(source):
         assert len(line.split("  # ", 1)[1].strip()) > 3, line
 
 
-# --- Executed in this process: the cells, without a kernel and without drawing. ---
+# --- Cells executed in this process, without a kernel and without drawing. ---
 
 
 def execute(source: Path, given: dict, to_the_check: bool = False) -> dict:
-    """Run the code cells, ``given`` injected as papermill does; returns the globals."""
+    """Run the code cells with ``given`` injected as by papermill; return the globals."""
     parameters, *rest = code_cells(source)
     injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
     known: dict = {"In": [""], "__name__": "__main__"}
@@ -90,12 +90,12 @@ def execute(source: Path, given: dict, to_the_check: bool = False) -> dict:
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Studies execute all their notebooks in this process; returns the figures that they show."""
-    chosen_for, shown = notebooks.for_study, []
+def shown_figures(monkeypatch):
+    """Make studies execute all their notebooks in this process; returns the figures they show."""
+    real_for_study, shown = notebooks.for_study, []
 
-    def for_study(found, scale, **given):  # at toy size: the results alone
-        jobs = chosen_for(found, "demo", **given)
+    def for_study(found, scale, **given):  # at toy scale it lists 08_results alone
+        jobs = real_for_study(found, "demo", **given)
         return {source: {**values, "scale": scale} for source, values in jobs.items()}
 
     def executed(jobs, out):
@@ -110,7 +110,7 @@ def quick(monkeypatch):
 
 
 @every_notebook
-def test_its_defaults_pass_its_own_check_and_a_mistyped_name_does_not(source):
+def test_defaults_pass_a_notebook_s_own_check_and_a_mistyped_name_does_not(source):
     execute(source, {}, to_the_check=True)
     name = next(iter(declared(source)))
     with pytest.raises(ValueError, match=rf"{name}x is not a .*did you mean {name}\?"):
@@ -120,16 +120,16 @@ def test_its_defaults_pass_its_own_check_and_a_mistyped_name_does_not(source):
 @pytest.mark.parametrize(
     "only", ["sgd", "adahessian", "padam", "sgd,adasgd", "padam_sgd", "adam+adahessian"]
 )
-def test_a_study_of_any_methods_has_its_notebooks(only, tmp_path, quick, capsys):
+def test_the_notebooks_of_a_study_run_for_any_methods(only, tmp_path, shown_figures, capsys):
     code = study(["--scale", "toy", "--only", only, "--out", str(tmp_path), "--workers", "1"])
     assert "failed" not in capsys.readouterr().out
     assert code == 0
-    assert len(quick) >= 4
-    assert all(isinstance(figure, go.Figure) for figure in quick)
+    assert len(shown_figures) >= 4
+    assert all(isinstance(figure, go.Figure) for figure in shown_figures)
 
 
-def test_a_study_with_several_seeds_and_a_run_that_diverged_at_once_has_its_notebooks(
-    tmp_path, quick, capsys, monkeypatch
+def test_the_notebooks_of_a_study_run_with_several_seeds_and_a_run_that_diverged_at_once(
+    tmp_path, shown_figures, capsys, monkeypatch
 ):
     rates = Experiment.learning_rates
     monkeypatch.setattr(
@@ -148,19 +148,19 @@ KINDS = """{optimizer: atmo, scale: toy, seeds: 0-1, fixed: {width: 2}, grid: {l
     lambda_start: ["1, 0", [1, 1]], momentum: [null, 0.5], nesterov: [false, true]}}"""
 
 
-def test_settings_of_any_kind_have_axes_and_a_cell_without_all_its_runs_is_empty(tmp_path, quick):
+def test_every_varied_setting_has_an_axis_and_incomplete_cells_are_empty(tmp_path, shown_figures):
     source = NOTEBOOKS[0].with_name("11_sweep.ipynb")
     runs = execute(source, {"space": KINDS, "out": str(tmp_path), "workers": 1})["runs"]
-    parallel, cells = quick[0].data[0], quick[1].data[0]
+    parallel, cells = shown_figures[0].data[0], shown_figures[1].data[0]
     done = runs.dropna(subset="test_accuracy")
     names = [dimension.label for dimension in parallel.dimensions]
     assert names == ["learning rate η", "lambda_start", "momentum", "nesterov", "test accuracy"]
     assert {len(dimension["values"]) for dimension in parallel.dimensions} == {len(done)}
     assert (list(cells.x), len(cells.y)) == (["0.001", "1e+30"], 2)
     for x, column in zip(cells.x, cells.z.T):
-        of_rate = runs.loc[runs["lr"] == float(x), "test_accuracy"]
-        if of_rate.notna().all():
-            assert column.mean() == pytest.approx(of_rate.mean())
+        at_rate = runs.loc[runs["lr"] == float(x), "test_accuracy"]
+        if at_rate.notna().all():
+            assert column.mean() == pytest.approx(at_rate.mean())
         else:
             assert np.isnan(column).any()
 
@@ -202,7 +202,7 @@ def test_every_seed_is_a_point_beside_the_mean_and_a_failed_one_is_named(results
 
 def test_the_time_to_an_accuracy_by_hand(results):
     found = [
-        made_up("sgd", 0, 0.2, 0.5, 0.4, seconds=2),  # it counts although it is lost again
+        made_up("sgd", 0, 0.2, 0.5, 0.4, seconds=2),  # it counts although it drops again
         made_up("sgd", 1, 0.5, 0.5, 0.7, seconds=4),
         made_up("sgd", 2, 0.1, 0.1, 0.1, seconds=2),
         made_up("adam", 0, 0.9, 0.9),
@@ -219,7 +219,7 @@ def test_the_time_to_an_accuracy_by_hand(results):
     assert (sgd["final"], adam["final"]) == pytest.approx((0.4, 0.5))
     for finals, level in ((dict(sgd=0.51, adam=0.9, atmo=0.63), "0.60"), (dict(sgd=0.65), "0.65")):
         found = [made_up(name, 0, last) for name, last in finals.items()]
-        assert results["time_to"](found).index.name == f"to {level}", "half have it"
+        assert results["time_to"](found).index.name == f"to {level}", "half of the methods reach it"
 
 
 # --- What 02_optimizers says of the merge. ---
@@ -241,7 +241,7 @@ def test_bias_correction_scales_the_whole_step(optimizers):
 
 
 @pytest.mark.parametrize("name", ["atmo", "padam_sgd", "adasgd"])
-def test_taking_steps_apart_takes_the_optimizer_s_steps(optimizers, name):
+def test_measuring_a_step_does_not_change_it(optimizers, name):
     measured, trained = optimizers["perceptron"](), optimizers["perceptron"]()
     optimizers["train_and_measure"](measured, getattr(hl, name)(measured.parameters()), 3)
     weights, generator = list(trained.parameters()), torch.Generator().manual_seed(0)
@@ -268,7 +268,7 @@ def test_one_probe_is_nearly_noise_and_the_second_moment_of_adahessian_tracks_ro
     [("02_optimizers", {"steps": 0, "probes": 7, "lr": 0.0}, ["steps=0", "probes=7", "lr=0"]),
      ("03_schedules", {"optimizer": "sgd"}, ["lambda"])],
 )  # fmt: skip
-def test_impossible_values_are_refused_at_once(stem, given, faults):
+def test_impossible_values_are_refused_all_at_once(stem, given, faults):
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         execute(NOTEBOOKS[0].with_name(f"{stem}.ipynb"), given, to_the_check=True)
     assert all(fault in str(refused.value) for fault in faults)
@@ -279,7 +279,7 @@ def test_impossible_values_are_refused_at_once(stem, given, faults):
 
 @pytest.fixture(scope="session")
 def toy_study(tmp_path_factory):
-    """All runs of a toy study, trained once, whichever worker comes first."""
+    """All runs of a toy study, trained once by whichever worker comes first."""
     out = tmp_path_factory.getbasetemp().parent / "toy-study"
     with filelock.FileLock(f"{out}.lock"):
         for e in plan("toy"):
@@ -287,8 +287,8 @@ def toy_study(tmp_path_factory):
     return out
 
 
-def small(source: Path, folder: Path, toy_study: Path) -> dict:
-    """What is injected, for runs in ``folder``."""
+def toy_parameters(source: Path, folder: Path, toy_study: Path) -> dict:
+    """The parameters to inject, with runs in ``folder``."""
     given, known = {**SMALL, "out": str(folder / "run"), "runs": str(folder)}, declared(source)
     if "seeds" in known:  # it reads a study
         given |= {"out": str(toy_study), "epochs": None}
@@ -298,7 +298,7 @@ def small(source: Path, folder: Path, toy_study: Path) -> dict:
 def executed_by_papermill(source: Path, target: Path, toy_study: Path):
     import papermill
 
-    given = small(source, target.parent, toy_study)
+    given = toy_parameters(source, target.parent, toy_study)
     papermill.execute_notebook(
         source, target, given, progress_bar=False, cwd=source.parent, execution_timeout=90
     )
@@ -318,14 +318,14 @@ def checked_notebook(file: Path):
 
 @pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
 @every_notebook
-def test_it_runs_without_anyone_watching(source, tmp_path, toy_study, monkeypatch):
-    monkeypatch.setenv("BROWSER_PATH", os.devnull)  # figures without their images: seconds less
+def test_a_notebook_runs_unattended(source, tmp_path, toy_study, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", os.devnull)  # no images of figures: saves seconds
     before = {f: f.stat().st_mtime_ns for f in source.parent.iterdir()}
     executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
     assert {f: f.stat().st_mtime_ns for f in source.parent.iterdir()} == before
 
 
-BESIDE = """
+SCRIPT = """
 import json, pathlib, sys
 from hybrid_lib.study import notebooks
 jobs = {pathlib.Path(source): given for source, given in json.load(sys.stdin).items()}
@@ -334,10 +334,10 @@ print(*notebooks.execute(jobs, pathlib.Path(".")))
 
 
 @pytest.mark.slow
-def test_all_run_beside_the_versions_of_colab(tmp_path, toy_study, twin):
-    jobs = {str(s): small(s, tmp_path / s.stem, toy_study) for s in NOTEBOOKS}
+def test_all_notebooks_run_with_colab_s_package_versions(tmp_path, toy_study, colab_python):
+    jobs = {str(s): toy_parameters(s, tmp_path / s.stem, toy_study) for s in NOTEBOOKS}
     environment = {**os.environ, "BROWSER_PATH": os.devnull}
-    done = subprocess.run([twin, "-c", BESIDE], input=json.dumps(jobs), capture_output=True,
+    done = subprocess.run([colab_python, "-c", SCRIPT], input=json.dumps(jobs), capture_output=True,
                           text=True, cwd=tmp_path, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     executed = [tmp_path / "notebooks" / source.name for source in NOTEBOOKS]
@@ -348,7 +348,7 @@ def test_all_run_beside_the_versions_of_colab(tmp_path, toy_study, twin):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @every_notebook
-def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
+def test_a_notebook_with_its_images_stays_small(source, tmp_path, toy_study):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))):
         pytest.skip("there is no Chromium to draw the images")
     notebook = executed_by_papermill(source, tmp_path / "executed.ipynb", toy_study)
@@ -359,9 +359,9 @@ def test_with_its_images_it_stays_small(source, tmp_path, toy_study):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_of_a_study_at_full_length_it_stays_small(tmp_path):
+def test_the_results_of_a_study_at_full_length_stay_small(tmp_path):
     """The largest: eight methods, three seeds, hundreds of epochs, made up of noise, which is what
-    pictures compress worst."""
+    images compress worst."""
     rng = random.Random(0)
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     seen = {"dataset": "CIFAR-10 (made up)", "device_name": "none",

@@ -1,6 +1,6 @@
 """Whatever papermill injects into a notebook is checked before anything is computed.
 
-A namespace here is as IPython has it after papermill's cell.
+A namespace here is IPython's after papermill's cell.
 """
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ DEFAULTS = dict(
 
 
 def namespace(*cells: str, declared: str = DECLARED, **given) -> dict:
-    """The globals of a notebook whose cells so far were these, the injected one second."""
+    """The globals of a notebook after its declared parameters, the injected ones and ``cells``."""
     injected = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in given.items())
     known: dict = {"In": ["", declared, *([injected] if given else []), *cells]}
     exec(declared + injected, known)
@@ -85,11 +85,11 @@ def test_all_faults_come_in_one_line():
         "numbers: dict = {}\ndef f(): pass", "n: int = 1\nfor n in []: pass", "n: int = 1\nn += 1",
     ],
 )  # fmt: skip
-def test_the_reader_s_own_cells_are_no_parameters(cell):
+def test_the_reader_s_own_cells_do_not_count_as_parameters(cell):
     assert vars(checked(namespace(cell), lambda params: None)) == {**DEFAULTS, "plan": None}
 
 
-def test_parameters_changed_by_hand_and_run_again():
+def test_parameters_may_be_changed_by_hand_and_run_again():
     known = namespace()
     changed = DECLARED.replace("epochs: int = None", "epochs: int = 4")
     exec(changed, known)
@@ -125,7 +125,7 @@ def test_one_experiment_s_parameters_are_refused_before_anything_is_trained(give
     assert "\n" not in str(caught.value)
 
 
-def test_one_experiment_is_its_row_with_what_was_given_changed():
+def test_one_experiment_is_its_row_with_the_given_changes():
     known = namespace(declared=ONE, lr="0.5", lambda_start="0.9 0.1", optimizer="adasgd", seed=4)
     e = checked(known, planning.experiment_from).plan
     (row,) = plan("toy", only=["adasgd"], seeds=[4])

@@ -1,4 +1,4 @@
-"""A plan is one run per method and seed; what is not trained is read; a run can be repeated."""
+"""Plans have one run per method and seed; notebooks collect them; text repeats a run."""
 
 import shlex
 from dataclasses import replace
@@ -28,7 +28,7 @@ def test_a_plan_is_one_run_per_method_and_seed():
     assert all((e.dataset, e.epochs, e.width) == ("digits", 2, 4) for e in planned)
 
 
-def test_at_paper_scale_nothing_but_data_and_seed_is_changed():
+def test_the_paper_scale_changes_only_data_and_seed():
     planned = plan("paper", "cifar10")
     assert planned == [e for name, e in EXPERIMENTS.items() if name != "padam"]
 
@@ -45,7 +45,7 @@ def test_every_scale_keeps_the_shape_of_the_schedules(scale, dataset):
                 assert ours / e.epochs == pytest.approx(theirs / table.epochs, abs=0.06)
 
 
-def test_changes_go_over_the_scale_and_epochs_rescale():
+def test_changes_override_the_scale_and_epochs_rescale_schedules():
     (e,) = plan("demo", only=["dyn_padam_sgd"], epochs=40, width=3, protocol="released")
     assert (e.epochs, e.lr_milestones, e.lambda_epochs) == (40, (20, 30), 20)
     assert (e.width, e.protocol, e.batch_size) == (3, "released", 32)
@@ -74,7 +74,7 @@ def test_seeds_are_numbers_and_ranges(text):
         seed_list(text)
 
 
-def test_where_a_study_is_kept():
+def test_a_study_is_kept_below_runs_by_default():
     runs = data.PROJECT / "runs"
     assert default_out("demo", "digits") == runs / "demo"
     assert default_out("toy", "cifar10", "released") == runs / "toy-cifar10-released"
@@ -93,7 +93,7 @@ def folder_of_images(root, n_train=100, n_test=40):
 
 
 @pytest.mark.parametrize("scale", ["toy", "demo"])
-def test_a_folder_smaller_than_the_scale_s_limits_is_used_as_it_is(tmp_path, scale):
+def test_a_folder_smaller_than_the_scale_s_limits_is_used_whole(tmp_path, scale):
     root = folder_of_images(tmp_path)
     (e,) = plan(scale, f"folder:{root}", ["sgd"])
     assert load_task(e, "cpu").n_train == 100
@@ -114,21 +114,21 @@ def collected(**given) -> list[History]:
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Whatever would be trained is an error."""
+    """Training anything is an error."""
     monkeypatch.setattr(planning, "run_many", lambda *args: pytest.fail("this would train"))
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_folder_of_published_runs_is_read_whatever_the_scale(no_training, train, capsys):
+def test_published_runs_are_read_whatever_the_scale(no_training, train, capsys):
     found = collected(scale="toy", dataset="digits", out=str(DEMO), train=train,
                       methods="sgd,padam,adasgd")  # fmt: skip
     assert [len(h.rows) for h in found] == [10, 10]
     assert tables.subject(found) == "CIFAR-10 (JPEG copy), published runs"
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"{DEMO}: shown as they were run, with settings of their own"
+    assert line == f"{DEMO}: shown as they were run; some settings differ from those given"
 
 
-def test_what_is_missing_is_trained_once(tmp_path, capsys):
+def test_missing_runs_are_trained_once(tmp_path, capsys):
     given = {"scale": "toy", "dataset": "digits", "methods": "sgd", "out": str(tmp_path)}
     with pytest.raises(FileNotFoundError):
         collected(**given, train=False)
@@ -158,7 +158,7 @@ repeated = pytest.mark.parametrize(
 
 
 @repeated
-def test_the_python_code_of_a_run_is_the_run(e, monkeypatch):
+def test_the_python_code_of_a_run_repeats_it(e, monkeypatch):
     seen = []
     monkeypatch.setattr(hl, "run", lambda *args: seen.append(args))
     exec(planning.as_python(e, "a 'folder'"), {})
@@ -167,7 +167,7 @@ def test_the_python_code_of_a_run_is_the_run(e, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 @repeated
-def test_the_papermill_command_of_a_run_is_the_run(e):
+def test_the_papermill_command_of_a_run_repeats_it(e):
     from papermill.cli import _resolve_type
 
     words = shlex.split(planning.as_papermill(e, "a 'folder'"))

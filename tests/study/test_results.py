@@ -19,7 +19,7 @@ def script(name):
     source = data.PROJECT / "data" / "results" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"results_{name}", source)
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:  # as for a script: what is beside it
+    with pytest.MonkeyPatch.context() as patch:  # a script imports its neighbours
         patch.syspath_prepend(source.parent)
         spec.loader.exec_module(module)
     return module
@@ -48,7 +48,7 @@ def test_the_matrix_has_every_row_and_audits_that_change_one_setting_of_a_row(sc
 
 
 def test_every_contestant_has_the_same_budget_and_shares_its_draws():
-    """So that nobody has the luckier rates: the same shares of equally wide ranges."""
+    """No contestant has luckier rates: all have the same shares of equally wide ranges."""
     fair, seen = script("fair"), {}
     for folder, experiments in fair.studies():
         contestant, study, _ = experiments[0].name.split("-")
@@ -66,10 +66,10 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws():
         for schedule in ("cosine", "constant")
     }
     assert len(seen) == 4 * 3
-    for of_one in seen.values():
-        assert [contestant for contestant, *_ in of_one] == list(fair.CONTESTANTS)
-        assert all(others[1:] == of_one[0][1:] for others in of_one)
-    assert len({of_one[0][2] for of_one in seen.values()}) == 3, "each study draws anew"
+    for trials in seen.values():
+        assert [contestant for contestant, *_ in trials] == list(fair.CONTESTANTS)
+        assert all(others[1:] == trials[0][1:] for others in trials)
+    assert len({trials[0][2] for trials in seen.values()}) == 3, "each study draws anew"
     planned = [len(list(fair.studies(scale))) for scale in fair.SCALES]
     assert planned == [4 * 3 * 14, 2 * 6, 2 * 3 * 14]
     dynamic = fair.trials("digits", "cosine", "dyn_adasgd", 0)
@@ -81,7 +81,7 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws():
         assert all(e.chooses_lambdas for e in drawn)
 
 
-def test_merges_and_places_differ_in_nothing_else():
+def test_merges_and_layers_differ_in_nothing_else():
     merges = script("merges")
     for task in merges.SCHEDULE:
         tried = {es[0].name[:-2]: es for es in merges.tuning(task)}
@@ -102,7 +102,7 @@ def test_merges_and_places_differ_in_nothing_else():
                     assert values[1:] == values[:-1]
 
 
-def test_padam_sgd_is_walked_to_sgd_one_setting_at_a_time():
+def test_padam_sgd_turns_into_sgd_one_setting_at_a_time():
     depth = script("depth")
     one = {e.name: e for e in depth.variants() if e.seed == 0}
     assert len(depth.variants()) == 5 * len(one)
@@ -132,10 +132,10 @@ def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_p
     command = ["--dataset", "cifar10", "--scale", "auto", "--list", "--seeds", "1", "--minutes"]
     for minutes, scale in ((11, "paper"), (10, "paper"), (9, "paper-32"), (1, "paper-16")):
         assert train.main([*command, str(minutes)]) == 0
-        said = capsys.readouterr().out
-        estimates = [line for line in said.splitlines() if "takes about" in line]
+        printed = capsys.readouterr().out
+        estimates = [line for line in printed.splitlines() if "takes about" in line]
         assert estimates[-1].startswith(f"{scale}: released/padam_sgd-seed0 takes about")
-        assert said.count("to do") == 26
+        assert printed.count("to do") == 26
     monkeypatch.setattr(train, "state", lambda folder: ("stopped", 150))  # three quarters are done
     train.main([*command, "2.5", "--only", "clean/padam_sgd"])
     assert capsys.readouterr().out.startswith("paper: clean/padam_sgd-seed0 takes about 2.5")
@@ -144,10 +144,10 @@ def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_p
     assert "takes about" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train.main([*command, "9", "--out", str(tmp_path)])
-    assert "leave --out away" in capsys.readouterr().err
+    assert "omit --out" in capsys.readouterr().err
 
 
-def test_a_run_s_time_is_that_of_its_steps():
+def test_the_estimated_time_of_a_run_is_that_of_its_steps():
     e = replace(EXPERIMENTS["sgd"], width=1, batch_size=8, epochs=100)
     assert train.seconds(e, "cpu") > 50 * train.seconds(replace(e, epochs=1), "cpu") > 0
 
@@ -166,7 +166,7 @@ def archive(tmp_path):
     return tmp_path / "pictures.tar.xz"
 
 
-def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
+def test_slices_complete_the_matrix_on_several_machines(monkeypatch, tmp_path, archive, capsys):
     small = {"shorter": 100, "width": 2, "batch_size": 8}
     monkeypatch.setattr(train, "SCALES", {"paper": small})
     monkeypatch.setattr(train, "ORDER", ("sgd", "adasgd"))
@@ -191,15 +191,15 @@ def test_slices_add_up_to_the_whole(monkeypatch, tmp_path, archive, capsys):
         for name, epochs in (("sgd", 3), ("adasgd", 2))
     } | {"audit/adasgd-decay-in-both-seed0": ("complete", 2)}
     assert {h.dataset for h in written.values()} == {"CIFAR-10 (JPEG copy)"}
-    published(tmp_path, monkeypatch)
+    check_published(tmp_path, monkeypatch)
     archive.unlink()  # unpacked once is enough
     assert train.main([*command, "--list"]) == 0
     assert capsys.readouterr().out.count("complete ") == 5
-    goes_on_elsewhere(tmp_path, monkeypatch, command)
+    check_resumed_elsewhere(tmp_path, monkeypatch, command)
 
 
-def goes_on_elsewhere(tmp_path, monkeypatch, command):
-    """On another machine, from the folder: what is complete stays, what is not is finished."""
+def check_resumed_elsewhere(tmp_path, monkeypatch, command):
+    """On another machine, complete runs in the folder stay and the unfinished one is completed."""
     there = tmp_path / "another machine"
     there.mkdir()
     for name in ("data", "runs"):
@@ -208,7 +208,7 @@ def goes_on_elsewhere(tmp_path, monkeypatch, command):
     monkeypatch.chdir(there)
     runs = there / "runs" / "reproduction-paper"
     whole = {f: History.load(f) for f in runs.rglob("history.json")}
-    for checkpoint in runs.rglob("*.pt"):  # of complete runs they need not travel
+    for checkpoint in runs.rglob("*.pt"):  # complete runs do not need them
         checkpoint.unlink()
     cut = runs / "clean" / "sgd-seed0"
     for file in cut.iterdir():
@@ -223,8 +223,8 @@ def goes_on_elsewhere(tmp_path, monkeypatch, command):
         assert row["test_loss"] == again["test_loss"]
 
 
-def published(tmp_path, monkeypatch):
-    """Histories come out compact and readable, the page has every section."""
+def check_published(tmp_path, monkeypatch):
+    """Published histories are compact and readable, and the page has every section."""
     monkeypatch.setattr(publish.figures.go.Figure, "write_image", lambda figure, f, **_: f.touch())
     target = tmp_path / "published"
     assert publish.main([str(tmp_path / "runs/reproduction-paper"), str(target)]) == 0
@@ -259,7 +259,7 @@ def test_an_audit_is_compared_with_its_row_seed_by_seed_after_the_last_epoch():
     assert found == pytest.approx([0.6, 0.62333, 0.02333, margin, 0.7, 0.8539], rel=1e-3)
 
 
-def test_a_missing_archive_is_named(tmp_path, monkeypatch, capsys):
+def test_a_missing_archive_is_refused_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "PROJECT", tmp_path)
     with pytest.raises(SystemExit):
         train.main(["--list", "--seeds", "1", "--out", "nowhere"])

@@ -1,4 +1,4 @@
-"""Runs side by side compute what each computes alone, whoever is killed; nothing is lost."""
+"""Parallel runs compute what each computes alone, whichever process is killed; nothing is lost."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from hybrid_lib.training.history import FILE, History
 
 
 def toy_runs(n: int, epochs: int = 4) -> list:
-    """Runs of four methods, with as many seeds as it takes."""
+    """``n`` runs of four methods, with as many seeds as needed."""
     names = ("sgd", "adam", "padam_sgd", "adasgd")
     planned = plan("toy", only=names, seeds=range(-(-n // 4)), epochs=epochs, width=1,
                    batch_size=16, train_limit=32, test_limit=20)  # fmt: skip
@@ -30,12 +30,12 @@ def toy_runs(n: int, epochs: int = 4) -> list:
 
 
 def rows(history: History) -> list[dict]:
-    """What a run computed, without what the clock said."""
+    """What a run computed, without the times."""
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
 
 
 def waited_for(condition, seconds: float = 60):
-    """The first true value of ``condition``."""
+    """Wait for a true value of ``condition`` and return it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
@@ -59,14 +59,14 @@ def in_the_middle(runs: Path) -> Path | None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nobody trains there any more."""
+    """Whether no process trains there any more."""
     with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lock", timeout=0):
         return True
     return False
 
 
 def with_failures(n: int) -> list:
-    """So many runs, two of which go wrong: one diverges, one cannot even begin."""
+    """``n`` runs, two of which fail: one diverges, one cannot even begin."""
     good = toy_runs(n - 2)
     diverging = replace(good[0], name="diverging", lr=1e30)
     impossible = replace(good[0], name="too-large", train_limit=None, batch_size=2000)
@@ -74,7 +74,7 @@ def with_failures(n: int) -> list:
 
 
 def killing(runs: Path, killed: dict) -> threading.Thread:
-    """A thread that kills the process of one run in the middle of ``runs``."""
+    """Start a thread that kills the process of one unfinished run below ``runs``."""
 
     def kill_one():
         folder = waited_for(lambda: in_the_middle(runs))
@@ -92,7 +92,7 @@ def check_resumed(out: Path, before: History) -> None:
     assert after.rows[: len(before.rows)] == before.rows, "it started again instead of going on"
 
 
-def test_processes_compute_the_same_whoever_is_killed_and_leave_the_failures_alone(tmp_path):
+def test_parallel_runs_match_serial_ones_even_if_one_is_killed_and_two_fail(tmp_path):
     experiments, killed = with_failures(6), {}
     experiments[0] = experiments[0].scaled(40)
     expected, failed_there = run_many(experiments, tmp_path / "alone", "cpu", workers=1)
@@ -109,7 +109,7 @@ def test_processes_compute_the_same_whoever_is_killed_and_leave_the_failures_alo
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_again_and_again_is_given_up(tmp_path, monkeypatch):
+def test_a_run_whose_process_is_repeatedly_killed_is_given_up(tmp_path, monkeypatch):
     experiments, killed = toy_runs(2, epochs=2000), set()
     folders = [run_folder(tmp_path, e) for e in experiments]
     monkeypatch.setattr(running, "ATTEMPTS", 2)
@@ -145,7 +145,7 @@ if __name__ == "__main__":
     [pytest.param(signal.SIGINT, "all", id="Ctrl-C", marks=pytest.mark.slow),
      pytest.param(signal.SIGKILL, "first", id="kill")],
 )  # fmt: skip
-def test_interrupted_or_killed_the_runs_stop_in_good_order(number, whom, tmp_path):
+def test_runs_stop_cleanly_when_their_parent_is_interrupted_or_killed(number, whom, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
@@ -163,10 +163,10 @@ def test_interrupted_or_killed_the_runs_stop_in_good_order(number, whom, tmp_pat
     assert [History.load(folder).status for folder in folders] == ["stopped", "stopped"]
 
 
-# --- How many at once, in which order, and what is seen. ---
+# --- How many at once, in which order, and progress. ---
 
 
-def test_there_are_as_many_runs_at_once_as_cores_for_their_threads(monkeypatch):
+def test_the_number_of_parallel_runs_is_cores_divided_by_threads(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     assert [running.cores("cpu", threads) for threads in (None, 1, 2, 4, 9)] == [6, 6, 3, 1, 1]
     assert running.cores("cuda:1") == 1
@@ -174,17 +174,17 @@ def test_there_are_as_many_runs_at_once_as_cores_for_their_threads(monkeypatch):
     assert (running.cores(None), running.cores("cpu")) == (1, 6)
 
 
-def test_the_longest_run_begins_first_and_what_is_over_is_only_read(tmp_path, monkeypatch):
+def test_the_longest_run_begins_first_and_complete_runs_are_only_read(tmp_path, monkeypatch):
     experiments = toy_runs(4, epochs=1)
     run_many(experiments[:1], tmp_path, "cpu")
     begun, real = [], running.run
     monkeypatch.setattr(running, "run", lambda e, *a, **h: begun.append(e.name) or real(e, *a, **h))
     found, _ = run_many(experiments, tmp_path, "cpu", workers=1)
-    assert begun == ["sgd", "adasgd", "adam", "padam_sgd"]  # the first of them is read
+    assert begun == ["sgd", "adasgd", "adam", "padam_sgd"]  # sgd is complete and only read
     assert [h.experiment for h in found] == experiments
 
 
-def test_progress_says_which_run_its_seed_its_epoch_and_what_is_left(monkeypatch, capsys):
+def test_progress_names_the_run_its_seed_its_epoch_and_the_time_left(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     experiments = plan("toy", only=["sgd", "adasgd"], seeds=[0, 7], epochs=10)
@@ -196,7 +196,7 @@ def test_progress_says_which_run_its_seed_its_epoch_and_what_is_left(monkeypatch
         shown(number, event)
         lines.append(capsys.readouterr().out.strip())
 
-    after(1, 0, 4)  # goes on from a checkpoint
+    after(1, 0, 4)  # resumes from a checkpoint
     after(11, 0, 5)
     after(8, 0, 10)
     after(0, 0, History(experiments[0], [{"test_accuracy": 0.5}], {}, "complete"))

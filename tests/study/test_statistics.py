@@ -1,4 +1,4 @@
-"""What is said about several seeds holds: by hand, on random numbers, and where runs failed."""
+"""Seed statistics are right: by hand, on random numbers, and where runs failed."""
 
 import math
 from dataclasses import replace
@@ -42,7 +42,7 @@ def spread(mean, n=10, by=0.01, seed=0):
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262)])
-def test_the_margin_is_half_of_student_s_interval_by_his_table(n, t):
+def test_the_margin_is_half_of_student_s_interval_as_tabulated(n, t):
     values = spread(0.5, n)
     expected = pytest.approx(t * np.std(values, ddof=1) / math.sqrt(n), rel=1e-3)
     assert statistics.margin(values) == expected
@@ -52,7 +52,7 @@ def test_the_margin_is_half_of_student_s_interval_by_his_table(n, t):
 
 
 @pytest.mark.parametrize(("values", "half"), [([0.5] * 3, 0), ([0.5], math.nan), ([], math.nan)])
-def test_one_value_has_no_margin_and_equal_values_none_to_speak_of(values, half):
+def test_one_value_has_no_margin_and_equal_values_have_margin_0(values, half):
     assert statistics.margin(values) == pytest.approx(half, nan_ok=True)
 
 
@@ -72,7 +72,7 @@ def test_a_difference_has_welch_s_margin(one, two):
 # --- Ranks. ---
 
 
-def test_methods_far_apart_have_sure_ranks_and_those_that_cannot_be_told_apart_share_them():
+def test_methods_far_apart_have_certain_ranks_and_indistinguishable_ones_share_theirs():
     found = runs(sgd=spread(0.5), adam=spread(0.9, seed=1), atmo=spread(0.7, seed=2))
     table = statistics.ranks([*found, *runs(padam=spread(0.5, seed=3))])
     assert list(table.index[:2]) == ["adam", "atmo"]
@@ -82,8 +82,8 @@ def test_methods_far_apart_have_sure_ranks_and_those_that_cannot_be_told_apart_s
     assert table["±"]["sgd"] == pytest.approx(statistics.margin(spread(0.5)))
 
 
-def test_equal_seeds_make_a_small_steady_lead_sure():
-    """The difference is a tenth of the spread over seeds: seeds are what is paired, not places."""
+def test_equal_seeds_make_a_small_steady_lead_certain():
+    """The lead is a tenth of the spread over seeds; runs are paired by seed, not by position."""
     base = spread(0.5, by=0.1)
     found = runs(sgd=base, adam=[a + 0.01 + i / 1e4 for i, a in enumerate(base)])
     for order in (found, found[::-1], found[:10] + found[:9:-1], found[1:]):  # a seed is missing
@@ -94,7 +94,7 @@ def test_equal_seeds_make_a_small_steady_lead_sure():
     assert statistics.ranks(apart)["rank to"]["adam"] == 2
 
 
-def test_a_run_that_diverged_ranks_below_all_and_its_method_is_never_surely_better():
+def test_a_diverged_run_ranks_below_all_and_its_method_is_never_certainly_better():
     found = runs(sgd=spread(0.5, 8), adam=[*spread(0.9, 7), None], atmo=[None] * 8)
     table = statistics.ranks(found)
     assert list(table.index) == ["sgd", "adam", "atmo"]
@@ -105,7 +105,7 @@ def test_a_run_that_diverged_ranks_below_all_and_its_method_is_never_surely_bett
     assert list(table["rank to"])[:2] == [2, 3]
 
 
-def test_one_seed_orders_but_knows_nothing_of_ranks_and_stopped_runs_count_nowhere():
+def test_one_seed_gives_an_order_without_intervals_and_stopped_runs_do_not_count():
     table = statistics.ranks(runs(sgd=[0.5], adam=[0.9]))
     assert list(table["rank"]) == [1, 2]
     assert table[["±", "rank from", "rank to"]].isna().all(axis=None)
@@ -116,11 +116,11 @@ def test_one_seed_orders_but_knows_nothing_of_ranks_and_stopped_runs_count_nowhe
 @pytest.mark.parametrize(
     ("table", "found", "message"),
     [(statistics.ranks, [run("adam", 0, 0.9, status="stopped")], "no run has ended"),
-     (statistics.ranks, runs(sgd=[0.5]) + runs(sgd=[0.6]), r"sgd has two runs of a seed"),
-     (statistics.pairs, runs(adam=[0.5]), "pairs take sgd and another method; there is adam"),
-     (statistics.pairs, runs(sgd=[0.5]), "pairs take sgd and another method; there is sgd")],
+     (statistics.ranks, runs(sgd=[0.5]) + runs(sgd=[0.6]), r"sgd has two runs of one seed"),
+     (statistics.pairs, runs(adam=[0.5]), "pairs need sgd and another method; found adam"),
+     (statistics.pairs, runs(sgd=[0.5]), "pairs need sgd and another method; found sgd")],
 )  # fmt: skip
-def test_what_cannot_be_ranked_or_paired_is_refused(table, found, message):
+def test_runs_that_cannot_be_ranked_or_paired_are_refused(table, found, message):
     with pytest.raises(ValueError, match=message):
         table(found)
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_ranked_or_paired_is_refused(table, found, message):
 # --- Pairs. ---
 
 
-def test_a_pair_by_hand():
+def test_a_paired_comparison_by_hand():
     a, b = [0.50, 0.62, 0.71, 0.80], [0.48, 0.61, 0.72, 0.75]
     row = statistics.pairs(runs(adam=a, sgd=b)).loc["adam"]
     d = np.subtract(a, b)
@@ -141,7 +141,7 @@ def test_a_pair_by_hand():
     assert row["p"] == pytest.approx(2 * stats.t.sf(d.mean() / (d.std(ddof=1) / 2), 3))
 
 
-def test_only_equal_seeds_make_pairs_and_a_diverged_run_is_a_lost_one():
+def test_only_equal_seeds_make_pairs_and_a_diverged_run_loses():
     found = [*runs(adam=[0.5, 0.6, None], sgd=[0.4, 0.4, 0.1]), run("adam", 7, 0.9)]
     row = statistics.pairs(found[::-1]).loc["adam"]
     assert row["difference"] == pytest.approx(0.15)
@@ -155,7 +155,7 @@ def test_only_equal_seeds_make_pairs_and_a_diverged_run_is_a_lost_one():
 
 
 def test_holm_s_correction_by_hand():
-    """Three p of nearly one size: the largest times 1 is below the smallest times 3."""
+    """Three p of nearly equal size: the largest times 1 is below the smallest times 3."""
     base = np.array(spread(0.5, 12, by=0.1))
     noise = 0.01 * (-1.0) ** np.arange(12)
     found = runs(sgd=base, **{
@@ -187,16 +187,16 @@ def test_holm_s_correction_by_hand():
         (runs(sgd=spread(0.5, 8), adam=[*spread(0.9, 7), None]), None),
         (runs(sgd=spread(0.5)), None),
     ],
-    ids=["far apart", "who never finishes does not stand in the way", "one seed", "no difference",
+    ids=["far apart", "one that always diverges does not count", "one seed", "no difference",
          "two winners", "one diverged", "alone"],
 )  # fmt: skip
-def test_the_best_is_first_throughout_the_interval_of_its_rank(found, name):
+def test_the_best_has_rank_1_throughout_its_interval(found, name):
     table = statistics.ranks(found)
     assert list(table.index[table["rank to"] == 1]) == ([name] if name else [])
 
 
-def test_of_methods_that_are_equal_one_is_called_best_at_most_rarely():
-    """Six seeds, three methods, nothing but noise: in at most 5 % of all studies."""
+def test_of_equal_methods_one_is_rarely_called_the_best():
+    """Six seeds, three methods, pure noise: in at most 5 % of all studies."""
     rng, named = np.random.default_rng(0), 0
     for _ in range(60):
         noise = rng.standard_normal((3, 6))

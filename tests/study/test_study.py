@@ -1,4 +1,4 @@
-"""The command lines: from nothing to a report that needs no network, and what they refuse."""
+"""The commands: from nothing to a report that needs no network, and what they refuse."""
 
 import dataclasses
 import os
@@ -21,12 +21,12 @@ from hybrid_lib.study.__main__ import study, sweep
 from hybrid_lib.training.history import History, load_all
 
 ROOT = Path(__file__).parents[2]
-of_jupyter = pytest.mark.filterwarnings("default")  # papermill, nbconvert and jupyter_client warn
+may_warn = pytest.mark.filterwarnings("default")  # papermill, nbconvert and jupyter_client warn
 
 
 @pytest.fixture
 def no_notebooks(monkeypatch):
-    """Studies without their notebooks: a report still says what failed."""
+    """Skip the notebooks of studies; a report still says what failed."""
     monkeypatch.setattr(notebooks, "execute", lambda jobs, out: ([], []))
 
 
@@ -46,7 +46,7 @@ def links(page: str) -> list[str]:
 
 
 def check_page(page: str, figures: int, js: str = "plotly.min.js"):
-    """It fetches nothing but plotly.js, and all figures are interactive."""
+    """The page fetches only plotly.js, and all its figures are interactive."""
     fetched = re.findall(r"(?:url\(|@import\s*)[\"']?([^\"')]*)", page)
     for tag in re.findall(r"<(?!a\b)\w[^>]*>", page):
         fetched += re.findall(r"\b(?:src|srcset|poster|data|background|href)=[\"']?([^\"'>]*)", tag)
@@ -55,12 +55,12 @@ def check_page(page: str, figures: int, js: str = "plotly.min.js"):
     assert "image/png" not in page, "a still picture in place of a figure"
 
 
-# --- For real. ---
+# --- From command to report. ---
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """A toy study by ``python -m``, where no browser draws pictures."""
+    """A toy study by ``python -m``, without a browser that could draw images."""
     out = tmp_path_factory.mktemp("studies") / "a study, größer"
     where = {"BROWSER_PATH": os.devnull, "PYTHONPATH": str(ROOT)}
     words = ("--scale", "toy", "--only", "sgd,adasgd", "--seeds", "0-1", "--out", str(out))
@@ -69,7 +69,7 @@ def toy(tmp_path_factory):
     return out, done.returncode, done.stdout.decode("utf-8", "surrogateescape"), done.stderr
 
 
-def test_a_toy_study_from_nothing_to_its_report(toy):
+def test_a_toy_study_trains_and_writes_its_report(toy):
     out, code, shown, errors = toy
     # jupyter_client interrupts a kernel before it ends it, and a slow one may say so.
     ended = b"[IPKernelApp] ERROR | KeyboardInterrupt caught in kernel.\n"
@@ -100,24 +100,24 @@ def test_a_toy_study_from_nothing_to_its_report(toy):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium")
-def test_its_pages_are_interactive_in_a_browser_without_a_network(toy):
+def test_the_pages_are_interactive_in_a_browser_without_a_network(toy):
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"),
                                           args=["--no-sandbox"])  # fmt: skip
         for name in ("report.html", "notebooks/08_results.html"):
-            page, requested, said = browser.new_page(), [], []
+            page, requested, errors = browser.new_page(), [], []
             page.context.set_offline(True)
             page.on("request", lambda request, urls=requested: urls.append(request.url))
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.on("pageerror", lambda error, said=said: said.append(str(error)))
+            page.on("console", lambda message, errors=errors: errors.append(message.text))
+            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
             page.goto((toy[0] / name).as_uri())
             figures = page.locator(".plotly-graph-div")
             page.wait_for_function("document.querySelectorAll('.main-svg').length > 2")
             drawn = page.locator(".plotly-graph-div:has(.main-svg)")
             assert drawn.count() == figures.count() >= 3
             assert {url.partition(":")[0] for url in requested} <= {"file", "data", "blob"}
-            assert said == []
+            assert errors == []
             before = page.locator(".legendtoggle").count()
             page.locator(".legendtoggle").first.click(force=True)  # hides a line, in every panel
             page.wait_for_timeout(600)
@@ -129,8 +129,8 @@ def test_its_pages_are_interactive_in_a_browser_without_a_network(toy):
         browser.close()
 
 
-@of_jupyter
-def test_a_sweep_from_a_file_to_its_table_and_report(tmp_path, call, monkeypatch):
+@may_warn
+def test_a_sweep_trains_and_writes_its_table_and_report(tmp_path, call, monkeypatch):
     monkeypatch.setenv("BROWSER_PATH", os.devnull)
     file, out = tmp_path / "rates.yaml", tmp_path / "out"
     file.write_text("{scale: toy, seeds: 0-1, grid: {lr: [0.01, 1.0e+30], batch_size: [32, 500]}}")
@@ -164,10 +164,10 @@ def test_a_sweep_from_a_file_to_its_table_and_report(tmp_path, call, monkeypatch
     assert {f: f.stat().st_mtime_ns for f in out.rglob("history.json")} == before
 
 
-# --- What fails leaves the rest. ---
+# --- Failures leave the rest alone. ---
 
 
-def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks, call, monkeypatch):
+def test_a_run_that_fails_is_named_and_the_others_finish(tmp_path, no_notebooks, call, monkeypatch):
     real = running.run
 
     def failing(e, *args, **how):
@@ -188,7 +188,7 @@ def test_a_run_that_fails_is_named_and_leaves_the_others(tmp_path, no_notebooks,
     assert "What failed" not in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_a_run_that_diverged_at_once_counts_and_without_any_other_there_is_no_report(
+def test_a_run_that_diverged_at_once_counts_but_alone_makes_no_report(
     tmp_path, no_notebooks, call, monkeypatch
 ):
     real = running.run
@@ -213,9 +213,9 @@ def notebook(*cells: str):
     return nbformat.v4.new_notebook(cells=made, metadata=meta)
 
 
-@of_jupyter
-def test_notebooks_that_fail_are_named_and_leave_the_others(tmp_path, call, monkeypatch):
-    """Two of them meet in their kernels: none waits for the other's end."""
+@may_warn
+def test_notebooks_that_fail_are_named_and_the_others_finish(tmp_path, call, monkeypatch):
+    """Two of them wait for each other in their kernels, so they must run at the same time."""
     sources, out = tmp_path / "sources", tmp_path / "out"
     sources.mkdir()
     head = "train: bool = True  # x\nseeds: str = ''  # x\nmethods: str = "
@@ -245,8 +245,8 @@ def test_notebooks_that_fail_are_named_and_leave_the_others(tmp_path, call, monk
     assert links(page) == ["notebooks/01_good.html"]
 
 
-@of_jupyter
-def test_interrupted_in_a_notebook_its_kernel_ends(tmp_path, call, monkeypatch):
+@may_warn
+def test_an_interrupted_study_ends_the_kernel_of_its_notebook(tmp_path, call, monkeypatch):
     pid = tmp_path / "pid"
     waits = f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
     nbformat.write(notebook("train: bool = True  # x", waits + "\ntime.sleep(99)"),
@@ -262,14 +262,14 @@ def test_interrupted_in_a_notebook_its_kernel_ends(tmp_path, call, monkeypatch):
     words = ("--scale", "demo", "--epochs", "1", "--only", "sgd", "--out", tmp_path)
     code, _, errors = call(*words)
     signal.signal(signal.SIGTERM, before)
-    assert (code, errors) == (130, "stopped; the same command goes on from here\n")
+    assert (code, errors) == (130, "stopped; repeat the same command to resume\n")
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
-# --- What is asked for. ---
+# --- Options. ---
 
 
-def test_engine_and_threads_are_those_asked_for(monkeypatch, tmp_path, no_notebooks, call):
+def test_options_for_engine_and_threads_reach_the_runs(monkeypatch, tmp_path, no_notebooks, call):
     used, real = [], running.run
     monkeypatch.setattr(
         running, "run",

@@ -1,4 +1,4 @@
-"""A sweep runs every point that is possible, names the others, and its table says what was run."""
+"""A sweep runs every possible point, names the others, and its table says what was run."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from hybrid_lib.training.history import History
 TOY = "{optimizer: atmo, scale: toy, grid: {lr: [0.003, 0.03], lambda_sgd: [0, 0.5, 1]}}"
 
 
-# --- What it consists of. ---
+# --- Points. ---
 
 
 def test_a_grid_is_every_combination_with_every_seed():
@@ -72,7 +72,7 @@ def test_few_draws_are_spread_over_all_settings_at_once():
             assert all(3 <= counts[quarter] <= 5 for quarter in range(4))
 
 
-def test_draws_are_even_in_the_logarithm_where_asked_and_whole_between_whole_numbers():
+def test_draws_are_log_uniform_if_asked_and_whole_between_whole_numbers():
     spec = {"random": {"lr": {"low": "1e-4", "high": 1, "log": True}}, "draws": 400}
     logs = sorted(math.log10(p["lr"]) for p in Sweep(**spec).points())
     assert logs[200] == pytest.approx(-2, abs=0.3)
@@ -80,7 +80,7 @@ def test_draws_are_even_in_the_logarithm_where_asked_and_whole_between_whole_num
     assert widths == {2, 3, 4}, "both ends can be drawn"
 
 
-def test_names_tell_points_apart_and_are_names_of_folders():
+def test_names_of_points_are_unique_and_valid_for_folders():
     many = {f: [1.0 + i / 7 for i in range(2)] for f in ("lr", "eps", "weight_decay")}
     many |= {"betas": ["0.91234, 0.91234", "0.91234, 0.91235"], "train_limit": [1000]}
     names = {e.name for e in Sweep(optimizer="adam", grid=many).plan()[0]}
@@ -99,12 +99,12 @@ def test_impossible_points_are_named_and_the_others_run():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{grid: {lrr: [1]}}", r"lrr is no setting \(did you mean lr\?\)"),
+        ("{grid: {lrr: [1]}}", r"lrr is not a setting \(did you mean lr\?\)"),
         ("{optimizer: adma, grid: {lr: [1]}}", r"'adma'.*did you mean adam\?"),
         ("{optimizer: sgd}", "name at least one setting"),
         ("{random: {lr: {low: 1, high: 0.1}}}", "low < high"),
         ("{random: {lr: {low: 0, high: 0.1, log: true}}}", "above 0 for log"),
-        ("{grid: {lr: [1]}, random: {lr: [1]}}", "lr is given twice"),
+        ("{grid: {lr: [1]}, random: {lr: [1]}}", "lr is given more than once"),
         ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
         ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
         (
@@ -116,7 +116,7 @@ def test_impossible_points_are_named_and_the_others_run():
         ("nowhere.yaml", "nowhere.yaml"),
     ],
 )
-def test_what_is_no_sweep_is_one_line_and_nothing_is_written(text, message, tmp_path, capsys):
+def test_an_invalid_sweep_is_refused_in_one_line_writing_nothing(text, message, tmp_path, capsys):
     assert sweep([text, "--out", str(tmp_path / "new")]) == 2
     shown, errors = capsys.readouterr()
     assert (shown, len(errors.splitlines())) == ("", 1)
@@ -124,7 +124,7 @@ def test_what_is_no_sweep_is_one_line_and_nothing_is_written(text, message, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_a_notebook_s_parameters_go_over_what_the_file_says_unless_they_are_none(tmp_path):
+def test_a_notebook_s_parameters_override_the_file_unless_they_are_none(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("{scale: toy, fixed: {width: 3}, grid: {lr: [0.1]}}")
     params = SimpleNamespace(space=str(file), scale=None, dataset=None, epochs=None)
@@ -134,7 +134,7 @@ def test_a_notebook_s_parameters_go_over_what_the_file_says_unless_they_are_none
     assert (e.width, e.epochs, e.dataset, e.batch_size) == (3, 5, "mnist", 64)
 
 
-# --- Tables of runs that nobody had to train. ---
+# --- Tables of made-up runs. ---
 
 
 def run(seed=0, accuracy=0.5, status="complete", **changes):
@@ -170,7 +170,7 @@ def test_the_table_has_the_settings_that_differ_and_the_last_epoch_of_finished_r
     [([(1, 0), (0.5, 0.5)], "lambda_sgd", [0, 0.5]),
      ([(1, 1), (0.5, 1)], "lambda_start", [(1, 1), (0.5, 1)])],
 )  # fmt: skip
-def test_weights_that_do_not_sum_to_one_stand_as_pairs(weights, column, values):
+def test_weights_that_do_not_sum_to_one_are_shown_as_pairs(weights, column, values):
     table = sweeps.table([run(lambda_start=w, lr=lr) for w in weights for lr in (0.1, 0.2)])
     assert list(table[column]) == [v for v in values for _ in range(2)]
 
@@ -187,7 +187,7 @@ def test_points_are_means_over_seeds_with_failed_ones_last():
     assert points["±"].isna().all(), "one seed has no interval"
 
 
-def test_where_there_is_a_validation_set_it_chooses():
+def test_points_are_ordered_by_the_validation_set_where_there_is_one():
     runs = [run(0, test, lr=lr) for lr, test in ((0.1, 0.9), (0.2, 0.8))]
     for h, validated in zip(runs, (0.5, 0.6)):
         h.rows[-1]["validation_accuracy"] = validated
@@ -201,7 +201,7 @@ def test_where_there_is_a_validation_set_it_chooses():
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("sweep*.yaml"))
 
 
-def test_every_example_is_a_sweep_without_impossible_points_and_there_is_one_of_either_kind():
+def test_the_examples_are_a_grid_and_a_random_sweep_without_impossible_points():
     assert {file.stem for file in EXAMPLES} >= {"sweep_grid", "sweep_random"}
     for file in EXAMPLES:
         experiments, refused = read(file).plan()

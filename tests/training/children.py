@@ -1,7 +1,7 @@
-"""Real processes for tests, forked from a warm one: each has a pid of its own, none has to import.
+"""Real processes for tests, forked from one that has imported everything; each has its own pid.
 
-The warm process (multiprocessing's fork server) never computes a gradient, which is what makes it
-safe to fork. A child that is to be hit at a certain moment makes a file there and waits.
+That process (multiprocessing's fork server) never computes a gradient, which makes it safe to fork.
+A child that is to receive a signal at a certain moment creates a file there and waits.
 """
 
 import contextlib
@@ -23,56 +23,56 @@ from hybrid_lib.training import data, loop
 from hybrid_lib.training.experiments import Experiment
 
 TRAIN_ONE = data.PROJECT / "notebooks" / "10_train_one.ipynb"
-WARM = ["hybrid_lib.study.__main__", "hybrid_lib.study.notebooks", "hybrid_lib.study.figures",
-        "papermill.parameterize", "sklearn.datasets"]  # fmt: skip
+PRELOADED = ["hybrid_lib.study.__main__", "hybrid_lib.study.notebooks", "hybrid_lib.study.figures",
+             "papermill.parameterize", "sklearn.datasets"]  # fmt: skip
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # Windows has none
 context = multiprocessing.get_context("forkserver" if FORKS else None)
 if FORKS:
-    context.set_forkserver_preload(WARM)
+    context.set_forkserver_preload(PRELOADED)
 
 
 class Child:
-    """A process that calls ``work(*args)``; what it prints goes to the file ``said``."""
+    """A process that calls ``work(*args)``; its output goes to the file ``log``."""
 
-    def __init__(self, said: Path, work, *args):
-        self.said = said
-        said.touch()
-        self.process = context.Process(target=_main, args=(said, work, args), daemon=True)
+    def __init__(self, log: Path, work, *args):
+        self.log = log
+        log.touch()
+        self.process = context.Process(target=_main, args=(log, work, args), daemon=True)
         self.process.start()
 
     def wait_for(self, ready: Path) -> None:
-        """Until the child made that file."""
+        """Wait until the child has created that file."""
         until = time.monotonic() + 60
         while not ready.exists():
-            assert self.process.is_alive(), self.said.read_text("utf-8")
+            assert self.process.is_alive(), self.log.read_text("utf-8")
             assert time.monotonic() < until, f"{ready} did not appear"
             time.sleep(0.005)
 
     def hit(self, number: int) -> None:
-        """Send it a signal, if it is still there."""
+        """Send it a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
     def ended(self) -> tuple[int, list[str]]:
-        """Its exit code (negative: the signal that killed it) and the lines that it printed."""
+        """Wait; return its exit code (negative: the signal that killed it) and printed lines."""
         self.process.join(120)
         code = self.process.exitcode
-        assert code is not None, "the process does not end"
-        return code, self.said.read_text("utf-8").splitlines()
+        assert code is not None, "the process did not end"
+        return code, self.log.read_text("utf-8").splitlines()
 
 
-def _main(said: Path, work, args) -> None:
-    stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _main(log: Path, work, args) -> None:
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.exit(work(*args))
 
 
-# --- What a child does. ---
+# --- What a child runs. ---
 
 
 def training(e: Experiment, folder: Path, trouble=None, *args) -> None:
-    """As a script of one's own would, after ``trouble(*args)`` has been arranged."""
+    """Train as a user's script would, after ``trouble(*args)`` has set up a fault."""
     if trouble is not None:
         trouble(*args)
     history = loop.run(e, folder, "cpu")
@@ -80,7 +80,7 @@ def training(e: Experiment, folder: Path, trouble=None, *args) -> None:
 
 
 def studying(arguments: list[str], trouble=None, *args) -> int:
-    """The command hybrid-study; its notebooks are executed by other tests."""
+    """Run the command hybrid-study, without its notebooks, which other tests execute."""
     if trouble is not None:
         trouble(*args)
     notebooks.execute = lambda *_: ([], [])
@@ -88,7 +88,7 @@ def studying(arguments: list[str], trouble=None, *args) -> int:
 
 
 def notebook_head(parameters: dict) -> None:
-    """10_train_one up to its check, after papermill injected these parameters."""
+    """Run 10_train_one up to its check, with these parameters injected by papermill."""
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
@@ -104,31 +104,31 @@ def notebook_head(parameters: dict) -> None:
 # --- What goes wrong. ---
 
 
-def at_call(owner, name: str, count: int, happens) -> None:
-    """``happens()`` before the ``count``-th call of a function."""
+def at_call(owner, name: str, count: int, action) -> None:
+    """Call ``action()`` before the ``count``-th call of a function."""
     called, left = getattr(owner, name), count
 
     def counted(*args, **kwargs):
         nonlocal left
         left -= 1
         if left == 0:
-            happens()
+            action()
         return called(*args, **kwargs)
 
     setattr(owner, name, counted)
 
 
-# Functions, and the number of their call that is in the second epoch, with two steps in each.
+# Functions, and which of their calls is in the second epoch; an epoch has two steps and a test.
 MOMENTS = {
-    "step": (torch.nn.functional, "cross_entropy", 5),  # twice and a test before
+    "step": (torch.nn.functional, "cross_entropy", 5),  # an epoch calls it three times
     "evaluation": (loop, "_test", 2),
-    "checkpoint write": (os, "fsync", 4),  # the owner's name, checkpoint and history before
+    "checkpoint write": (os, "fsync", 4),  # after the owner's name, checkpoint and history
     "report": (notebooks, "report", 1),
 }
 
 
 def waits_in(moment: str, ready: Path) -> None:
-    """The process waits there to be hit."""
+    """At that moment, wait for a signal."""
 
     def wait():
         ready.touch()
@@ -138,24 +138,24 @@ def waits_in(moment: str, ready: Path) -> None:
 
 
 def kills_itself(name: str, count: int) -> None:
-    """Signal 9 at the ``count``-th call of a function of os."""
+    """Send this process signal 9 at the ``count``-th call of a function of os."""
     at_call(os, name, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def as_nobody() -> None:
-    """Root may write anywhere."""
+    """Give up root's rights: root may write anywhere."""
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)
 
 
 def vanishes(folder: Path) -> None:
-    """Somebody removes, or moves, the folder before the second epoch is written."""
+    """Move the folder away before the second epoch is written."""
     at_call(loop, "save_checkpoint", 2, lambda: folder.rename(folder.with_name("elsewhere")))
 
 
 def out_of_memory() -> None:
-    """As the second epoch begins, as CUDA reports it."""
+    """Fail as the second epoch begins, with CUDA's own message."""
 
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 …")
@@ -164,13 +164,13 @@ def out_of_memory() -> None:
 
 
 def clock_goes_back() -> None:
-    """An hour at every look."""
+    """Set the clock back by an hour at every reading."""
     hours = itertools.count(time.time(), -3600)
     time.time = lambda: next(hours)
 
 
 def offline(downloads: Path) -> None:
-    """No name is resolved, and the downloads are in a folder of the test's."""
+    """Resolve no host name, and keep downloads in this folder."""
 
     def refuse(*args, **kwargs):
         raise OSError("Name or service not known")
@@ -180,7 +180,7 @@ def offline(downloads: Path) -> None:
 
 
 def without(package: str) -> None:
-    """As if a package were not installed."""
+    """Act as if a package were not installed."""
     sys.modules[package] = None
 
 
@@ -188,7 +188,7 @@ def without(package: str) -> None:
 
 
 def outcome(folder: Path):
-    """Everything that a run computed, but for the times."""
+    """Everything that a run computed, except the times."""
     history = json.loads((folder / "history.json").read_text("utf-8"))
     rows = [{k: v for k, v in r.items() if "seconds" not in k} for r in history["rows"]]
     kept = torch.load(folder / "last.pt", weights_only=True)
@@ -196,7 +196,7 @@ def outcome(folder: Path):
 
 
 def plain(state):
-    """The same with bytes for tensors, so that == means: to the bit."""
+    """Replace tensors by their bytes, so that == compares to the bit."""
     if isinstance(state, torch.Tensor):
         return state.numpy().tobytes()
     if isinstance(state, dict):

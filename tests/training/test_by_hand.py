@@ -1,8 +1,8 @@
-"""A run is what a plain loop in torch computes: every epoch's order, rate, weights and probes.
+"""A run computes what a plain loop in torch does: every epoch's order, rate, weights and probes.
 
-The loop below is written out with nothing of the library but the network, the loss' Hessian
-diagonal and the optimizer of one step; in particular, what an epoch is given is worked out here.
-Comparing a run with itself, interrupted or not, would not notice weights that never change.
+Of the library, the loop below uses only the network, the loss's Hessian diagonal and the step of
+the optimizer; in particular, the inputs of every epoch are worked out here. Comparing a run with
+itself, interrupted or not, would not notice weights that never change.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from hybrid_lib import hessian_diagonal
 from hybrid_lib.training import data
 from hybrid_lib.training.tasks import image_model
 
-SIZE, N, TESTED = 16, 40, 30  # of a toy
+SIZE, N, TESTED = 16, 40, 30  # images per batch, for training and for tests
 
 
 def small(name, **changes):
@@ -38,7 +38,7 @@ def weights_of(e, epoch):
 
 
 def rate_of(e, epoch):
-    if e.restart_epoch and epoch + 1 >= e.restart_epoch:  # the rate starts anew as well
+    if e.restart_epoch and epoch + 1 >= e.restart_epoch:  # the rate restarts as well
         epoch -= e.restart_epoch - 1
     if e.lr_schedule == "cosine":
         return e.lr * (1 + math.cos(math.pi * epoch / e.epochs)) / 2
@@ -54,7 +54,7 @@ def by_hand(e):
     released = e.protocol == "released"
 
     def inputs(images):
-        # Rounded as the library rounds: steps of AdaHessian make much of little.
+        # Rounded as the library rounds, since AdaHessian's steps magnify small differences.
         return images.float() if released else data.normalised(images, d)
 
     for epoch in range(e.epochs):
@@ -114,14 +114,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("e", CASES.values(), ids=CASES)
-def test_a_run_is_the_plain_loop(e):
+def test_a_run_matches_the_plain_loop(e):
     rows = trained(e).rows
     for ours, theirs in zip(rows, by_hand(e), strict=True):
         assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=2e-3, abs=1e-6)
 
 
-def test_training_seconds_are_without_the_test_pass(monkeypatch):
-    """A clock that only a batch moves: by 1 in training, by 100 in the test pass."""
+def test_training_seconds_exclude_the_test_pass(monkeypatch):
+    """Only a batch moves the clock: by 1 in training, by 100 in the test pass."""
     from hybrid_lib.training import loop, tasks
 
     clock = [0.0]

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: the same runs as on a CPU, nothing waits within an epoch, memory stays flat."""
+"""On an NVIDIA GPU: runs match the CPU's, nothing waits within an epoch, memory stays flat."""
 
 from dataclasses import replace
 
@@ -23,21 +23,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of cuDNN and of torch's compiler
 ]
 
-SLOWLY = {"lr": 1e-4}  # at a large rate rounding grows into another course within a few steps
+LOW_RATE = {"lr": 1e-4}  # at a high one, rounding changes the course within a few steps
 
 
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_an_eager_run_is_the_cpu_s(name, capture):
-    """But for the probes, which another device draws otherwise: theirs are compared below."""
+def test_a_run_matches_the_cpu(name, capture):
+    """A GPU draws other probes: second-order runs are compared on the GPU, and their D below."""
     on = "cuda" if get_experiment(name).needs_hessian else "cpu"
-    found = losses(name, "cuda", capture=capture, **SLOWLY)
-    assert found == pytest.approx(losses(name, on, **SLOWLY), rel=1e-2)
+    found = losses(name, "cuda", capture=capture, **LOW_RATE)
+    assert found == pytest.approx(losses(name, on, **LOW_RATE), rel=1e-2)
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """16x16 pixels: of 8x8, one is left at the last stage, whose layout compilers mistake."""
+    """16x16 pixels, since 8x8 leave one at the last stage, whose layout compilers mistake."""
 
     def draw(part, label, i):
         return np.random.default_rng(100 * label + i).integers(0, 256, (16, 16, 3), "u1")
@@ -46,40 +46,40 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("capture", [False, True])
-def test_a_compiled_run_is_the_eager_one(capture, pictures):
+def test_a_compiled_run_matches_the_eager_one(capture, pictures):
     # Steps with and without a new diagonal.
-    changes = {"hessian_every": 2, "dataset": pictures, "width": 4, **SLOWLY}
+    changes = {"hessian_every": 2, "dataset": pictures, "width": 4, **LOW_RATE}
     found = losses("adasgd", "cuda", capture=capture, compile=True, **changes)
     assert found == pytest.approx(losses("adasgd", "cuda", **changes), rel=1e-2)
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_captured_text_is_the_cpu_s(compile):
-    changes = {"dataset": "python-docs", "width": 8, **SLOWLY}
+def test_a_captured_run_on_text_matches_the_cpu(compile):
+    changes = {"dataset": "python-docs", "width": 8, **LOW_RATE}
     found = losses("atmo", "cuda", capture=True, compile=compile, **changes)
     assert found == pytest.approx(losses("atmo", "cpu", **changes), rel=1e-2)
 
 
 def test_a_capture_that_fails_leaves_torch_as_it_was(monkeypatch):
-    """The run goes on, or says how to: a look at a value may end the capture for good."""
-    expected, loss = losses("adasgd", "cuda", **SLOWLY), ImageClassification.loss
+    """The run goes on or says how to, since reading a value may end capturing for good."""
+    expected, loss = losses("adasgd", "cuda", **LOW_RATE), ImageClassification.loss
 
-    def looking(*arguments, **how):
+    def reads_a_value(*arguments, **how):
         value = loss(*arguments, **how)
         assert value.item() > 0
         return value
 
     with monkeypatch.context() as patched:
-        patched.setattr(ImageClassification, "loss", looking)
+        patched.setattr(ImageClassification, "loss", reads_a_value)
         try:
-            found = losses("adasgd", "cuda", capture=True, **SLOWLY)
+            found = losses("adasgd", "cuda", capture=True, **LOW_RATE)
         except RuntimeError as error:
             if "capture=False" not in str(error):
                 raise
-            found = losses("adasgd", "cuda", **SLOWLY)
+            found = losses("adasgd", "cuda", **LOW_RATE)
     assert found == pytest.approx(expected, rel=1e-3)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    assert losses("adasgd", "cuda", capture=True, **SLOWLY) == pytest.approx(expected, rel=1e-2)
+    assert losses("adasgd", "cuda", capture=True, **LOW_RATE) == pytest.approx(expected, rel=1e-2)
 
 
 def one_pass(precision: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +99,7 @@ def one_pass(precision: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     ("precision", "of_gradient", "of_diagonal"),
     [("float32", 0.02, 0.02), ("tf32", 0.1, 0.15), ("bfloat16", 0.5, 0.6)],
 )
-def test_a_coarser_arithmetic_stays_within_bounds(precision, of_gradient, of_diagonal):
+def test_lower_precision_stays_within_bounds(precision, of_gradient, of_diagonal):
     """Relative to the norm. Two probes' diagonals differ by 1.1 to 1.8 on that scale."""
     exact = one_pass("float32", torch.float64)
     for ours, theirs, bound in zip(
@@ -109,8 +109,8 @@ def test_a_coarser_arithmetic_stays_within_bounds(precision, of_gradient, of_dia
         assert F.cosine_similarity(ours, theirs, dim=0) > 1 - bound
 
 
-def test_a_run_that_was_cut_goes_on_to_the_same_numbers(tmp_path):
-    """But for what the GPU itself sums in another order from run to run."""
+def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path):
+    """Up to rounding: a GPU sums in another order from run to run."""
     e = toy("adasgd", epochs=5, train_limit=100, lr=1e-3)
     whole = hl.run(e, tmp_path / "whole", "cuda", progress=False)
     hl.run(e, tmp_path / "cut", "cuda", progress=False, should_stop=after(17))
@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_numbers(tmp_path):
 def test_nothing_waits_for_the_gpu_within_an_epoch(capture):
     steps = iter(range(10_000))
 
-    def watch():  # asked before every one of an epoch's seven steps; captures are in the first two
+    def watch():  # polled before each of an epoch's seven steps; captures end within three epochs
         epoch, step = divmod(next(steps), 7)
         within = epoch > 2 and 0 < step < 6
         torch.cuda.set_sync_debug_mode("error" if within else "default")
@@ -140,8 +140,8 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(capture):
 
 @pytest.mark.parametrize("capture", [False, True])
 def test_memory_stays_flat_over_epochs(capture):
-    held = []
+    allocated = []
     e = toy("dyn_padam_sgd", epochs=8, lambda_epochs=2)
     hl.run(e, None, "cuda", progress=False, capture=capture,
-           on_epoch=lambda history: held.append(torch.cuda.memory_allocated()))  # fmt: skip
-    assert held[-1] == held[-3]
+           on_epoch=lambda history: allocated.append(torch.cuda.memory_allocated()))  # fmt: skip
+    assert allocated[-1] == allocated[-3]

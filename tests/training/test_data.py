@@ -1,7 +1,7 @@
-"""Data sets arrive complete, balanced, normalised and in an order that a seed decides.
+"""Data sets load complete, balanced and normalised, in an order that the seed decides.
 
-Folders and torchvision's formats are real files, written small into a temporary folder; what is
-missing, damaged or of the wrong form is refused with a message that names it.
+Folders and torchvision's formats are small real files in a temporary folder. Anything missing,
+damaged or malformed is refused with a message that names it.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def test_the_checksum_pins_images_and_labels():
 
 @quick
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
-def test_a_limit_takes_as_evenly_as_the_classes_allow(labels, draw):
+def test_a_limit_is_as_balanced_as_the_classes_allow(labels, draw):
     limit = draw.draw(st.integers(1, len(labels)))
     chosen = data._balanced(torch.tensor(labels), limit, "train_limit").tolist()
     assert len(set(chosen)) == limit
@@ -61,20 +61,20 @@ def test_a_limit_takes_as_evenly_as_the_classes_allow(labels, draw):
     most = max(kept.values())
     # A class is behind by more than one only where it has no more images.
     assert all(kept[c] >= most - 1 or kept[c] == size[c] for c in size)
-    for c in size:  # of each class the first ones
+    for c in size:  # the first ones of each class
         assert [i for i in chosen if labels[i] == c] == [
             i for i, label in enumerate(labels) if label == c
         ][: kept[c]]
 
 
-def test_limits_reach_both_parts():
+def test_limits_apply_to_both_parts():
     d = load("digits", train_limit=205, test_limit=31)
     assert sorted(d.train_labels.bincount().tolist()) == [20] * 5 + [21] * 5
     assert sorted(d.test_labels.bincount().tolist()) == [3] * 9 + [4]
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1201])
-def test_impossible_limits_are_named(limit):
+def test_impossible_limits_are_refused_by_name(limit):
     with pytest.raises(ValueError, match=rf"train_limit={limit}.*1200"):
         load("digits", train_limit=limit)
 
@@ -122,7 +122,7 @@ def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(n, seed, ep
     assert index.equal(order(n, seed, epoch))
 
 
-def test_each_purpose_seed_and_epoch_has_a_stream_of_its_own():
+def test_each_purpose_seed_and_epoch_has_its_own_random_stream():
     keys = list(product(("order", "augmentation", "probes"), range(12), range(12)))
     draws = {torch.randint(0, 2**62, (1,), generator=generator(*key)).item() for key in keys}
     assert len(draws) == len(keys)  # seed 1, epoch 11 is not seed 11, epoch 1
@@ -131,11 +131,11 @@ def test_each_purpose_seed_and_epoch_has_a_stream_of_its_own():
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 32), (4, 1, 28, 28), (6, 2, 16, 24), (3, 1, 7, 7)])
-def test_augmented_is_crop_and_flip_one_by_one(shape):
+def test_augmented_crops_and_flips_each_image(shape):
     images = torch.randint(1, 256, shape, generator=generator("images", 0, 0), dtype=torch.uint8)
     fast = augmented(images, generator("draws", 0, 0))
 
-    draws = generator("draws", 0, 0)  # the same ones again
+    draws = generator("draws", 0, 0)  # the same draws again
     n, _, height, width = shape
     pad_y, pad_x = height // 8, width // 8
     top = torch.randint(0, 2 * pad_y + 1, (n, 1), generator=draws).flatten().tolist()
@@ -166,7 +166,7 @@ def test_a_folder_becomes_images_labels_and_a_title(tmp_path):
     assert d.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_formats_and_colours_mix(tmp_path):
+def test_image_formats_and_colour_modes_may_be_mixed(tmp_path):
     root = image_folder(tmp_path)
     cats = root / "train" / "cat"
     for mode in ("L", "RGBA", "P", "1"):
@@ -180,7 +180,7 @@ def test_formats_and_colours_mix(tmp_path):
     assert d.train_images[files.index("GREY.JPEG")].tolist() == [[[77] * 8] * 8] * 3
 
 
-def test_sixteen_bits_become_eight_not_white(tmp_path):
+def test_images_of_16_bits_are_scaled_to_8_bits(tmp_path):
     root = image_folder(tmp_path)
     ramp = np.linspace(0, 65535, 64).astype("u2").reshape(8, 8)
     Image.fromarray(ramp).save(root / "train" / "cat" / "0.png")
@@ -189,14 +189,14 @@ def test_sixteen_bits_become_eight_not_white(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["i4", "f4"])
-def test_pixels_of_32_bits_are_refused_not_turned_black(tmp_path, dtype):
+def test_images_of_32_bits_are_refused_rather_than_turned_black(tmp_path, dtype):
     file = image_folder(tmp_path) / "train" / "cat" / "0.tif"
     Image.fromarray(np.ones((8, 8), dtype)).save(file)
     with pytest.raises(ValueError, match=r"0\.tif: not a readable image .*32 bits"):
         load(f"folder:{tmp_path}")
 
 
-def test_hidden_files_and_folders_are_no_images(colour_folder):
+def test_hidden_files_and_folders_are_ignored(colour_folder):
     expected = load(f"folder:{colour_folder}").checksum
     for part in ("train", "test"):
         (colour_folder / part / ".ipynb_checkpoints").mkdir()
@@ -213,7 +213,7 @@ def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path, monkeyp
     assert load(f"folder:{root}").checksum == first
 
 
-def test_spaces_umlauts_and_a_relative_path(tmp_path, monkeypatch):
+def test_paths_may_be_relative_and_hold_spaces_and_umlauts(tmp_path, monkeypatch):
     image_folder(tmp_path / "Bücher & Größen 'x'", classes=("Äpfel rot", "日本"), suffix=".jpg")
     monkeypatch.chdir(tmp_path)
     d = load("folder:Bücher & Größen 'x'")
@@ -221,14 +221,14 @@ def test_spaces_umlauts_and_a_relative_path(tmp_path, monkeypatch):
     assert d.title == "folder Bücher & Größen 'x'"
 
 
-def test_limits_of_a_folder_decode_only_what_they_keep(colour_folder):
+def test_only_the_images_that_a_limit_keeps_are_decoded(colour_folder):
     (colour_folder / "train" / "dog" / "2.png").write_bytes(b"broken, and not needed")
     d = load(f"folder:{colour_folder}", train_limit=4, test_limit=2)
     assert d.train_labels.tolist() == [0, 0, 1, 1]
     assert d.test_labels.tolist() == [0, 1]
 
 
-def test_images_added_later_are_seen(colour_folder):
+def test_images_added_after_loading_are_found(colour_folder):
     assert len(load(f"folder:{colour_folder}").train_images) == 6
     source = colour_folder / "train" / "dog" / "0.png"
     source.with_name("new.png").write_bytes(source.read_bytes())
@@ -268,7 +268,7 @@ def test_a_faulty_folder_is_refused_by_name(colour_folder, spoil, message):
 
 
 @pytest.mark.parametrize(("suffix", "step"), [(".png", 1), (".jpg", 7)])
-def test_whatever_byte_is_damaged_the_file_is_named(tmp_path, suffix, step):
+def test_an_image_damaged_at_any_byte_is_refused_by_name(tmp_path, suffix, step):
     file = image_folder(tmp_path, suffix=suffix) / "train" / "cat" / f"0{suffix}"
     content = file.read_bytes()
     messages = []
@@ -284,14 +284,14 @@ def test_whatever_byte_is_damaged_the_file_is_named(tmp_path, suffix, step):
 
 
 @pytest.mark.parametrize("name", ["imagenet", "CIFAR10", "", " ", "folder", "folder:", "folder: "])
-def test_what_names_no_data_set_is_refused_with_what_would(name):
+def test_an_unknown_data_set_is_refused_with_what_is_allowed(name):
     with pytest.raises(ValueError, match=r"folder:\w+") as caught:
         load(name)
     assert str(caught.value).startswith(f"dataset={name!r}: ")
 
 
 @pytest.mark.skipif(not JPEG_COPY.is_dir(), reason="data/cifar10-jpeg is not unpacked")
-def test_the_jpeg_copy_of_cifar10_is_complete_and_named_for_what_it_is(tmp_path, monkeypatch):
+def test_the_jpeg_copy_of_cifar10_is_complete_and_called_a_copy(tmp_path, monkeypatch):
     for part, count in (("train", 5000), ("test", 1000)):
         classes = sorted((JPEG_COPY / part).iterdir())
         assert len(classes) == 10
@@ -303,7 +303,7 @@ def test_the_jpeg_copy_of_cifar10_is_complete_and_named_for_what_it_is(tmp_path,
     assert d.train_labels.bincount().tolist() == [10] * 10
 
 
-# --- torchvision's data sets: its own file formats, small. ---
+# --- torchvision's data sets: small files in its own formats. ---
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ def write_mnist(root: Path, monkeypatch, name: str, n_classes: int) -> np.ndarra
     return pixels[:, None]
 
 
-FORMATS = {  # title, who writes it, torchvision's name, classes, shape
+FORMATS = {  # title, writer, torchvision's name, classes, shape
     "cifar10": ("CIFAR-10", write_cifar, "CIFAR10", 10, (3, 32, 32)),
     "cifar100": ("CIFAR-100", write_cifar, "CIFAR100", 100, (3, 32, 32)),
     "mnist": ("MNIST", write_mnist, "MNIST", 10, (1, 28, 28)),
@@ -367,7 +367,7 @@ FORMATS = {  # title, who writes it, torchvision's name, classes, shape
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_data_set_is_read_from_its_own_files(downloads, monkeypatch, kind):
+def test_a_data_set_is_read_from_its_own_file_format(downloads, monkeypatch, kind):
     title, write, name, n_classes, shape = FORMATS[kind]
     test_pixels = write(downloads, monkeypatch, name, n_classes)
     d = load(kind, train_limit=10)
@@ -380,7 +380,7 @@ def test_a_data_set_is_read_from_its_own_files(downloads, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_absent_and_offline_says_what_to_do(downloads, kind):
+def test_an_absent_data_set_says_offline_what_to_do(downloads, kind):
     with pytest.raises(FileNotFoundError, match=r"network.*HYBRID_DATA.*folder:PATH") as caught:
         load(kind)
     assert str(downloads) in str(caught.value)
@@ -395,7 +395,7 @@ def test_absent_and_offline_says_what_to_do(downloads, kind):
         *[("mnist", f"MNIST/raw/train-{part}-ubyte") for part in ("images-idx3", "labels-idx1")],
     ],
 )
-def test_a_file_that_is_cut_short_is_not_trained_on(downloads, monkeypatch, kind, file):
+def test_a_truncated_file_is_refused(downloads, monkeypatch, kind, file):
     title, write, *rest, _ = FORMATS[kind]
     write(downloads, monkeypatch, *rest)
     (downloads / file).write_bytes((downloads / file).read_bytes()[:-1])
@@ -405,7 +405,7 @@ def test_a_file_that_is_cut_short_is_not_trained_on(downloads, monkeypatch, kind
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_an_archive_that_is_not_the_original_is_refused(downloads, monkeypatch, trusted):
-    """Its checksum tells; where that fits, the tar reader does."""
+    """By its checksum, or where that fits, by the tar reader."""
     from torchvision import datasets
 
     (downloads / datasets.CIFAR10.filename).write_bytes(b"half of one")

@@ -1,4 +1,4 @@
-"""The data-parallel example, under torchrun: several ranks take the steps of one process."""
+"""The data-parallel example under torchrun: several ranks take the steps of one process."""
 
 import runpy
 import subprocess
@@ -12,7 +12,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "data_parallel.py"
 
 
 def weights(ranks: int, out: Path, script: Path = EXAMPLE) -> dict:
-    """What the example ends with on that many gloo processes; the ranks' own files agree."""
+    """The weights with which the example ends on that many gloo processes, equal on all ranks."""
     code = (
         f"import os, runpy, sys; sys.argv = [{str(script)!r}, {str(out)!r} + os.environ['RANK']]; "
     )
@@ -22,11 +22,11 @@ def weights(ranks: int, out: Path, script: Path = EXAMPLE) -> dict:
     command += ["127.0.0.1", "--nproc-per-node", str(ranks), runner]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    of_rank = [torch.load(f"{out}{rank}", weights_only=True) for rank in range(ranks)]
+    by_rank = [torch.load(f"{out}{rank}", weights_only=True) for rank in range(ranks)]
     assert all(
-        torch.equal(a, b) for one in of_rank for a, b in zip(one.values(), of_rank[0].values())
+        torch.equal(a, b) for one in by_rank for a, b in zip(one.values(), by_rank[0].values())
     )
-    return of_rank[0]
+    return by_rank[0]
 
 
 def distance(a: dict, b: dict) -> float:
@@ -35,7 +35,7 @@ def distance(a: dict, b: dict) -> float:
 
 @pytest.fixture
 def alone(monkeypatch) -> dict:
-    """The same as one process: this one, which is a group of its own."""
+    """The weights from a single process: this one, as a process group of its own."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -51,13 +51,13 @@ NEEDED = {
     "plain mean of uneven parts": ("mul_(len(mine) / batch)", "mul_(1 / dist.get_world_size())"),
     "absolute values before the mean": (
         "in grads + hess_diag:", "in grads + [D.abs_() for D in hess_diag]:"),
-    "probes of one's own": ("manual_seed(step)", "manual_seed(step + 1000 * dist.get_rank())"),
+    "other probes per rank": ("manual_seed(step)", "manual_seed(step + 1000 * dist.get_rank())"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("right", "wrong"), NEEDED.values(), ids=NEEDED)
 @pytest.mark.slow
-def test_each_rule_of_the_example_is_needed(right, wrong, tmp_path, alone):
+def test_breaking_any_rule_of_the_example_changes_the_weights(right, wrong, tmp_path, alone):
     text = EXAMPLE.read_text("utf-8")
     assert right in text
     script = tmp_path / "wrong.py"

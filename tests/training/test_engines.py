@@ -1,7 +1,7 @@
-"""The two engines of a training pass agree, and compiling is refused, or left, in so many words.
+"""The two engines of a training pass agree; refused or skipped compilation gives the reason.
 
 The compiled engine's function is checked uncompiled on whole networks in float64, where it must
-agree to 1e-10, and compiled on a network of one convolution; ``slow`` compiles all of ResNet18.
+agree to 1e-10, and compiled on a network of one convolution; ``-m slow`` compiles all of ResNet18.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 class OneConvolution(nn.Module):
-    """What a pass needs of a network, as small as can be."""
+    """The smallest network that has all a pass needs."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ def experiment(name="adahessian", **changes):
 
 
 def task(e):
-    """Its loss alone: the engines are handed their batches."""
+    """A task for its loss alone; tests pass batches to the engines."""
     return ImageClassification(e, None)
 
 
@@ -133,20 +133,20 @@ def test_the_compiled_engine_agrees_on_a_whole_network(changes):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_the_eager_run_up_to_rounding_and_resumes_to_the_bit(tmp_path):
-    # A small rate: at a large one rounding grows into another course within a few steps.
+def test_a_compiled_run_matches_the_eager_one_up_to_rounding_and_resumes_to_the_bit(tmp_path):
+    # A low rate: at a high one, rounding changes the course within a few steps.
     e = experiment("adasgd", epochs=3, width=2, train_limit=48, test_limit=40, lr=1e-4)
     eager = hl.run(e, progress=False, compile=False)
     whole = hl.run(e, tmp_path / "whole", progress=False, compile=True)
     hl.run(e, tmp_path / "cut", progress=False, compile=True, should_stop=after(10))
-    cut = hl.run(e, tmp_path / "cut", progress=False)  # compiled again, without being told
+    cut = hl.run(e, tmp_path / "cut", progress=False)  # compiled again, although not asked to
 
     assert numbers(cut.rows) == numbers(whole.rows)
     assert whole.environment["engine"] == cut.environment["engine"] == "compiled"
     assert whole.rows[0]["train_loss"] == pytest.approx(eager.rows[0]["train_loss"], rel=1e-3)
 
 
-def test_the_part_of_a_batch_is_its_first_images_and_counts_once_in_the_statistics():
+def test_a_fraction_of_a_batch_is_its_first_images_and_counts_once_in_the_statistics():
     e, x, y = experiment(hessian_fraction=0.55), *batch(8)
     model, whole = network(), network()
     _, _, grads, diag = engines.eager_pass(model, task(e))(x, y, probes())
@@ -160,7 +160,7 @@ def test_the_part_of_a_batch_is_its_first_images_and_counts_once_in_the_statisti
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_diagonal_is_right_under_mixed_precision(precision):
-    """Coarser, but of the same size: no factor slips in. The noise is that of bfloat16 itself."""
+    """Coarser but of the same size, so no factor slips in. The noise is bfloat16's own."""
     e = experiment(precision=precision)
     model = image_model(e, 3, 1).train()
     x, y = batch(64)
@@ -177,7 +177,7 @@ def test_the_diagonal_is_right_under_mixed_precision(precision):
 
 @pytest.mark.parametrize("engine", [engines.eager_pass, engines.compiled_pass])
 def test_small_gradients_survive_float16(monkeypatch, engine):
-    """A ten-thousandth of the loss has a ten-thousandth of the gradient; unscaled it has less."""
+    """A ten-thousandth of the loss has a ten-thousandth of the gradient; without scaling, less."""
     monkeypatch.setattr(engines, "compiled", lambda function, what, **options: function)
     x, y = batch(64)
 
@@ -196,7 +196,7 @@ def test_small_gradients_survive_float16(monkeypatch, engine):
     assert 0 < (coarse - exact).norm() < 0.2 * exact.norm()
 
 
-def test_only_long_runs_are_worth_compiling(monkeypatch):
+def test_only_long_runs_are_compiled_by_default(monkeypatch):
     monkeypatch.setattr(engines, "why_not_compile", lambda device: "")
 
     def compiles(experiments, n):
@@ -227,7 +227,7 @@ WITHOUT_COMPILER = """
 
 
 @pytest.mark.slow
-def test_without_a_compiler_auto_trains_eagerly_and_says_why_and_a_demand_is_refused(tmp_path):
+def test_without_a_compiler_a_run_is_eager_and_says_why_and_compile_true_is_refused(tmp_path):
     environment = {
         **os.environ, "CXX": str(tmp_path / "no-compiler"), "PATH": str(tmp_path),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
@@ -237,11 +237,11 @@ def test_without_a_compiler_auto_trains_eagerly_and_says_why_and_a_demand_is_ref
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said, auto, asked = done.stdout.splitlines()
-    assert said.startswith("SGD: training eagerly, since a test function cannot be compiled here")
+    reason, auto, refused = done.stdout.splitlines()
+    assert reason.startswith("SGD: training eagerly, since a test function cannot be compiled here")
     assert auto == "complete | eager"
-    assert asked.startswith("refused | ")
-    assert "cannot be compiled here" in asked
+    assert refused.startswith("refused | ")
+    assert "cannot be compiled here" in refused
 
 
 BEGUN = [  # a long run, how it began, whether there is a compiler, whether it is compiled
@@ -251,7 +251,7 @@ BEGUN = [  # a long run, how it began, whether there is a compiler, whether it i
 
 
 @pytest.mark.parametrize(("long", "begun", "compiler", "compiles"), BEGUN)
-def test_a_run_goes_on_as_it_began(monkeypatch, long, begun, compiler, compiles):
+def test_a_resumed_run_keeps_its_engine(monkeypatch, long, begun, compiler, compiles):
     monkeypatch.setattr(engines, "why_not_compile", lambda device: "" if compiler else "none here")
     e = dataclasses.replace(experiment("sgd"), epochs=10_000 if long else 1)
     assert engines.should_compile(e, load_task(e), begun) == compiles
@@ -259,7 +259,7 @@ def test_a_run_goes_on_as_it_began(monkeypatch, long, begun, compiler, compiles)
 
 @pytest.mark.parametrize("name", ["atmo", "adasgd"])
 @pytest.mark.parametrize("engine", [engines.eager_pass, engines.compiled_pass])
-def test_a_training_step_asks_nothing_of_the_values_on_a_device(monkeypatch, name, engine):
+def test_a_training_step_never_reads_values_from_the_device(monkeypatch, name, engine):
     monkeypatch.setattr(engines, "compiled", lambda function, what, **options: function)
     e = experiment(name, precision="bfloat16")
     e = dataclasses.replace(e, hessian_fraction=0.5) if e.needs_hessian else e

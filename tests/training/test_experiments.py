@@ -1,7 +1,7 @@
-"""Tables I and II are the report's, every setting is checked, and schedules are what they claim.
+"""Experiments follow Tables I and II, every setting is checked, and schedules are as documented.
 
-The tables stand here once more as the report prints them; the optimizers that the experiments
-build are held against them, not the fields that were typed in.
+The tables are repeated here as the report prints them, and compared with the optimizers that the
+experiments build, not with the fields that were typed in.
 """
 
 import csv
@@ -25,7 +25,7 @@ BETAS = (0.9, 0.999)
 HALVES = (0.5, 0.5)
 
 # name: label, lr, momentum, weight decay, betas, batch size; milestones or cosine, epochs, weights.
-# None: "-" in the report. PADAM-SGD's betas and weights are left blank there; the code has these.
+# None: "-" in the report. PADAM-SGD's betas and weights are blank there; these are the code's.
 TABLES = {
     "sgd": ("SGD", 0.01, 0.95, 0.0005, None, 256, None, 350, None),
     "adam": ("Adam", 0.001, None, 0.0005, BETAS, 256, None, 350, None),
@@ -50,7 +50,7 @@ every_row = pytest.mark.parametrize("name", TABLES)
 every_name = pytest.mark.parametrize("name", EXPERIMENTS)
 
 
-def built(e: Experiment) -> dict:
+def built_group(e: Experiment) -> dict:
     """The only parameter group of the experiment's optimizer."""
     (group,) = e.build_optimizer([torch.zeros(3, requires_grad=True)]).param_groups
     return group
@@ -68,9 +68,9 @@ def split(group: dict):
 
 
 @every_row
-def test_tables_one_and_two(name):
+def test_experiments_follow_tables_one_and_two(name):
     label, lr, momentum, decay, betas, batch_size, lr_schedule, epochs, weights = TABLES[name]
-    e, group = EXPERIMENTS[name], built(EXPERIMENTS[name])
+    e, group = EXPERIMENTS[name], built_group(EXPERIMENTS[name])
     adaptive, sgd = split(group)
     assert (e.label, group["lr"], e.batch_size, e.epochs) == (label, lr, batch_size, epochs)
     assert (sgd and sgd.momentum) == momentum
@@ -87,16 +87,16 @@ def test_tables_one_and_two(name):
 
 
 @every_name
-def test_decay_sits_where_the_released_code_has_it(name):
-    group = built(EXPERIMENTS[name])
+def test_weight_decay_acts_where_it_does_in_the_released_code(name):
+    group = built_group(EXPERIMENTS[name])
     adaptive, sgd = split(group)
     l2 = [getattr(r, "weight_decay", None) for r in (adaptive, sgd)]
     assert (*l2, group["decoupled_weight_decay"]) == DECAY[name]
 
 
 @every_name
-def test_what_the_tables_do_not_say_is_as_released(name):
-    e, (adaptive, sgd) = EXPERIMENTS[name], split(built(EXPERIMENTS[name]))
+def test_settings_that_the_tables_omit_are_as_released(name):
+    e, (adaptive, sgd) = EXPERIMENTS[name], split(built_group(EXPERIMENTS[name]))
     assert (e.dataset, e.width, e.stem, e.augment) == ("cifar10", 64, "cifar", False)
     assert (e.protocol, e.precision, e.hessian_samples, e.hessian_every) == (
         "clean", "float32", 1, 1)  # fmt: skip
@@ -108,14 +108,14 @@ def test_what_the_tables_do_not_say_is_as_released(name):
         assert adaptive.amsgrad == (name == "padam")  # Algorithm 1 has the maximum
 
 
-def test_experiments_of_ones_own_are_called_by_their_name():
+def test_custom_experiments_are_labelled_by_their_name():
     assert replace(EXPERIMENTS["sgd"], name="sgd-large").label == "sgd-large"
 
 
 # --- Values: frozen, checked, readable from text. ---
 
 
-def test_text_from_a_command_line_is_read():
+def test_settings_are_read_from_text():
     e = replace(
         EXPERIMENTS["adasgd"], lr="1e-3", epochs="7", augment="false", betas="0.8 0.9",
         lr_milestones="3, 5", lambda_start="0.25,0.75", spatial_average="8", train_limit=None,
@@ -154,7 +154,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("field", "bad"), BAD, ids=[f"{f}={b!r:.20}" for f, b in BAD])
-def test_a_bad_value_is_refused_by_field_and_value(field, bad):
+def test_a_bad_value_is_refused_with_its_field_and_value(field, bad):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["atmo"], **{field: bad})
     lines = error_messages(caught.value)
@@ -164,7 +164,7 @@ def test_a_bad_value_is_refused_by_field_and_value(field, bad):
     assert not any("\n" in line for line in lines)
 
 
-TOGETHER = [  # the experiment, what is changed, the line that refuses it
+CONFLICTS = [  # the experiment, what is changed, the line that refuses it
     ("atmo", {"batch_size": 256, "train_limit": 255}, r"batch_size=256 .*train_limit=255"),
     ("atmo", {"lr_schedule": "multistep"}, r"lr_milestones=\(\).*'multistep'"),
     ("atmo", {"lr_milestones": (5,)}, r"lr_milestones=\(5,\).*'constant'"),
@@ -185,7 +185,7 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
     ("atmo", {"lambda_per": "tensor"}, "lambda_per='tensor'.*hedge or swats"),
     ("atmo", {"lambda_schedule": "hedge", "lambda_tolerance": 1}, "lambda_tolerance: 'hedge' has"),
     ("adasgd", {"precision": "float16"}, "float16.*use bfloat16"),
-    ("sgd", {"lr_warmup": 350}, "lr_warmup=350: fewer than epochs=350"),
+    ("sgd", {"lr_warmup": 350}, "lr_warmup=350: must be less than epochs=350"),
     # Settings that the optimizer does not have, or that nothing would use.
     *[(name, {field: value}, f"^{field}={re.escape(repr(value))}: {name} has ")
       for name, field, value in [
@@ -201,15 +201,15 @@ TOGETHER = [  # the experiment, what is changed, the line that refuses it
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), TOGETHER)
-def test_values_that_do_not_go_together_are_refused(name, changes, message):
+@pytest.mark.parametrize(("name", "changes", "message"), CONFLICTS)
+def test_conflicting_settings_are_refused(name, changes, message):
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS[name], **changes)
     (line,) = error_messages(caught.value)
     assert re.search(message, line)
 
 
-def test_all_faults_come_at_once_and_each_once():
+def test_all_faults_are_reported_at_once_and_each_once():
     with pytest.raises(ValidationError) as caught:
         replace(EXPERIMENTS["atmo"], epochs=0, lr=nan, stem="x", lambda_start=(-1, -1))
     lines = error_messages(caught.value)
@@ -221,7 +221,7 @@ def test_all_faults_come_at_once_and_each_once():
 
 @pytest.mark.parametrize("epochs", [2, 7, 350])
 @every_name
-def test_learning_rates_are_the_formula(name, epochs):
+def test_learning_rates_follow_the_formula(name, epochs):
     """Equation 1 of the report; a tenth after each milestone, counted in finished epochs."""
     e = EXPERIMENTS[name].scaled(epochs)
     by_hand = [e.lr * 0.1 ** sum(m <= epoch for m in e.lr_milestones) for epoch in range(epochs)]
@@ -230,7 +230,7 @@ def test_learning_rates_are_the_formula(name, epochs):
     assert e.learning_rates() == pytest.approx(by_hand, rel=1e-6, abs=1e-9)
 
 
-def test_a_warm_up_rises_linearly_to_the_rate_and_leaves_the_rest_alone():
+def test_a_warm_up_rises_linearly_to_the_rate_and_changes_no_later_rate():
     e = replace(EXPERIMENTS["padam_sgd"], lr_warmup=3)
     rates, plain = e.learning_rates(), EXPERIMENTS["padam_sgd"].learning_rates()
     assert rates[:3] == pytest.approx([e.lr / 4, e.lr / 2, e.lr * 3 / 4])
@@ -246,11 +246,11 @@ HORIZONS = {"dyn_atmo": 350, "dyn_padam_sgd": 100, "adasgd": 200}
 
 @pytest.mark.parametrize("protocol", ["clean", "released"])
 @every_name
-def test_weights_of_every_epoch(name, protocol):
-    """As written from the adaptive rule to SGD; as released almost all SGD and then back, but for
-    AdaSGD, whose own scheduler goes as the report says."""
+def test_weights_of_every_epoch_follow_the_protocol(name, protocol):
+    """Clean goes from the adaptive rule to SGD. Released jumps to almost all SGD and then returns,
+    except for AdaSGD, whose own scheduler goes as the report says."""
     e = replace(EXPERIMENTS[name], protocol=protocol)
-    assert built(e)["lambdas"] == e.lambdas()(0)
+    assert built_group(e)["lambdas"] == e.lambdas()(0)
     for epoch in range(e.epochs):
         done = min(epoch / HORIZONS.get(name, 1), 1)
         weights = {"atmo": HALVES, "padam_sgd": HALVES}.get(name, (1,))
@@ -262,13 +262,13 @@ def test_weights_of_every_epoch(name, protocol):
 
 @pytest.mark.parametrize("name", ["dyn_atmo", "dyn_padam_sgd", "adasgd"])
 @pytest.mark.parametrize("protocol", ["clean", "released"])
-def test_the_direction_can_be_chosen_apart_from_the_protocol(name, protocol):
+def test_the_direction_can_be_chosen_independently_of_the_protocol(name, protocol):
     e = replace(EXPERIMENTS[name], protocol=protocol)
     assert replace(e, lambda_direction="report").lambdas()(1)[1] < 0.02
     assert replace(e, lambda_direction="released").lambdas()(1)[1] > 0.98
 
 
-def test_a_shape_s_own_setting_reaches_it():
+def test_a_shape_s_own_setting_is_passed_to_it():
     steep = replace(EXPERIMENTS["adasgd"], lambda_schedule="sigmoid", lambda_steepness=40.0)
     assert steep.lambdas() == schedules.Sigmoid((1, 0), (0, 1), 200, steepness=40.0)
 
@@ -285,7 +285,7 @@ def test_a_shape_s_own_setting_reaches_it():
         ("dyn_padam_sgd", 1, (1,), 1), ("adahessian", 160, (80, 120), None),
     ],
 )  # fmt: skip
-def test_scaled_keeps_shares(name, epochs, milestones, horizon):
+def test_scaled_keeps_milestones_and_horizon_at_their_shares(name, epochs, milestones, horizon):
     e = EXPERIMENTS[name]
     short = e.scaled(epochs)
     ours = short.epochs, short.lr_milestones, short.lambda_epochs
@@ -300,7 +300,7 @@ def test_scaled_keeps_shares(name, epochs, milestones, horizon):
 # --- Weights of the network. ---
 
 
-def test_initial_weights_are_a_function_of_the_seed_in_several_threads_too():
+def test_initial_weights_depend_on_the_seed_alone_even_in_several_threads():
     def initial(seed=5):
         model = image_model(replace(EXPERIMENTS["sgd"], width=8, seed=seed), 10, 1)
         return torch.nn.utils.parameters_to_vector(model.parameters())
@@ -320,7 +320,7 @@ def table(name: str, folder: Path = ROOT / "data" / "paper") -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_table_three_is_the_report_s():
+def test_table_three_is_as_printed_in_the_report():
     rows = {row["optimizer"]: float(row["test_accuracy"]) for row in table("table3.csv")}
     assert rows == TABLE_III
     assert list(rows) == list(TABLES)
@@ -334,12 +334,12 @@ def test_the_authors_runs_are_as_published():
     assert finals == TABLE_III
 
 
-def test_the_row_that_is_not_in_the_tables_is_padam_s_own_paper_s():
+def test_the_padam_experiment_follows_padam_s_own_paper():
     e = EXPERIMENTS["padam"]
     assert (e.lr, e.weight_decay, e.batch_size, e.epochs) == (0.1, 5e-4, 128, 200)
     assert (e.lr_milestones, e.lr_gamma, e.partial) == ((100, 150), 0.1, None)
 
 
-def test_a_restart_keeps_its_share_of_a_shorter_run():
+def test_scaled_keeps_a_restart_at_its_share_of_the_run():
     whole = replace(EXPERIMENTS["adahessian"], restart_epoch=146)
     assert [whole.scaled(epochs).restart_epoch for epochs in (160, 16, 2)] == [146, 15, 2]

@@ -1,7 +1,7 @@
-"""The fault table: what goes wrong, how it ends, what it says, and what is left on disk.
+"""The fault table: what goes wrong, the exit code, the message, and what is left on disk.
 
-Every row happens in a process of its own, with a real signal, folder or file. What cannot be had
-for a test (a GPU's memory, the system's clock) is imitated inside that process.
+Every row runs in its own process, with a real signal, folder or file. What a test cannot have (a
+GPU's memory, the system's clock) is imitated inside that process.
 """
 
 import functools
@@ -44,26 +44,26 @@ class Place:
     def __init__(self, tmp: Path, straight: Callable, stopped: Path):
         self.tmp, self.straight, self.stopped = tmp, straight, stopped
         self.e, self.folder, self.study_out = E, tmp / "run", tmp / "study"
-        self.said, self.ready, self.sentinel = tmp / "said", tmp / "ready", tmp / "sentinel"
+        self.log, self.ready, self.sentinel = tmp / "log", tmp / "ready", tmp / "sentinel"
         self.start = self.script
 
     def script(self, *trouble) -> Child:
-        """Somebody's own script, which calls ``run``."""
-        return Child(self.said, children.training, self.e, self.folder, *trouble)
+        """Start a user's script, which calls ``run``."""
+        return Child(self.log, children.training, self.e, self.folder, *trouble)
 
     def study(self, *trouble) -> Child:
-        """``hybrid-study`` with one method."""
+        """Start ``hybrid-study`` with one method."""
         self.e, self.folder = STUDIED, run_folder(self.study_out, STUDIED)
         self.start = self.study
         return self.command(TOY, *trouble)
 
     def command(self, arguments, *trouble) -> Child:
-        """``hybrid-study`` with these arguments."""
+        """Start ``hybrid-study`` with these arguments."""
         given = [*arguments, "--out", str(self.study_out)]
-        return Child(self.said, children.studying, given, *trouble)
+        return Child(self.log, children.studying, given, *trouble)
 
-    def has_stopped(self) -> None:
-        """The folder holds two of three epochs, and both checkpoints."""
+    def copy_stopped_run(self) -> None:
+        """Fill the folder with two of three epochs and both checkpoints."""
         shutil.copytree(self.stopped, self.folder)
 
     def files(self) -> dict[str, bytes]:
@@ -72,51 +72,51 @@ class Place:
 
 class Row(NamedTuple):
     fault: str
-    happens: Callable[[Place], Child]
+    cause: Callable[[Place], Child]
     code: int  # the exit code; negative: killed by that signal
-    says: str  # a line that is printed
-    left: Callable[[Place], None]  # what is still on disk
+    says: str  # a pattern that some printed line matches
+    left: Callable[[Place], None]  # checks what is left on disk
 
 
-# --- What happens. ---
+# --- Faults. ---
 
 
 def hit(number: int, moment: str, start=Place.script):
-    """A process is sent a signal in its second epoch."""
+    """Send a process a signal in its second epoch."""
 
-    def happens(place):
+    def cause(place):
         child = start(place, children.waits_in, moment, place.ready)
         child.wait_for(place.ready)
         child.hit(number)
         return child
 
-    return happens
+    return cause
 
 
 def spoilt(how):
-    """A run has stopped; something is done to its files; it is started again."""
+    """Spoil the files of a stopped run and start it again."""
 
-    def happens(place):
-        place.has_stopped()
+    def cause(place):
+        place.copy_stopped_run()
         how(place)
         place.before = place.files()
         return place.script()
 
-    return happens
+    return cause
 
 
 def command(arguments: str, *what):
-    """hybrid-study is called with these words."""
+    """Call hybrid-study with these arguments."""
     return lambda place: place.command(arguments.split(), *what)
 
 
 def given(**parameters):
-    """10_train_one is given these parameters by papermill."""
-    return lambda place: Child(place.said, children.notebook_head, parameters)
+    """Let papermill inject these parameters into 10_train_one."""
+    return lambda place: Child(place.log, children.notebook_head, parameters)
 
 
 def ascii_locale(place):
-    """An interpreter of its own, which decides about encodings as it starts."""
+    """Start a new interpreter, since it chooses encodings as it starts."""
     place.study_out = place.tmp / "größer"
     code = "import sys, children; sys.exit(children.studying(sys.argv[1:]))"
     out = ["--out", str(place.study_out)]
@@ -131,7 +131,7 @@ def read_only_folder(place):
     place.temporary = Path(tempfile.mkdtemp(" 'Größen' \"$HOME\" 日本", dir="/tmp"))
     place.temporary.chmod(0o755)
     place.folder = place.temporary / "run"
-    place.has_stopped()
+    place.copy_stopped_run()
     place.folder.chmod(0o555)
     return place.script(children.as_nobody)
 
@@ -139,7 +139,7 @@ def read_only_folder(place):
 def two_at_once(place):
     place.first = place.script(children.waits_in, "step", place.ready)
     place.first.wait_for(place.ready)
-    return Child(place.tmp / "said too", children.training, place.e, place.folder)
+    return Child(place.tmp / "second log", children.training, place.e, place.folder)
 
 
 def other_images(place):
@@ -152,7 +152,7 @@ def other_images(place):
     return place.script()
 
 
-# --- What is done to files. ---
+# --- Spoilt files. ---
 
 
 def cut_short(place):
@@ -161,7 +161,7 @@ def cut_short(place):
 
 
 class Attack:
-    """A pickle of this makes a folder when it is loaded."""
+    """Its pickle creates a folder when it is loaded."""
 
     def __init__(self, sentinel: Path):
         self.sentinel = sentinel
@@ -170,37 +170,37 @@ class Attack:
         return os.mkdir, (str(self.sentinel),)
 
 
-def loaded(place) -> dict:
+def load_checkpoint(place) -> dict:
     return torch.load(place.folder / "last.pt", weights_only=True)
 
 
-def sealed(place, state) -> None:
+def write_checkpoint(place, state) -> None:
     archive = io.BytesIO()
     torch.save({k: v for k, v in state.items() if k != "checksum"}, archive)
     (place.folder / "last.pt").write_bytes(archive.getvalue())
 
 
-def of_adam(place):
-    """The checkpoint of another optimizer, without the history that would tell."""
+def checkpoint_of_adam(place):
+    """Leave the checkpoint of another optimizer, without the history that would reveal it."""
     adam = replace(E, optimizer="adam", momentum=None, lambda_schedule="constant",
                    lambda_start=(0.5, 0.5), lambda_end=(0, 1), lambda_epochs=None)  # fmt: skip
-    sealed(place, {**loaded(place), "experiment": dict(vars(adam))})
+    write_checkpoint(place, {**load_checkpoint(place), "experiment": dict(vars(adam))})
     (place.folder / "history.json").unlink()
 
 
-def history(change: Callable[[str], str]):
-    def changed(place):
+def history_with(change: Callable[[str], str]):
+    def spoil(place):
         file = place.folder / "history.json"
         file.write_text(change(file.read_text("utf-8")), "utf-8")
 
-    return changed
+    return spoil
 
 
 # --- What is left. ---
 
 
-def goes_on(epochs: int):
-    """So many epochs are on disk, and the next call goes on to what a straight run computes."""
+def resumes(epochs: int):
+    """That many epochs are on disk, and the next call resumes to what a straight run computes."""
 
     def left(place):
         if epochs:
@@ -214,39 +214,39 @@ def goes_on(epochs: int):
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Files of writes that were cut short."""
+    """Files left by interrupted writes."""
     return [f.name for f in folder.glob(".*") if f.name not in (".lock", ".owner")]
 
 
 def writable_again(place):
     place.folder.chmod(0o755)
-    goes_on(2)(place)
+    resumes(2)(place)
 
 
 def found_again(place):
     place.folder.with_name("elsewhere").rename(place.folder)
-    goes_on(1)(place)
+    resumes(1)(place)
 
 
-def first_is_alone(place):
-    """The first goes on undisturbed; kill -9 frees the folder."""
-    assert str(place.first.process.pid) in (place.tmp / "said too").read_text("utf-8")
+def first_is_undisturbed(place):
+    """The first process goes on undisturbed; kill -9 frees the folder."""
+    assert str(place.first.process.pid) in (place.tmp / "second log").read_text("utf-8")
     place.first.hit(signal.SIGKILL)
     place.first.ended()
-    goes_on(1)(place)
+    resumes(1)(place)
 
 
-def straight(place):
-    """What an undisturbed run computes, and nothing beside it."""
+def like_a_straight_run(place):
+    """An undisturbed run computes the same, and nothing else was created."""
     assert not place.sentinel.exists()
     assert outcome(place.folder) == place.straight(place.e)
     assert all(row["train_seconds"] > 0 for row in History.load(place.folder).rows)
 
 
-def history_aside(place):
-    straight(place)
-    (aside,) = place.folder.glob("history-before-*.json")
-    assert aside.read_bytes() == place.before["history.json"]
+def history_is_kept(place):
+    like_a_straight_run(place)
+    (kept,) = place.folder.glob("history-before-*.json")
+    assert kept.read_bytes() == place.before["history.json"]
 
 
 def untouched(place):
@@ -254,57 +254,57 @@ def untouched(place):
     assert not place.sentinel.exists()
 
 
-def nothing(place):
-    """Nothing is written."""
-    assert {f.name for f in place.tmp.iterdir()} == {"said"}
+def nothing_written(place):
+    """Nothing but the log is written."""
+    assert {f.name for f in place.tmp.iterdir()} == {"log"}
 
 
 KILLED, TERMINATED, INTERRUPTED = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-AGAIN = "stopped; the same command goes on from here"
+AGAIN = "stopped; repeat the same command to resume"
 
 FAULTS = [
     # Killed and interrupted.
-    Row("kill -9 in a step", hit(KILLED, "step"), -9, "", goes_on(1)),
-    Row("kill -9 in an evaluation", hit(KILLED, "evaluation"), -9, "", goes_on(1)),
-    Row("SIGTERM to a script", hit(TERMINATED, "step"), -15, "", goes_on(1)),
+    Row("kill -9 in a step", hit(KILLED, "step"), -9, "", resumes(1)),
+    Row("kill -9 in an evaluation", hit(KILLED, "evaluation"), -9, "", resumes(1)),
+    Row("SIGTERM to a script", hit(TERMINATED, "step"), -15, "", resumes(1)),
     Row("Ctrl-C in a script", hit(INTERRUPTED, "step"), 1,
-        "stopped, interrupted; epochs kept: 1; run again to continue", goes_on(1)),
+        "stopped, interrupted; epochs kept: 1; run again to continue", resumes(1)),
     Row("SIGTERM to hybrid-study", hit(TERMINATED, "checkpoint write", Place.study), 130, AGAIN,
-        goes_on(1)),
+        resumes(1)),
     Row("SIGTERM after the training", hit(TERMINATED, "report", Place.study), 130, AGAIN,
-        goes_on(2)),
-    Row("Ctrl-C in hybrid-study", hit(INTERRUPTED, "step", Place.study), 130, AGAIN, goes_on(0)),
+        resumes(2)),
+    Row("Ctrl-C in hybrid-study", hit(INTERRUPTED, "step", Place.study), 130, AGAIN, resumes(0)),
     # The machine.
     Row("a folder without write permission", read_only_folder, 1,
         r"run: cannot write there \(Permission denied\)", writable_again),
     Row("the folder vanishes", lambda place: place.script(children.vanishes, place.folder), 1,
         r"run: No such file or directory; ", found_again),
     Row("CUDA is out of memory", lambda place: place.script(children.out_of_memory), 1,
-        "out of memory: lower batch_size or width .*run again to go on", goes_on(1)),
+        "out of memory: lower batch_size or width .*run again to continue", resumes(1)),
     Row("the clock is set back", lambda place: place.script(children.clock_goes_back), 0,
-        "complete", straight),
+        "complete", like_a_straight_run),
     Row("a locale without UTF-8", ascii_locale, 0, "report: .*report.html",
         lambda place: (place.study_out / "report.html").read_text("utf-8").index("Runs: 1, on")),
     Row("two processes at once", two_at_once, 1,
-        r"run: process \d+ on .* is training there; wait for it, or stop it", first_is_alone),
-    # Files that are not what they were.
+        r"run: process \d+ on .* is training there; wait for it, or stop it", first_is_undisturbed),
+    # Spoilt files.
     Row("a checkpoint is cut short", spoilt(cut_short), 0,
-        r"last.pt is damaged \(.*\); looking for the one before", straight),
+        r"last.pt is damaged \(.*\); trying the previous one", like_a_straight_run),
     Row("both checkpoints are empty", spoilt(
         lambda place: [(place.folder / f).write_bytes(b"") for f in ("last.pt", "prev.pt")]), 0,
         "no checkpoint, starting again; the earlier history is kept as history-before-",
-        history_aside),
-    Row("a checkpoint that runs code, its checksum right", spoilt(
-        lambda place: sealed(place, {"model": Attack(place.sentinel)})), 0, "last.pt is damaged",
-        straight),
-    Row("a checkpoint of another optimizer", spoilt(of_adam), 1,
+        history_is_kept),
+    Row("a checkpoint that runs code, with a valid checksum", spoilt(
+        lambda place: write_checkpoint(place, {"model": Attack(place.sentinel)})), 0,
+        "last.pt is damaged", like_a_straight_run),
+    Row("a checkpoint of another optimizer", spoilt(checkpoint_of_adam), 1,
         "last.pt belongs to another experiment; choose another folder", untouched),
     Row("a checkpoint of a newer version", spoilt(
-        lambda place: sealed(place, {**loaded(place), "format": 99})), 1,
+        lambda place: write_checkpoint(place, {**load_checkpoint(place), "format": 99})), 1,
         "last.pt was written by a newer version; update hybrid_lib", untouched),
-    Row("a history is cut short", spoilt(history(lambda text: text[:300])), 1,
+    Row("a history is cut short", spoilt(history_with(lambda text: text[:300])), 1,
         "history.json: not a readable history", untouched),
-    Row("a history with a name that leaves its folder", spoilt(history(
+    Row("a history with a name that leaves its folder", spoilt(history_with(
         lambda text: text.replace('"dyn_atmo"', '"../../x"'))), 1,
         r"history.json: name='../../x': String should match", untouched),
     Row("the folder of another experiment", spoilt(
@@ -314,27 +314,28 @@ FAULTS = [
     Row("other images than before", other_images, 1,
         r"run was trained on other data of folder images \(checksum \w+, here \w+\)", untouched),
     # Data and packages.
-    Row("torchvision is missing, and wanted", command(
+    Row("torchvision is missing but needed", command(
         "--scale toy --only sgd --dataset cifar10", children.without, "torchvision"), 2,
-        "dataset=cifar10 needs torchvision: pip install torchvision", nothing),
-    Row("torchvision is missing, and not wanted",
-        lambda place: place.script(children.without, "torchvision"), 0, "complete", straight),
+        "dataset=cifar10 needs torchvision: pip install torchvision", nothing_written),
+    Row("torchvision is missing and not needed",
+        lambda place: place.script(children.without, "torchvision"), 0, "complete",
+        like_a_straight_run),
     # Parameters of notebooks.
     Row("a value that is code", given(lr="__import__('os').mkdir('sentinel')"), 1,
-        r"lr=\"__import__\('os'\)", nothing),
+        r"lr=\"__import__\('os'\)", nothing_written),
     Row("a name that is code", given(**{"lr = 1\nprint('code')\nepochs": 3}), 1,
-        "papermill's cell holds more than values", nothing),
+        "papermill's cell contains code, not only values", nothing_written),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The outcome of an experiment that nothing disturbs, computed once."""
+    """The outcome of an undisturbed experiment, computed once."""
 
     @functools.cache
     def computed(e):
         folder = tmp_path_factory.mktemp("straight")
-        Child(folder / "said", children.training, e, folder).ended()
+        Child(folder / "log", children.training, e, folder).ended()
         return outcome(folder)
 
     return computed
@@ -345,7 +346,7 @@ def stopped(tmp_path_factory):
     """The folder of a run that was killed in its third epoch."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     killed = children.training, E, folder, children.kills_itself, "fsync", 6
-    assert Child(folder.with_name("said"), *killed).ended()[0] == -signal.SIGKILL
+    assert Child(folder.with_name("log"), *killed).ended()[0] == -signal.SIGKILL
     assert len(History.load(folder).rows) == 2
     return folder
 
@@ -360,7 +361,7 @@ def place(tmp_path, undisturbed, stopped):
 
 @pytest.mark.parametrize("row", FAULTS, ids=[row.fault for row in FAULTS])
 def test_fault(row, place):
-    code, lines = row.happens(place).ended()
+    code, lines = row.cause(place).ended()
     assert code == row.code, "\n".join(lines)
     assert any(re.search(row.says, line) for line in lines or [""]), "\n".join(lines)
     row.left(place)
@@ -383,7 +384,7 @@ REFUSED = [  # arguments of hybrid-study, and the line that refuses them
 
 
 @pytest.mark.parametrize(("bad", "message"), REFUSED, ids=[bad for bad, _ in REFUSED])
-def test_bad_input_is_one_line_an_exit_code_and_nothing_written(bad, message, place):
+def test_bad_input_is_refused_in_one_line_with_exit_code_2_and_writes_nothing(bad, message, place):
     if "cuda" in bad and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     empty, small, downloads = (place.tmp / name for name in ("empty", "small", "downloads"))
@@ -392,7 +393,7 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(bad, message, pl
     words = ["--scale", "toy", *bad.format(empty=empty, small=small).split()]
     code, lines = place.command(words, children.offline, downloads).ended()
     assert code == 2
-    # argparse shows how it is called before its line
+    # argparse prints its usage before the message
     (line,) = [line for line in lines if not re.match(r"usage:| {3}", line)]
     assert re.search(message, line)
     assert not place.study_out.exists()
@@ -402,26 +403,26 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(bad, message, pl
 # --- Signal 9 at every write, and at random moments. ---
 
 
-# Flushed and renamed: the owner's name; three times checkpoint and history; the complete history.
-# From the second epoch on, the checkpoint before is renamed as well.
+# Flushed and renamed: the owner's name, three times checkpoint and history, the complete history.
+# From the second epoch on, the previous checkpoint is renamed as well.
 @pytest.mark.parametrize(("name", "calls"), [("fsync", 8), ("replace", 10)])
 def test_killed_at_every_write_a_run_resumes_to_the_bit(name, calls, tmp_path, undisturbed):
     for count in range(1, calls + 1):
-        folder, said = tmp_path / str(count), tmp_path / f"said {count}"
-        killed = Child(said, children.training, E, folder, children.kills_itself, name, count)
+        folder, log = tmp_path / str(count), tmp_path / f"log {count}"
+        killed = Child(log, children.training, E, folder, children.kills_itself, name, count)
         assert killed.ended()[0] == -signal.SIGKILL
-        assert Child(said, children.training, E, folder).ended()[0] == 0
+        assert Child(log, children.training, E, folder).ended()[0] == 0
         assert outcome(folder) == undisturbed(E)
         assert leftovers(folder) == []
 
 
 def killed_at_random(e, tmp: Path, kills: int, expected) -> None:
-    """Kill a run again and again, at any moment, and compare what it computes at last."""
-    latest, killed, said = 0.3, 0, tmp / "said"  # seconds
+    """Kill a run at random moments until it completes, and compare what it computes."""
+    latest, killed, log = 0.3, 0, tmp / "log"  # seconds
     while killed < kills:
         folder, code = Path(tempfile.mkdtemp(dir=tmp)) / "run", None
         while code != 0:
-            child = Child(said, children.training, e, folder)
+            child = Child(log, children.training, e, folder)
             time.sleep(random.uniform(0, latest))
             child.hit(signal.SIGKILL)
             code, lines = child.ended()

@@ -1,7 +1,7 @@
-"""A step that a CUDA graph repeats takes the step that it would take by itself.
+"""A step replayed by a CUDA graph equals the step without one.
 
-Without a GPU a stand-in records the operations of a step and repeats them on the same tensors: as a
-graph does, it repeats no Python. ``-m cuda`` does the same with real graphs.
+Without a GPU a stand-in records the operations of a step and repeats them on the same tensors. Like
+a graph, it repeats no Python. ``-m cuda`` runs real graphs.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from hybrid_lib.training.experiments import PAPER_METHODS
 
 
 class Recorder(TorchDispatchMode):
-    """The operations that it sees, which it takes back in the end: a capture computes nothing."""
+    """Records operations, which are undone in the end, since a capture computes nothing."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError("operation not permitted when stream is capturing")
         kwargs = kwargs or {}
         for tensor in filter(torch.is_tensor, tree_leaves((args, kwargs))):
-            if id(tensor) not in self.made:  # some operations write without saying so
+            if id(tensor) not in self.made:  # some operations write without declaring it
                 self.before.setdefault(id(tensor), (tensor, tensor.clone()))
         answer = function(*args, **kwargs)
         given = {t.untyped_storage().data_ptr() for t, _ in self.before.values()}
@@ -45,7 +45,7 @@ class Recorder(TorchDispatchMode):
 
     def replay(self):
         with torch.no_grad():
-            for tensor in self.own:  # others may have had its place since
+            for tensor in self.own:  # another tensor may have used its memory since
                 if tensor.is_floating_point():
                     tensor.fill_(torch.nan)
             for function, args, kwargs, then in self.calls:
@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """torch.cuda's graphs, as recorders; the list of those that were made."""
+    """Replace torch.cuda's graphs by recorders; returns the list of those made."""
     recording, made = [], []
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ METHODS = [*PAPER_METHODS, "padam", "adam+lion"]
 
 
 def losses(name, device, capture=False, compile=False, **changes) -> list[float]:
-    """Training and test losses of three epochs, five steps each, the last one smaller."""
+    """Training and test losses of three epochs of five steps, the last with a smaller batch."""
     e = toy(name, **{"lr": 0.001, "train_limit": 100, "batch_size": 24, **changes})
     task = tasks.load_task(e, device)
     *_, rows = loop.epochs(e, task, capture=capture, compile=compile)
@@ -100,7 +100,7 @@ def losses(name, device, capture=False, compile=False, **changes) -> list[float]
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("foreach", [False, True])
-def test_a_captured_run_is_the_same_run(name, foreach, graphs, monkeypatch):
+def test_a_captured_run_has_the_same_losses(name, foreach, graphs, monkeypatch):
     if foreach:
         make = hl.Experiment.build_optimizer
 
@@ -124,31 +124,31 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-def test_so_is_a_run_of_another_kind(changes, graphs):
+def test_captured_runs_of_other_kinds_have_the_same_losses(changes, graphs):
     expected = losses("adasgd", "cpu", **changes)
     found = losses("adasgd", "cpu", capture=True, **changes)
     assert graphs
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_what_cannot_be_captured_goes_on_and_says_why(graphs, capsys, monkeypatch):
+def test_a_run_that_cannot_be_captured_goes_on_and_says_why(graphs, capsys, monkeypatch):
     loss = tasks.ImageClassification.loss
 
-    def looking(*arguments, **how):
+    def reads_a_value(*arguments, **how):
         value = loss(*arguments, **how)
-        assert value.item() > 0  # a look at a value, for which a graph cannot wait
+        assert value.item() > 0  # a graph cannot wait for a value
         return value
 
-    monkeypatch.setattr(tasks.ImageClassification, "loss", looking)
+    monkeypatch.setattr(tasks.ImageClassification, "loss", reads_a_value)
     expected = losses("atmo", "cpu")
     assert losses("atmo", "cpu", capture=True) == expected
-    said = capsys.readouterr().out.splitlines()
-    assert said
-    assert all(line.startswith("going on without a CUDA graph, since") for line in said)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed
+    assert all(line.startswith("continuing without a CUDA graph: ") for line in printed)
 
 
-def test_a_capture_must_be_asked_for_and_follow_a_step(graphs):
-    """Else a graph would repeat one step's corrections, or read numbers that nobody writes."""
+def test_a_capture_needs_capturable_and_a_step_before_it(graphs):
+    """Otherwise a graph would repeat one step's corrections, or read numbers never written."""
     w = torch.nn.Parameter(torch.ones(2))
     optimizer = hl.adam([w])
     w.grad = torch.ones(2)
@@ -159,8 +159,8 @@ def test_a_capture_must_be_asked_for_and_follow_a_step(graphs):
     assert torch.equal(w.detach(), torch.ones(2))
 
 
-def test_a_replayed_optimizer_keeps_count(graphs):
-    """Rates and weights may change from replay to replay; a state saved then is that step's."""
+def test_a_replayed_optimizer_counts_its_steps(graphs):
+    """Rates and weights may change between replays; a state saved between them is up to date."""
     ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
     replayed, plain = hl.atmo([ours]), hl.atmo([theirs])
     replayed.capturable = True
@@ -185,7 +185,7 @@ def test_a_replayed_optimizer_keeps_count(graphs):
     with pytest.raises(ValueError, match="lr=-1"):
         replayed.advance()
     assert replayed.state[ours]["step"] == 6
-    replayed.load_state_dict(plain.state_dict())  # into other buffers than the graph's
+    replayed.load_state_dict(plain.state_dict())  # its buffers are not the graph's
     with pytest.raises(RuntimeError, match="no step was captured"):
         replayed.advance()
 
@@ -193,7 +193,7 @@ def test_a_replayed_optimizer_keeps_count(graphs):
 @pytest.mark.parametrize("merge", ["product", "sum", "graft"])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_rule_without_weight_is_left_out_of_a_replay(merge, foreach, graphs):
-    """Even where its direction is not finite: Adam's, for a gradient of zero and no eps."""
+    """Even if its direction is not finite, like Adam's for a zero gradient with eps = 0."""
     w = torch.nn.Parameter(torch.ones(2))
     rules = hl.rules.SGD(), hl.rules.Adam(eps=0.0)
     optimizer = hl.Hybrid([w], rules, lr=0.1, lambdas=(1.0, 0.0), merge=merge, foreach=foreach)

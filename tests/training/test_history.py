@@ -1,4 +1,4 @@
-"""A history comes back as it was saved, is never seen half written, and strangers are refused."""
+"""A history loads as it was saved, is never half written, and foreign files are refused."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def saved(tmp_path):
 
 @quick
 @given(histories())
-def test_what_is_saved_comes_back(h):
+def test_a_saved_history_loads_unchanged(h):
     with tempfile.TemporaryDirectory() as folder:
         h.save(folder)
         assert History.load(folder) == h
@@ -70,26 +70,26 @@ def test_the_file_is_json_with_a_line_per_epoch(saved):
     assert sum('"epoch"' in line for line in lines) == 2
 
 
-def test_final_best_and_the_table():
+def test_final_best_and_frame():
     rows = [row(i + 1, test_accuracy=a) for i, a in enumerate([0.5, 0.9, 0.7, 0.9, 0.8])]
     h = History(EXPERIMENTS["sgd"], rows)
     assert h.final["epoch"] == 5
     assert h.best["epoch"] == 2, "the first of several"
     h.rows = [row | {"validation_accuracy": i / 9} for i, row in enumerate(h.rows)]
-    assert h.best is h.rows[-1], "not the test set's choice where another can choose"
+    assert h.best is h.rows[-1], "the validation set chooses where there is one"
     assert h.frame()["test_accuracy"].to_dict() == {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.9, 5: 0.8}
     empty = History(EXPERIMENTS["sgd"], [], status="diverged").frame()
     assert (len(empty), empty.index.name) == (0, "epoch")
 
 
-def test_names_for_figures():
+def test_label_and_data_set_for_figures():
     e = EXPERIMENTS["dyn_atmo"]
     assert History(e).label == "Dyn. ATMO"
     assert History(e).dataset == "cifar10"
     assert History(e, environment={"dataset": "CIFAR-10"}).dataset == "CIFAR-10"
 
 
-def test_all_histories_below_a_folder(tmp_path):
+def test_load_all_reads_every_history_below_a_folder(tmp_path):
     for name in ("b/c", "a", "b"):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         History(EXPERIMENTS["sgd"], note=name).save(tmp_path / name)
@@ -98,7 +98,7 @@ def test_all_histories_below_a_folder(tmp_path):
     assert load_all(tmp_path / "nothing") == []
 
 
-# --- Files that are not what they should be. ---
+# --- Damaged and foreign files. ---
 
 
 FOREIGN = [
@@ -137,7 +137,7 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("change", "message"), MISFITS)
-def test_content_that_does_not_fit_is_named(saved, change, message):
+def test_invalid_content_is_refused_by_name(saved, change, message):
     changed(saved, lambda c: c.pop("note"))
     assert History.load(saved).note == ""  # as in older files
     changed(saved, change)
@@ -146,14 +146,14 @@ def test_content_that_does_not_fit_is_named(saved, change, message):
     assert str(caught.value).startswith(str(saved))
 
 
-def test_a_number_that_json_lacks_is_not_written(saved):
+def test_nan_is_refused_and_the_old_file_kept(saved):
     before = saved.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         History(EXPERIMENTS["sgd"], [row(1, test_loss=float("nan"))]).save(saved)
     assert saved.read_bytes() == before
 
 
-# --- Writing: as a whole or not at all. ---
+# --- Atomic writing. ---
 
 
 def test_writing_leaves_one_file(tmp_path):
@@ -178,7 +178,7 @@ def test_a_full_disk_keeps_the_old_file_and_nothing_else(saved, monkeypatch, cal
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
-def test_who_may_read_it_is_the_umask_s_choice(tmp_path, umask):
+def test_the_umask_decides_who_may_read_the_file(tmp_path, umask):
     before = os.umask(umask)
     try:
         write_atomically(tmp_path / "file", b"")

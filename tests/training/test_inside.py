@@ -1,4 +1,4 @@
-"""Hybrids beyond the report's: layers apart, weights that choose themselves, a look inside."""
+"""Hybrids beyond the report's: some layers merged, adaptive λ, a look inside."""
 
 from dataclasses import replace
 
@@ -21,11 +21,11 @@ def toy_of(name, **changes):
     return replace(get_experiment(name).scaled(3), **sizes, **changes)
 
 
-# --- Layers: which are merged, and what becomes of the others. ---
+# --- Layers that are merged, and the others. ---
 
 
 def test_layers_that_are_not_merged_follow_the_last_rule_alone():
-    """By hand: the same steps as of a group with both rules and one with SGD."""
+    """Compared with two groups made by hand: one with both rules, one with SGD alone."""
     for on in ("norms_and_head", "matrices"):
         e = toy("dyn_atmo", lambda_on=on, weight_decay=0.01)
         task = tasks.load_task(e)
@@ -53,10 +53,10 @@ def test_layers_that_are_not_merged_follow_the_last_rule_alone():
 @pytest.mark.parametrize("name", ["adasgd", "adahessian+lion", "lion+adahessian"])
 @pytest.mark.parametrize("on", ["norms_and_head", "matrices"])
 def test_every_parameter_gets_its_own_hessian_diagonal(name, on, monkeypatch):
-    """Groups reorder parameters, and with them D."""
+    """Groups reorder parameters, so D must be reordered with them."""
     given = {}
 
-    def remembered(optimizer, arguments, keywords):
+    def remember(optimizer, arguments, keywords):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         given.update(zip(params, keywords["hess_diag"], strict=True))
 
@@ -64,7 +64,7 @@ def test_every_parameter_gets_its_own_hessian_diagonal(name, on, monkeypatch):
     task = tasks.load_task(e)
     model = task.build_model()
     optimizer = e.build_optimizer(model.named_parameters())
-    optimizer.register_step_pre_hook(remembered)
+    optimizer.register_step_pre_hook(remember)
     diagonals = [torch.full_like(p, i) for i, p in enumerate(model.parameters())]
 
     def one_pass(x, y, probes):
@@ -77,8 +77,8 @@ def test_every_parameter_gets_its_own_hessian_diagonal(name, on, monkeypatch):
         assert torch.equal(given[p], D)
 
 
-def test_decay_that_is_decoupled_stays_with_its_rule():
-    """Of AdaHessian + SGD the others take SGD, whose decay is its own."""
+def test_decoupled_decay_applies_only_where_its_rule_does():
+    """In AdaHessian + SGD the layers that are not merged follow SGD, which has its own decay."""
     e = replace(EXPERIMENTS["adasgd"], weight_decay_in="both", lambda_on="matrices")
     model = hl.resnet18(width=4)
     merged, others = e.build_optimizer(model.named_parameters()).param_groups
@@ -103,7 +103,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("name", "changes"), RUNS.values(), ids=RUNS)
-def test_an_interrupted_run_is_a_straight_run(name, changes, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bits(name, changes, tmp_path):
     e, steps = toy_of(name, **changes), iter(range(99))
     straight = loop.run(e, tmp_path / "a", progress=False)
     stopped = loop.run(e, tmp_path / "b", progress=False, should_stop=lambda: next(steps) == 4)
@@ -113,7 +113,7 @@ def test_an_interrupted_run_is_a_straight_run(name, changes, tmp_path):
     assert all(len(row["lambdas"]) == len(e.method.rules) for row in resumed.rows)
 
 
-def test_weights_that_choose_themselves_are_logged():
+def test_adaptive_weights_are_logged():
     h = loop.run(toy_of("atmo", lambda_schedule="hedge", lambda_rate=5.0), progress=False)
     seen = [row["lambdas"] for row in h.rows]
     assert len(set(seen)) == 3
@@ -128,7 +128,7 @@ def test_weights_that_choose_themselves_are_logged():
 
 @pytest.mark.parametrize("name", ["dyn_atmo", "adasgd", "adam+lion+sgd", "sgd"])
 @pytest.mark.parametrize("merge", ["product", "sum", "graft"])
-def test_a_look_inside_changes_nothing_and_tells_every_layer(name, merge):
+def test_a_look_inside_changes_nothing_and_measures_every_layer(name, merge):
     e = toy_of(name, **({"merge": merge} if name != "sgd" else {}))
     plain, seen = (loop.run(e, progress=False, **how) for how in ({}, {"watch": look_inside}))
     n, layers = len(e.method.rules), {"stem.0", "blocks.7.conv2", "blocks.2.shortcut.0", "head"}
@@ -138,16 +138,16 @@ def test_a_look_inside_changes_nothing_and_tells_every_layer(name, merge):
         drop = ("train_seconds", "test_seconds")
         assert all(row[k] == usual[k] for k in usual if k not in drop)
         assert layers < looked.keys()
-        for of_one in looked.values():
-            assert len(of_one["cosines"]) == n * (n - 1) // 2
-            assert all(-1.001 <= c <= 1.001 for c in of_one["cosines"] if c is not None)
-            assert sum(of_one["shares"]) == pytest.approx(1, abs=2e-3)
-            assert of_one["step_size"] > 0
-            assert ("curvature" in of_one) == e.needs_hessian
+        for layer in looked.values():
+            assert len(layer["cosines"]) == n * (n - 1) // 2
+            assert all(-1.001 <= c <= 1.001 for c in layer["cosines"] if c is not None)
+            assert sum(layer["shares"]) == pytest.approx(1, abs=2e-3)
+            assert layer["step_size"] > 0
+            assert ("curvature" in layer) == e.needs_hessian
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_looked_into_as_an_eager_one():
+def test_a_look_inside_measures_the_same_in_compiled_and_eager_runs():
     e = toy_of("dyn_atmo")
     eager, compiled = (loop.run(e, progress=False, watch=look_inside, compile=c)
                        for c in (False, True))  # fmt: skip
@@ -157,8 +157,8 @@ def test_a_compiled_run_is_looked_into_as_an_eager_one():
                 assert other["inside"][layer][key] == pytest.approx(value, rel=0.05, abs=0.01)
 
 
-def test_what_is_seen_is_what_moves(monkeypatch):
-    """Against the weights before and after the step, and rules asked one by one."""
+def test_a_look_inside_measures_the_actual_movement(monkeypatch):
+    """Compared with the weights before and after a step, and with both rules by hand."""
     e = toy("atmo", lr=0.05)
     task = tasks.load_task(e)
     model = task.build_model()
@@ -172,7 +172,7 @@ def test_what_is_seen_is_what_moves(monkeypatch):
     g = torch.cat([p.grad.flatten() for p in head])
     w = torch.cat([a.flatten() for a in before])
     g = g + 5e-4 * w
-    adam = 0.1 * g / (g.abs() + 1e-8)  # (1 - beta1) g over its own root; SGD answers g
+    adam = 0.1 * g / (g.abs() + 1e-8)  # (1 - beta1) g over its own root; SGD proposes g
     seen = row()["inside"]["head"]
     plain = torch.cat([p.grad.flatten() for p in head])
     assert seen["step_size"] == pytest.approx((moved.norm() / plain.norm()).item(), rel=1e-3)
@@ -186,16 +186,16 @@ def test_what_is_seen_is_what_moves(monkeypatch):
 
 @pytest.mark.parametrize("on", ["norms_and_head", "matrices"])
 def test_a_layer_may_mix_merged_and_other_parameters(on, monkeypatch):
-    """A transformer's matrices have biases in the same layer: by hand, parameter by parameter."""
+    """A transformer's layer has a matrix and a bias. Checked by hand, parameter by parameter."""
     sizes = {"dataset": "python-docs", "width": 8, "train_limit": 64, "test_limit": 8}
     e = replace(get_experiment("atmo").scaled(1), **sizes, batch_size=16, lambda_on=on)
     task = tasks.load_task(e)
     model = task.build_model()
     optimizer = e.build_optimizer(model.named_parameters())
-    asked, name_of = {}, {p: name for name, p in model.named_parameters()}
+    proposed, name_of = {}, {p: name for name, p in model.named_parameters()}
 
     def remember(optimizer, arguments, keywords):
-        asked.update((name_of[p], of_one) for p, of_one in optimizer.proposals())
+        proposed.update((name_of[p], answer) for p, answer in optimizer.proposals())
 
     optimizer.register_step_pre_hook(remember)
     row = look_inside(model, optimizer)
@@ -208,7 +208,7 @@ def test_a_layer_may_mix_merged_and_other_parameters(on, monkeypatch):
     mixed = 0
     for layer, measured in seen.items():
         parts = [
-            of_one for name, of_one in asked.items() if (name.rpartition(".")[0] or name) == layer
+            own for name, own in proposed.items() if (name.rpartition(".")[0] or name) == layer
         ]
         merged = [d for _, d, *_ in parts if len(d) == 2]
         mixed += 0 < len(merged) < len(parts)
@@ -222,11 +222,11 @@ def test_a_layer_may_mix_merged_and_other_parameters(on, monkeypatch):
     assert mixed > 3
 
 
-def test_d_may_be_an_iterator_and_what_a_closure_makes_is_not_looked_at():
+def test_a_look_inside_accepts_an_iterator_for_d_and_ignores_closures():
     model = torch.nn.Linear(2, 1)
     optimizer = hl.adahessian(model.parameters())
     row = look_inside(model, optimizer)
-    optimizer.step(lambda: torch.zeros(()))  # without a gradient
+    optimizer.step(lambda: torch.zeros(()))  # a closure that computes no gradient
     assert row() == {}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -241,7 +241,7 @@ def test_watching_and_capturing_exclude_each_other(monkeypatch):
         loop.run(toy("sgd"), capture=True, watch=look_inside)
 
 
-def test_d_s_age_is_counted_between_estimates(tmp_path):
+def test_the_age_of_d_is_counted_between_estimates(tmp_path):
     e, steps = toy("adasgd", hessian_every=7), iter(range(99))
     h = loop.run(e, progress=False, watch=look_inside)
     n = -(-40 // e.batch_size)
@@ -249,7 +249,7 @@ def test_d_s_age_is_counted_between_estimates(tmp_path):
     loop.run(e, tmp_path, progress=False, watch=look_inside,
              should_stop=lambda: next(steps) == 4)  # fmt: skip
     resumed = loop.run(e, tmp_path, progress=False, watch=look_inside)
-    assert [row["hessian_age"] for row in resumed.rows][1] is None  # unknown is not zero
+    assert [row["hessian_age"] for row in resumed.rows][1] is None  # unknown after resuming
     D = h.rows[0]["inside"]["head"]["curvature"]
     assert len(D) == len(inside.QUANTILES)
     assert sorted(D) == D

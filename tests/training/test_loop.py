@@ -1,7 +1,7 @@
-"""A run computes what it says, survives every interruption to the bit, and refuses what can't work.
+"""A run follows its experiment, survives every interruption to the bit, and refuses the impossible.
 
-The comparison is always the same: the rows but for their seconds, and the weights, buffers and
-optimizer state of the last checkpoint, against those of a run that nothing disturbed.
+The comparison is always the same: the rows except their seconds, and the weights, buffers and
+optimizer state of the last checkpoint, against those of an undisturbed run.
 """
 
 import errno
@@ -59,7 +59,7 @@ def test_every_experiment_runs_and_writes_a_row_per_epoch(name, tmp_path):
     assert h.environment["torch"] == str(torch.__version__)
 
 
-def test_from_a_folder_that_is_not_installed_a_run_knows_no_version(monkeypatch):
+def test_without_an_installed_package_the_version_is_unknown(monkeypatch):
     monkeypatch.setattr(loop, "version", lambda _: version("not-installed"))
     assert trained(toy(epochs=1)).environment["hybrid_lib"] == "unknown"
 
@@ -71,7 +71,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-def test_the_same_experiment_gives_the_same_bits_and_any_change_others():
+def test_the_same_experiment_repeats_the_same_numbers_and_any_change_alters_them():
     first = numbers(trained(toy(epochs=1)).rows)
     assert numbers(trained(toy(epochs=1)).rows) == first
     for change in CHANGES:
@@ -95,7 +95,7 @@ def test_the_hessian_is_estimated_as_often_as_asked_for(monkeypatch, name, every
     assert seen == [2] * expected
 
 
-def test_the_caller_s_random_numbers_are_left_alone(tmp_path):
+def test_the_caller_s_random_states_are_left_alone(tmp_path):
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
 
@@ -111,7 +111,7 @@ def test_a_user_s_settings_of_torch_are_left_alone(monkeypatch):
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_with_rarer_checkpoints_a_run_goes_on_from_the_last(tmp_path):
+def test_with_rarer_checkpoints_a_run_resumes_from_the_last_one(tmp_path):
     e = toy(epochs=5)
     whole = trained(e, tmp_path / "whole", checkpoint_every=2)
     trained(e, tmp_path / "cut", checkpoint_every=2, should_stop=after(3 * 3 + 1))
@@ -135,8 +135,8 @@ def test_with_rarer_checkpoints_a_run_goes_on_from_the_last(tmp_path):
 
 
 @pytest.fixture
-def fed(monkeypatch):
-    """What the network is fed: training mode, least and largest value, number, running mean."""
+def passes(monkeypatch):
+    """The network's inputs: training mode, least and largest value, number, running mean."""
     seen, build = [], tasks.image_model
 
     def look(model, args):
@@ -155,25 +155,25 @@ def fed(monkeypatch):
 
 @pytest.mark.parametrize("protocol", ["clean", "released"])
 @pytest.mark.parametrize("test_mode", ["protocol", "eval", "train"])
-def test_what_the_network_is_fed_and_in_which_mode(fed, protocol, test_mode):
+def test_the_protocol_decides_what_the_network_sees_and_its_mode(passes, protocol, test_mode):
     trained(toy(epochs=2, protocol=protocol, test_mode=test_mode))
     raw = protocol == "released"
     training = test_mode == "train" or (test_mode == "protocol" and raw)
     sizes = [16, 16, 8, 16, 14] if training else [16, 16, 8, 30]
-    assert [n for *_, n, _ in fed] == sizes * 2
-    assert [mode for mode, *_ in fed] == ([True] * 3 + [training] * (len(sizes) - 3)) * 2
-    assert all((low, high) == (0, 255) or not raw for _, low, high, *_ in fed)
-    assert all(-3 < low < 0 < high < 3 or raw for _, low, high, *_ in fed)
-    moved = not fed[3][-1].equal(fed[4][-1])
+    assert [n for *_, n, _ in passes] == sizes * 2
+    assert [mode for mode, *_ in passes] == ([True] * 3 + [training] * (len(sizes) - 3)) * 2
+    assert all((low, high) == (0, 255) or not raw for _, low, high, *_ in passes)
+    assert all(-3 < low < 0 < high < 3 or raw for _, low, high, *_ in passes)
+    moved = not passes[3][-1].equal(passes[4][-1])
     assert moved == training, "in training mode a test pass moves the running statistics"
 
 
-def test_batches_of_a_test_pass_in_training_mode_are_of_mixed_classes(fed, tmp_path):
+def test_batches_of_a_test_pass_in_training_mode_mix_the_classes(passes, tmp_path):
     image_folder(tmp_path, lambda part, label, i: np.full((8, 8, 3), 255 * label, "u1"), n=16)
-    dataset = f"folder:{tmp_path}"  # whose files lie class by class
+    dataset = f"folder:{tmp_path}"  # whose files are sorted by class
     whole = {"train_limit": None, "test_limit": None}
     trained(toy(epochs=1, protocol="released", dataset=dataset, **whole))
-    assert [(low, high) for _, low, high, *_ in fed] == [(0, 255)] * 4
+    assert [(low, high) for _, low, high, *_ in passes] == [(0, 255)] * 4
 
 
 # --- Interrupted and resumed. ---
@@ -187,7 +187,7 @@ RESUMED = [
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The outcome of an experiment that nothing disturbed."""
+    """The outcome of an undisturbed experiment."""
 
     @functools.cache
     def computed(e):
@@ -203,7 +203,7 @@ STOPS = [(after, 0), (after, 2), (after, 3), (interrupt_after, 4), (interrupt_af
 
 @pytest.mark.parametrize(("stop", "steps"), STOPS)
 @pytest.mark.parametrize(("name", "changes"), RESUMED)
-def test_stopped_anywhere_and_run_again_is_a_straight_run(
+def test_a_run_stopped_anywhere_resumes_to_the_same_bits(
     name, changes, stop, steps, tmp_path, straight
 ):
     e = toy(name, **changes)
@@ -220,7 +220,7 @@ def test_stopped_anywhere_and_run_again_is_a_straight_run(
     assert outcome(tmp_path) == straight(e)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
+def test_a_checkpoint_from_before_a_setting_existed_resumes(tmp_path, straight):
     trained(toy(), tmp_path, should_stop=after(4))
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["experiment"]["restart_epoch"]
@@ -231,7 +231,7 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on(tmp_path, straight):
     assert outcome(tmp_path) == straight(toy())
 
 
-def test_a_consumer_that_walks_away_loses_nothing(tmp_path, straight):
+def test_leaving_the_loop_over_epochs_loses_nothing(tmp_path, straight):
     e = toy("atmo")
     for rows in epochs(e, tasks.load_task(e, "cpu"), tmp_path):
         assert not rows or torch.load(tmp_path / "last.pt", weights_only=True)["rows"] == rows
@@ -296,9 +296,9 @@ def stopped(tmp_path, straight):
 
 
 def damages(content: bytes) -> dict[str, bytes]:
-    """Cut short at many places; bits flipped anywhere, and in an entry of the archive's directory.
+    """Cut short at several places; bits flipped anywhere and in an entry of the zip directory.
 
-    Bit 4 of byte 38 is special: it turns the entry into a folder, whose content nobody reads.
+    Bit 4 of byte 38 is special: it turns the entry into a folder, whose content is not read.
     """
     rng = random.Random(0)
     entry = content.rfind(b"PK\x01\x02", 0, content.rfind(b"data/1PK"))
@@ -314,7 +314,7 @@ def damages(content: bytes) -> dict[str, bytes]:
     return made
 
 
-def test_whatever_is_damaged_the_state_is_the_last_or_the_one_before(stopped, capsys):
+def test_from_damaged_checkpoints_the_last_or_the_previous_state_is_restored(stopped, capsys):
     e, folder, _ = stopped
 
     def restored():
@@ -346,13 +346,13 @@ def test_a_damaged_checkpoint_never_replaces_a_good_one(stopped, monkeypatch):
     (folder / "last.pt").write_bytes(b"damaged")
     replace_file = os.replace
 
-    def ends_there(source, target):
+    def failing(source, target):
         if Path(target).name == "last.pt":
             raise OSError(errno.EIO, "Input/output error")
         replace_file(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", ends_there)
+        patched.setattr(os, "replace", failing)
         with pytest.raises((OSError, RuntimeError), match="Input/output error"):
             trained(e, folder)
     assert torch.load(folder / "prev.pt", weights_only=True)["rows"], "the only good one"
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_never_replaces_a_good_one(stopped, monkeypatch):
 
 @pytest.mark.parametrize("name", ["last.pt", "history.json"])
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_a_full_disk_loses_no_epoch_that_was_on_it(tmp_path, straight, monkeypatch, name, epoch):
+def test_a_full_disk_loses_no_saved_epoch(tmp_path, straight, monkeypatch, name, epoch):
     replace_file, left = os.replace, iter(range(epoch - 1))
 
     def full(source, target):
@@ -390,7 +390,7 @@ def test_a_full_disk_loses_no_epoch_that_was_on_it(tmp_path, straight, monkeypat
 
 
 @pytest.mark.parametrize("name", ["sgd", "adasgd"])
-def test_a_run_that_diverges_is_kept_and_not_tried_again(tmp_path, monkeypatch, name):
+def test_a_run_that_diverges_is_kept_and_not_repeated(tmp_path, monkeypatch, name):
     h = trained(toy(name, lr=1e30), tmp_path)
     assert h.status == "diverged"
     assert re.search(r"loss (nan|inf) in epoch 1, step \d \(lr 1e\+30, lambdas \(", h.note)
@@ -431,15 +431,15 @@ REFUSED = [
     *[(toy(), {"device": bad}, rf"device='{bad}'.*cpu, cuda")
       for bad in ("quantum", "meta", "mps")],
     *[(toy(), {"device": bad}, rf"{bad}.*use cpu") for bad in ("cuda", "cuda:3")],
-    (toy(), {"threads": 0}, r"threads=0: at least 1"),
-    (toy(), {"checkpoint_every": 0}, r"checkpoint_every=0: at least 1"),
+    (toy(), {"threads": 0}, r"threads=0: must be at least 1"),
+    (toy(), {"checkpoint_every": 0}, r"checkpoint_every=0: must be at least 1"),
     (toy(), {"capture": True}, r"capture=True needs an NVIDIA GPU, not 'cpu'"),
     (toy(dataset="folder:/nowhere/at/all"), {}, r"no such folder"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("e", "how", "message"), REFUSED, ids=[m for *_, m in REFUSED])
-def test_what_cannot_work_is_refused_in_a_line_and_nothing_is_written(e, how, message, tmp_path):
+def test_an_impossible_run_is_refused_in_one_line_and_writes_nothing(e, how, message, tmp_path):
     if ("GPU" in message or "use cpu" in message) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -455,10 +455,10 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# --- What is shown. ---
+# --- Printed lines. ---
 
 
-def test_a_line_per_epoch_and_silence_when_asked_for(capsys, tmp_path):
+def test_a_run_prints_a_line_per_epoch_or_nothing(capsys, tmp_path):
     run(toy("atmo"), tmp_path, "cpu", should_stop=after(7))
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 3
@@ -467,6 +467,6 @@ def test_a_line_per_epoch_and_silence_when_asked_for(capsys, tmp_path):
         r"lambdas \(0\.5, 0\.5\), \d+\.\d\d s$", shown[0])  # fmt: skip
     assert re.match(r"ATMO: stopped, in epoch 3, step 2; epochs kept: 2; run again", shown[2])
     run(toy("atmo"), tmp_path, "cpu")
-    assert capsys.readouterr().out.startswith("ATMO 3/3 ")  # what was there is not shown again
+    assert capsys.readouterr().out.startswith("ATMO 3/3 ")  # earlier epochs are not printed again
     run(toy("atmo"), None, "cpu", progress=False)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""ResNet18 has the report's size and the right shapes, and refuses what makes no network."""
+"""ResNet18 has the report's size and the right shapes, and refuses impossible settings."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_the_cifar_stem_has_the_released_network_s_parameters():
     assert size(resnet18(num_classes=10)) == 11_173_962
 
 
-def test_the_imagenet_stem_is_torchvision_s_network():
+def test_the_imagenet_stem_gives_torchvision_s_network():
     torchvision = pytest.importorskip("torchvision")
     ours, theirs = resnet18(10, stem="imagenet"), torchvision.models.resnet18(num_classes=10)
     assert size(ours) == size(theirs) == 11_181_642
@@ -50,7 +50,7 @@ BAD += [("stem", bad) for bad in ("CIFAR", "torchvision", "", None)]
 
 
 @pytest.mark.parametrize(("argument", "bad"), BAD)
-def test_what_makes_no_network_is_refused(argument, bad):
+def test_impossible_settings_are_refused(argument, bad):
     allowed = ".*cifar.*imagenet" if argument == "stem" else ""
     with pytest.raises(ValueError, match=f"{argument}={bad!r}{allowed}"):
         resnet18(**{argument: bad})

@@ -1,4 +1,4 @@
-"""The second task: windows of characters, a transformer by the letter, promises of a run."""
+"""The text task: windows of characters, a transformer, and runs that resume and refuse."""
 
 from dataclasses import replace
 from pydoc_data.topics import topics
@@ -27,7 +27,7 @@ def words(task, windows):
 
 
 @pytest.mark.parametrize("limits", [{}, {"train_limit": None, "test_limit": None}])
-def test_windows_are_the_text_in_two_parts_and_targets_are_the_next_characters(limits):
+def test_windows_cover_two_parts_of_the_text_and_targets_are_the_next_characters(limits):
     task = load_task(experiment(**limits))
     cut = len(TEXT) * 9 // 10
     for batches, start, n in (
@@ -40,17 +40,17 @@ def test_windows_are_the_text_in_two_parts_and_targets_are_the_next_characters(l
     assert task.n_train == (40 if limits == {} else cut // WINDOW - 1)
 
 
-def test_a_closing_part_of_what_is_trained_on_validates():
+def test_the_validation_set_is_the_end_of_the_training_text():
     task = load_task(experiment(validation_limit=10))
     trained = [w for x, _ in task.training_batches(3, LAYOUT) for w in words(task, x)]
-    held = [w for x, _ in task.validation_batches(LAYOUT) for w in words(task, x)]
-    assert (len(trained), len(held)) == (29, 10)  # the window between them belongs to none
-    places = [TEXT.index(w) for w in (*trained, *held)]
+    validated = [w for x, _ in task.validation_batches(LAYOUT) for w in words(task, x)]
+    assert (len(trained), len(validated)) == (29, 10)  # the window between them is in neither
+    places = [TEXT.index(w) for w in (*trained, *validated)]
     assert max(places[:29]) + WINDOW < min(places[29:])
     assert max(places) + WINDOW <= 41 * WINDOW
 
 
-def test_augmenting_shifts_all_windows_anew_in_every_epoch():
+def test_augmentation_shifts_all_windows_anew_in_every_epoch():
     task = load_task(experiment(augment=True))
     starts = [{TEXT.index(w) % WINDOW for x, _ in task.training_batches(epoch, LAYOUT)
                for w in words(task, x)} for epoch in range(3)]  # fmt: skip
@@ -62,7 +62,7 @@ def test_augmenting_shifts_all_windows_anew_in_every_epoch():
     assert not torch.equal(orders[0], orders[2])
 
 
-def test_attention_is_torch_s_own_and_sees_no_future():
+def test_attention_matches_torch_s_own_and_sees_no_future():
     torch.manual_seed(0)
     block, x = Block(16).double(), torch.randn(3, 7, 16, dtype=torch.float64)
     q, k, v = block.queries_keys_values(block.norm1(x)).chunk(3, dim=-1)
@@ -80,17 +80,17 @@ def test_attention_is_torch_s_own_and_sees_no_future():
     assert (before[:, 40:] != after[:, 40:]).any(dim=-1).all()
 
 
-def test_it_has_the_parameters_of_its_docstring():
+def test_the_model_has_as_many_parameters_as_its_docstring_says():
     assert sum(p.numel() for p in CharacterModel(103, 64).parameters()) == 117_479
 
 
 @pytest.mark.parametrize("name", ["sgd", "dyn_padam_sgd", "adasgd"])
-def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, name):
+def test_a_stopped_run_resumes_to_the_same_numbers(tmp_path, name):
     e = experiment(name, lr=0.01, validation_limit=10)
     straight = hl.run(e, progress=False)
     assert straight.status == "complete"
-    asked = iter(range(99))
-    stopped = hl.run(e, tmp_path, progress=False, should_stop=lambda: next(asked) == 5)
+    steps = iter(range(99))
+    stopped = hl.run(e, tmp_path, progress=False, should_stop=lambda: next(steps) == 5)
     assert (stopped.status, len(stopped.rows)) == ("stopped", 1)
     resumed = hl.run(e, tmp_path, progress=False)
     kept = [[{k: v for k, v in row.items() if "seconds" not in k} for row in h.rows]
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, name):
     assert kept[0][-1].keys() >= {"validation_loss", "validation_accuracy"}
 
 
-def test_it_learns_and_says_whose_documentation_it_is():
+def test_a_run_learns_more_than_character_frequencies_and_names_its_text():
     history = hl.run(experiment(lr=0.01, train_limit=400, epochs=3), progress=False)
     assert history.final["test_loss"] < 3.1, "frequencies of characters alone cost 3.25"
     assert history.dataset.startswith("Python 3.")
@@ -107,7 +107,7 @@ def test_it_learns_and_says_whose_documentation_it_is():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adam", "adasgd"])
-def test_the_compiled_engine_agrees(name):
+def test_the_compiled_engine_agrees_on_text(name):
     e = experiment(name, width=16)
     task = load_task(e)
     x, y = next(iter(task.training_batches(0, LAYOUT)))
@@ -125,6 +125,6 @@ def test_the_compiled_engine_agrees(name):
      ({"train_limit": 10**6}, r"train_limit=1000000: there are \d+ windows"),
      ({"validation_limit": 33}, "batch_size=8")],
 )  # fmt: skip
-def test_what_does_not_go_with_text_is_refused(changes, message):
+def test_settings_that_text_does_not_have_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         load_task(experiment(**changes))

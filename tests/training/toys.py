@@ -1,4 +1,4 @@
-"""Experiments of seconds, and what is compared of two runs."""
+"""Experiments that take seconds, and what is compared between two runs."""
 
 from dataclasses import replace
 from itertools import product
@@ -27,7 +27,7 @@ def numbers(rows: list[dict]) -> list[dict]:
 
 
 def after(steps: int):
-    """A ``should_stop`` that says so after that many steps."""
+    """A ``should_stop`` that returns True after that many steps."""
     left = iter([False] * steps)
     return lambda: next(left, True)
 

@@ -1,4 +1,4 @@
-"""The notebooks in JupyterLab, in a real Chromium: what a reader sees and touches.
+"""The notebooks in JupyterLab, in a real Chromium: what a reader sees and uses.
 
 Run with ``make browser``. Screenshots, light and dark, go to the folder that the environment
 variable SCREENSHOTS names, or to one that the test prints.
@@ -25,13 +25,13 @@ CHROMIUM = next(
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: apt install chromium"),
-    pytest.mark.filterwarnings("default"),  # a browser's housekeeping is not ours
+    pytest.mark.filterwarnings("default"),  # the browser's own
 ]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab with settings of its own, on copies of the notebooks."""
+    """The address of a JupyterLab with its own settings, on copies of the notebooks."""
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed: pip install .[lab]")
     home = tmp_path_factory.mktemp("lab")
     work = home / "notebooks"
@@ -58,17 +58,18 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classic(twin, tmp_path_factory):
-    """The address of a classic notebook, the nearest twin of Colab's front end."""
+def classic(colab_python, tmp_path_factory):
+    """The address of a classic notebook, the closest stand-in for Colab's front end."""
     home = tmp_path_factory.mktemp("classic")
     shutil.copytree(NOTEBOOKS, home / "notebooks")
-    with serving([twin, "-m", "notebook", "--NotebookApp.token="], "NotebookApp", home, {}) as url:
+    command = [colab_python, "-m", "notebook", "--NotebookApp.token="]
+    with serving(command, "NotebookApp", home, {}) as url:
         yield url
 
 
 @contextlib.contextmanager
 def serving(command: list, app: str, home: Path, environment: dict):
-    """The address of a notebook server that knows nothing of this machine's settings."""
+    """Start a notebook server without this machine's settings; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -111,7 +112,7 @@ def shots(tmp_path):
 
 
 @pytest.mark.parametrize("front", ["lab", pytest.param("classic", marks=pytest.mark.slow)])
-def test_the_playground_answers_in_its_frame(front, browser, shots, request):
+def test_the_playground_responds_in_its_frame(front, browser, shots, request):
     open_in, address = (
         {"lab": _open, "classic": _open_classic}[front],
         request.getfixturevalue(front),

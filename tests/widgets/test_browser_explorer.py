@@ -1,7 +1,7 @@
 """The explorer in a real Chromium: a run is started, watched, stopped, compared.
 
-In JupyterLab, and in the nearest twin of Colab's front end: the classic notebook with the versions
-of Colab's widgets. Run with ``make browser``; screenshots are kept as in ``test_browser.py``.
+In JupyterLab, and in the closest stand-in for Colab's front end: the classic notebook with Colab's
+versions of widgets. Run with ``make browser``; screenshots are kept as in ``test_browser.py``.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ sys.modules |= {"google": types.ModuleType("google"), "google.colab": colab}"""
 
 @pytest.fixture
 def opened(request, browser, tmp_path):  # noqa: F811 - pytest passes fixtures by name
-    """The page of the explorer's notebook, its runs kept in a folder of the test."""
+    """The page of the explorer's notebook, which keeps its runs in the test's folder."""
     front = getattr(request, "param", "lab")
     address = request.getfixturevalue("lab" if front == "lab" else "classic")
     notebook = json.loads((NOTEBOOKS / "09_explorer.ipynb").read_text("utf-8"))
@@ -48,13 +48,13 @@ def opened(request, browser, tmp_path):  # noqa: F811 - pytest passes fixtures b
         elif front == "colab" and cell["source"][0].startswith("explorer = explore("):
             cell["source"] = [f"{FAKE_COLAB}\n", *cell["source"]]
     content = json.dumps({"type": "notebook", "format": "json", "content": notebook}).encode()
-    name = f"{tmp_path.name}.ipynb"  # one of its own: a name that was open has a kernel already
+    name = f"{tmp_path.name}.ipynb"  # a new one: an opened notebook has a kernel already
     url = f"{address}/api/contents/{name}"
     urllib.request.urlopen(urllib.request.Request(url, content, method="PUT")).close()
     page, complaints = (_open if front == "lab" else _open_classic)(address, browser, name)
-    began = time.perf_counter()  # the cells have been told to run
+    began = time.perf_counter()  # the cells have been started
     page.get_by_role("button", name="Start", exact=True).wait_for(timeout=120_000)
-    print(f"\nexplorer in {front}: Start is there after {time.perf_counter() - began:.1f} s")
+    print(f"\nexplorer in {front}: Start appears after {time.perf_counter() - began:.1f} s")
     page.set_viewport_size(SIZE)
     yield page, complaints
     page.close()
@@ -70,7 +70,7 @@ def wait_for_points(page, count):
 
 
 def press(page, name, until):
-    """Press a button; again, should the page not have been listening yet."""
+    """Press a button, again if the page was not listening yet."""
     button = page.get_by_role("button", name=name, exact=True)
     for _ in range(5):
         if button.is_visible() and button.is_enabled():
@@ -100,7 +100,7 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
     page.screenshot(path=shots / f"explorer-{front}-running.png")
 
     press(page, "Stop", "^stopped")
-    assert "Start goes on" in _status(page).inner_text()
+    assert "Start resumes" in _status(page).inner_text()
     (folder,) = tmp_path.glob("*-1")
     assert len(hl.History.load(folder).rows) == points(page)
 
@@ -129,7 +129,7 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
     page.keyboard.press("Tab")
     page.get_by_role("alert").filter(has_text="greater than 0").wait_for(state="hidden")
 
-    # The command in the box, run as it stands elsewhere, has the same numbers.
+    # The command in the box, run unchanged elsewhere, gives the same numbers.
     code = _control(page, "With Python").input_value()
     (folder,) = tmp_path.glob("*-3")
     first = _numbers(folder)
@@ -142,13 +142,13 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opened", ["colab"], indirect=True)
-def test_in_colab_curves_come_while_the_run_occupies_the_notebook(opened):
+def test_in_colab_curves_grow_while_the_run_occupies_the_notebook(opened):
     page, complaints = opened
     press(page, "Start", "epoch")
     wait_for_points(page, 1)
     wait_for_points(page, points(page) + 1)
     page.evaluate("Jupyter.notebook.kernel.interrupt()")
-    _status(page).filter(has_text="interrupt; Start goes on").wait_for(timeout=20_000)
+    _status(page).filter(has_text="interrupt; Start resumes").wait_for(timeout=20_000)
     press(page, "Start", "epoch")
     assert complaints == []
 
@@ -178,7 +178,7 @@ def test_a_look_inside_is_a_map_of_layers(opened, shots):  # noqa: F811
     assert complaints == []
 
 
-def test_the_keyboard_alone_is_enough(opened):
+def test_the_explorer_can_be_used_by_keyboard_alone(opened):
     page, complaints = opened
     _control(page, "Method").focus()
     reached = []
@@ -210,7 +210,7 @@ def _legend_and_cross_hair(page):
         name.click()
         page.wait_for_function(f"{CURVES}.length === {count}")
         assert name.get_attribute("aria-pressed") == pressed
-    assert page.locator("[data-panel=inside]").is_hidden()  # nobody looked
+    assert page.locator("[data-panel=inside]").is_hidden()  # no run was looked into
     figure, head = (
         page.locator(".hybrid-curves > svg").first,
         page.locator(".hybrid-curves th").first,

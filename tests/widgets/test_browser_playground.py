@@ -1,4 +1,4 @@
-"""The playground's page in a real Chromium: the optimizers' arithmetic, and what a reader touches.
+"""The playground's page in a real Chromium: its arithmetic, and what a reader sees and uses.
 
 Run with ``make browser``. Screenshots go where ``test_browser.py`` puts them.
 """
@@ -48,10 +48,10 @@ def visit(browser, address):  # noqa: F811
 
 
 def by_python(points, name, settings):
-    """Where the optimizer goes from each of the page's points.
+    """Where the Python optimizer goes from each of the page's points.
 
-    Before every step it is put on the page's point; its buffers, weights and noise are its own.
-    Where it then went by itself, rounding would grow with every step on the steeper surfaces.
+    Before every step it is moved to the page's point; its buffers, weights and noise are its own.
+    If it moved on from its own point, rounding would grow with every step on steeper surfaces.
     """
     ends = [(1 - λ, λ) for λ in (settings["sgd_weight"], settings["sgd_weight_end"])]
     shape, surface = settings["schedule"], SURFACES[settings["surface"]]
@@ -98,7 +98,7 @@ def test_the_page_computes_what_the_optimizers_do(visit):
     assert compared > 40_000
 
 
-def test_left_to_themselves_page_and_optimizers_arrive_at_the_same_places(visit):
+def test_on_their_own_page_and_optimizers_arrive_at_the_same_points(visit):
     page = visit()
     for settings in ({}, {"surface": "ravine"}, {"noise": 0.4, "surface": "saddle", "seed": 11}):
         chosen = playground.Settings(methods=list(METHODS), **settings).model_dump()
@@ -111,7 +111,7 @@ def test_left_to_themselves_page_and_optimizers_arrive_at_the_same_places(visit)
             assert paths[name]["settled"] == playground.settled(ours)
 
 
-# --- What a reader sees and touches. ---
+# --- What a reader sees and uses. ---
 
 ATMO = "tr[data-method=atmo] td"
 
@@ -126,7 +126,7 @@ def drag(page, name, value):
 
 
 def drawn(page):
-    """Wait until the page shows what it was told: it draws once in a frame."""
+    """Wait until the page is up to date: it draws once per frame."""
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
@@ -134,7 +134,7 @@ def arrows(page):
     return page.locator("#map .arrow:not(.edge)").evaluate_all("all => all.map(a => a.innerHTML)")
 
 
-def test_the_finished_picture_stands_still_where_motion_is_not_wanted(visit):
+def test_with_reduced_motion_the_finished_picture_stands_still(visit):
     page = visit()
     story = page.inner_text("#story")
     for sentence in (
@@ -150,7 +150,7 @@ def test_the_finished_picture_stands_still_where_motion_is_not_wanted(visit):
     assert page.inner_html("#map svg") == before
 
 
-def test_the_story_is_told_once(visit):
+def test_the_animation_plays_once_and_then_stands_still(visit):
     page = visit(motion="no-preference")
     page.wait_for_function("playground.state.step > 5")
     assert "37 steps" not in page.inner_text("#story")
@@ -213,7 +213,7 @@ def test_every_control_changes_the_picture(visit):
     assert page.locator(ATMO).nth(1).inner_text() == "63"
 
 
-def test_a_click_on_the_map_is_another_start_and_a_link_restores_the_state(visit):
+def test_a_click_on_the_map_sets_the_start_and_a_link_restores_the_state(visit):
     page = visit()
     drag(page, "sgd_weight", 0.25)
     page.locator("#map svg").click(position={"x": 200, "y": 150})
@@ -234,7 +234,7 @@ def test_a_click_on_the_map_is_another_start_and_a_link_restores_the_state(visit
     assert wrong.evaluate("playground.state.seed") == 3
 
 
-def test_the_keyboard_is_enough(visit):
+def test_the_playground_can_be_used_by_keyboard_alone(visit):
     page = visit()
     page.get_by_role("slider", name="Step").focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
@@ -245,7 +245,7 @@ def test_the_keyboard_is_enough(visit):
     assert page.locator("input, select, button").evaluate_all(labelled)
 
 
-def test_it_fits_and_follows_light_and_dark(visit, shots):  # noqa: F811
+def test_the_page_fits_and_follows_light_and_dark_mode(visit, shots):  # noqa: F811
     for width, scheme in ((1080, "light"), (1080, "dark"), (380, "light"), (380, "dark")):
         page = visit(viewport={"width": width, "height": 900}, color_scheme=scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width

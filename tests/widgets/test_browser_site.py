@@ -1,4 +1,4 @@
-"""The site in a real Chromium, without a network: no request, no complaint, no dead link."""
+"""The site in a real Chromium, without a network: no request, no error, no dead link."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built of a copy of what is committed."""
+    """The site, built from a copy of the committed files."""
     project = tmp_path_factory.mktemp("project")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -27,7 +27,7 @@ def site(tmp_path_factory):
     return project / "build" / "site"
 
 
-def test_it_is_whole_without_a_network(site, browser, shots):  # noqa: F811
+def test_the_site_is_complete_without_a_network(site, browser, shots):  # noqa: F811
     pages, links, complaints = sorted(site.rglob("*.html")), set(), []
     context = browser.new_context(offline=True)
     page = context.new_page()

@@ -25,12 +25,12 @@ from hybrid_lib.widgets.explorer import FIELDS, METHODS, RUN, Explorer, explore
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"epochs": 3, "width": 2, "batch_size": 32, "train_limit": 160, "test_limit": 80}
-WEIGHED = {"lambda_on", "lambda_schedule", "lambda_start", "merge"}  # of every hybrid
+WEIGHED = {"lambda_on", "lambda_schedule", "lambda_start", "merge"}  # settings of every hybrid
 
 
 @pytest.fixture
 def open_explorer(tmp_path):
-    """Make explorers that keep their runs in one folder; whatever still trains is stopped."""
+    """Make explorers that keep their runs in one folder; stop those that still train."""
     opened = []
 
     def make(method="padam_sgd", **start):
@@ -72,24 +72,24 @@ def drawn(explorer):
     return explorer.figure.data["runs"]
 
 
-def inside(view):
+def all_widgets(view):
     """All widgets of a view."""
-    return [view, *(w for child in getattr(view, "children", ()) for w in inside(child))]
+    return [view, *(w for child in getattr(view, "children", ()) for w in all_widgets(child))]
 
 
 def cell(explorer, field):
-    """The box that holds a control, and below it what is said of it."""
+    """The box that holds a control and the messages below it."""
     control = explorer.controls[field]
-    return next(w for w in inside(explorer.view) if control in getattr(w, "children", ()))
+    return next(w for w in all_widgets(explorer.view) if control in getattr(w, "children", ()))
 
 
 def problems(explorer):
-    """Where something is wrong, and said below the control."""
-    said = {field for field, message in explorer.messages.items() if message}
+    """The fields with a fault, which a message below the control explains."""
+    faulty = {field for field, message in explorer.messages.items() if message}
     for field in explorer.controls:
         below = "".join(message.value for message in cell(explorer, field).children[1:])
-        assert ('role="alert"' in below) == (field in said)
-    return said
+        assert ('role="alert"' in below) == (field in faulty)
+    return faulty
 
 
 def until(condition, seconds=60):
@@ -111,7 +111,7 @@ def test_a_run_from_start_to_reset(open_explorer, tmp_path):
     explorer = open_explorer()
     assert drawn(explorer) == []
     press(explorer, "Start")
-    assert not can_start(explorer)  # the very run that trains
+    assert not can_start(explorer)  # this run is training already
     explorer.wait()
     history = explorer.history
     assert history.status == "complete"
@@ -124,7 +124,7 @@ def test_a_run_from_start_to_reset(open_explorer, tmp_path):
         assert run[column] == pytest.approx(list(history.frame()[column]), rel=1e-4)
     assert run["label"] == explorer.figure.data["title"] == "PADAM-SGD, handwritten digits"
     assert hl.History.load(tmp_path / "runs" / "padam_sgd-1").rows == history.rows
-    assert explorer.earlier.options == ()  # this run is none
+    assert explorer.earlier.options == ()  # the run shown is not an earlier one
     press(explorer, "Reset")
     assert (explorer.history, drawn(explorer)) == (None, [])
     assert explorer.controls["run_name"].value == "padam_sgd-2"
@@ -132,7 +132,7 @@ def test_a_run_from_start_to_reset(open_explorer, tmp_path):
     assert hl.History.load(tmp_path / "runs" / "padam_sgd-1").rows == history.rows
 
 
-def test_stop_answers_at_once_and_start_goes_on_to_the_same_numbers(open_explorer, tmp_path):
+def test_stop_acts_at_once_and_start_resumes_to_the_same_numbers(open_explorer, tmp_path):
     explorer, seconds = open_explorer(epochs=6, width=8, batch_size=32, train_limit=640), []
     for kept in range(1, 4):
         press(explorer, "Start")
@@ -143,7 +143,7 @@ def test_stop_answers_at_once_and_start_goes_on_to_the_same_numbers(open_explore
         explorer.wait(30)
         seconds.append(time.perf_counter() - pressed)
         assert explorer.history.status == "stopped"
-        assert "Start goes on" in explorer.status.value
+        assert "Start resumes" in explorer.status.value
         assert numbers(explorer.history)[: len(before)] == before
         assert numbers(hl.History.load(explorer.folder)) == numbers(explorer.history)
     print(f"\nStop answered after {statistics.median(seconds):.3f} s (median of {len(seconds)})")
@@ -153,7 +153,7 @@ def test_stop_answers_at_once_and_start_goes_on_to_the_same_numbers(open_explore
     assert numbers(explorer.history) == numbers(straight)
 
 
-def test_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
+def test_queued_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
     explorer = open_explorer(**TINY | {"epochs": 20})
     press(explorer, "Start")
     queued = []
@@ -162,26 +162,26 @@ def test_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
         assert explorer.buttons[0].description == "Queue"
         queued.append(explorer.experiment())
         press(explorer, "Start")
-        assert not can_start(explorer)  # once is enough
+        assert not can_start(explorer)  # it is queued already
     until(lambda: "then padam_sgd-2, sgd-1" in explorer.status.value)
     explorer.wait()
     assert explorer.buttons[0].description == "Start"
     assert explorer.history.experiment == queued[1]
     assert explorer.earlier.value == ("padam_sgd-1", "padam_sgd-2")
     assert [len(run["epoch"]) for run in drawn(explorer)] == [2, 20, 2]
-    assert explorer.figure.data["epochs"] == 20  # the longest is seen whole
+    assert explorer.figure.data["epochs"] == 20  # the longest run fits
     assert len({run["colour"] for run in drawn(explorer)}) == 3
     assert len({run["dash"] for run in drawn(explorer)}) == 3
     assert hl.History.load(explorer.runs / "padam_sgd-2").experiment == queued[0]
 
 
-def test_curves_grow_meanwhile_until_stop_which_empties_the_queue(open_explorer):
+def test_curves_grow_during_a_run_and_stop_empties_the_queue(open_explorer):
     explorer = open_explorer(epochs=400, width=2, batch_size=32)
     press(explorer, "Start")
     seen, turns = set(), 0
     while len(seen) < 4:
         seen.add(len(drawn(explorer)[0]["epoch"]) if drawn(explorer) else 0)
-        turns += 1  # nobody else's thread: this loop is what another cell would do
+        turns += 1  # the main thread is free: another cell could run in this loop
         time.sleep(0.005)
     assert turns > 20
     assert "of 400, step " in explorer.status.value
@@ -193,11 +193,11 @@ def test_curves_grow_meanwhile_until_stop_which_empties_the_queue(open_explorer)
     assert not (explorer.runs / "padam_sgd-2").exists()
     kept = len(explorer.history.rows)
     set_to(explorer, seed=0, run_name="padam_sgd-1")
-    press(explorer, "Start")  # Stop is forgotten
+    press(explorer, "Start")  # Stop has no effect on later runs
     until(lambda: len(explorer.history.rows) > kept)
 
 
-def test_what_only_the_data_can_tell_fails_and_leaves_what_waits_untouched(open_explorer):
+def test_a_run_that_fails_on_its_data_leaves_the_queue_untouched(open_explorer):
     explorer = open_explorer(**TINY | {"epochs": 20})
     many = {"dataset": "digits", "train_limit": "", "batch_size": 1201}
     right = {"batch_size": 32, "train_limit": "160", "seed": 1, "epochs": 1}
@@ -206,13 +206,13 @@ def test_what_only_the_data_can_tell_fails_and_leaves_what_waits_untouched(open_
         press(explorer, "Start")
     explorer.wait()
     assert (explorer.history.status, explorer.history.experiment.seed) == ("complete", 1)
-    assert "complete" in explorer.status.value  # and what failed before is not forgotten
+    assert "complete" in explorer.status.value  # and earlier failures are still shown
     assert "padam_sgd-2: FileNotFoundError" in explorer.status.value
     assert "padam_sgd-3: ValueError: batch_size=1201" in explorer.status.value
     assert explorer.status.value.count('role="alert"') == 2
 
 
-# Choices: what goes together, and what is said where it does not.
+# Choices: which go together, and what the explorer says about the others.
 
 
 @pytest.mark.parametrize(
@@ -229,20 +229,20 @@ def test_what_only_the_data_can_tell_fails_and_leaves_what_waits_untouched(open_
         ("swats", {"momentum", "weight_decay", *WEIGHED, "lambda_per", "lambda_tolerance"}),
     ],
 )  # fmt: skip
-def test_controls_that_a_method_has_not_are_disabled(open_explorer, method, enabled):
+def test_controls_that_a_method_does_not_have_are_disabled(open_explorer, method, enabled):
     explorer = open_explorer("sgd", **TINY)
     set_to(explorer, method=method)
     always = {"lr", "lr_schedule", *RUN}
     assert {f for f in FIELDS if not explorer.controls[f].disabled} - always == enabled
 
 
-def test_a_method_brings_its_own_row_and_keeps_the_run(open_explorer):
+def test_a_method_brings_its_own_settings_and_keeps_those_of_the_run(open_explorer):
     explorer = open_explorer()
     set_to(explorer, seed=7)
     changes = []
     explorer.python.observe(changes.append, "value")
     set_to(explorer, method="dyn_padam_sgd")
-    assert len(changes) == 1  # judged once, not for every control that follows
+    assert len(changes) == 1  # checked once, not for every control that changes
     row = hl.EXPERIMENTS["dyn_padam_sgd"].scaled(3)
     assert explorer.experiment() == dataclasses.replace(row, **TINY, dataset="digits", seed=7)
     assert explorer.controls["run_name"].value == "dyn_padam_sgd-1"
@@ -273,13 +273,13 @@ def test_impossible_choices_are_explained_beside_their_controls(open_explorer, v
     set_to(explorer, **values)
     assert problems(explorer) == set(values)
     assert not can_start(explorer)
-    assert explorer.papermill.value == command  # nothing that would not run is offered
+    assert explorer.papermill.value == command  # only commands that would run are offered
     set_to(explorer, **right)
     assert problems(explorer) == set()
     assert can_start(explorer)
 
 
-def test_what_does_not_go_together_is_explained_beside_one_of_the_two(open_explorer):
+def test_conflicting_choices_are_explained_beside_one_of_the_two(open_explorer):
     explorer = open_explorer("dyn_padam_sgd", **TINY)
     for changes in ({"protocol": "released", "lambda_schedule": "sigmoid"}, {"lr": 0.02}):
         set_to(explorer, **changes)
@@ -304,25 +304,25 @@ def test_a_shape_s_own_setting_appears_with_it(open_explorer, shape, setting):
     assert problems(explorer) == set()
 
 
-def test_a_name_is_never_written_over(open_explorer, tmp_path):
+def test_an_earlier_run_is_never_overwritten(open_explorer, tmp_path):
     (tmp_path / "runs" / "broken").mkdir(parents=True)
     (tmp_path / "runs" / "broken" / "history.json").write_text("{")
     explorer = open_explorer(**TINY | {"epochs": 1})
     assert explorer.earlier.options == ()  # what cannot be read cannot be compared
     train(explorer)
     name = explorer.folder.name
-    set_to(explorer, seed=1)  # a proposed name moves on by itself
+    set_to(explorer, seed=1)  # a proposed name advances by itself
     assert explorer.controls["run_name"].value == "padam_sgd-2"
     for taken in (name, "broken"):
-        set_to(explorer, run_name=taken)  # a typed one is the person's own
+        set_to(explorer, run_name=taken)  # a typed one does not
         assert problems(explorer) == {"run_name"}
         assert not can_start(explorer)
-    set_to(explorer, seed=0, run_name=name)  # the very same experiment
+    set_to(explorer, seed=0, run_name=name)  # the same experiment may resume
     assert problems(explorer) == set()
     assert can_start(explorer)
 
 
-def test_the_schedules_of_what_starts_next_are_drawn(open_explorer):
+def test_the_schedules_of_the_next_run_are_drawn(open_explorer):
     explorer = open_explorer("dyn_padam_sgd", **TINY | {"epochs": 4})
     set_to(explorer, lambda_epochs="4")
     planned = explorer.figure.data["planned"]
@@ -335,7 +335,7 @@ def test_the_schedules_of_what_starts_next_are_drawn(open_explorer):
 # Comparing and repeating.
 
 
-def test_earlier_runs_and_the_report_are_laid_over(open_explorer):
+def test_earlier_runs_and_the_report_are_overlaid(open_explorer):
     explorer = open_explorer(**TINY | {"epochs": 2})
     train(explorer)
     explorer.reset()
@@ -346,12 +346,12 @@ def test_earlier_runs_and_the_report_are_laid_over(open_explorer):
     ]  # fmt: skip
     explorer.report.value = True
     report = explorer.figure.data["report"]
-    assert "CIFAR-10" in report["label"]  # never to be taken for the digits' own
+    assert "CIFAR-10" in report["label"]  # not to be taken for the digits' own
     assert report["test_accuracy"][0] == pytest.approx(0.6093)
-    assert explorer.figure.data["epochs"] == 2  # they do not press the runs to the edge
+    assert explorer.figure.data["epochs"] == 2  # the report's curves do not squeeze the runs
     explorer.reset()
     explorer.earlier.value = []
-    assert explorer.figure.data["epochs"] == max(report["epoch"])  # without runs, all are seen
+    assert explorer.figure.data["epochs"] == max(report["epoch"])  # all the report's
     assert drawn(explorer) == []
 
 
@@ -377,7 +377,7 @@ def test_every_method_can_be_started_and_copied(open_explorer):
 
 
 @pytest.mark.parametrize("way", ["python", pytest.param("papermill", marks=pytest.mark.slow)])
-def test_what_is_copied_repeats_the_run(open_explorer, tmp_path, way):
+def test_the_copied_command_repeats_the_run(open_explorer, tmp_path, way):
     explorer = open_explorer("dyn_padam_sgd", **TINY)
     first = train(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
                   lambda_start="0.9, 0.1", lambda_end="0.25, 0.75", lambda_epochs="2",
@@ -402,7 +402,7 @@ def test_what_is_copied_repeats_the_run(open_explorer, tmp_path, way):
 
 @pytest.fixture
 def colab(monkeypatch):
-    """A google.colab that writes down what happens."""
+    """A stand-in for google.colab that records what happens."""
     events = []
     package = types.ModuleType("google.colab")
     package.output = types.ModuleType("google.colab.output")
@@ -417,7 +417,7 @@ def test_in_colab_start_trains_in_the_foreground_until_an_interrupt(tmp_path, co
     monkeypatch.setattr(module, "display", colab.append)
     explorer, real = explore(tmp_path / "runs", "padam_sgd", **TINY), hl.run
     assert colab[-1] is explorer.view
-    assert "widget manager" in colab  # anywidget's doing
+    assert "widget manager" in colab  # enabled by anywidget
 
     def interrupted(*arguments, should_stop, **more):
         calls = iter(range(1000))
@@ -431,8 +431,8 @@ def test_in_colab_start_trains_in_the_foreground_until_an_interrupt(tmp_path, co
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "run", interrupted)
-        press(explorer, "Start")  # and is not thrown out of the cell
-    assert "Start goes on" in explorer.status.value
+        press(explorer, "Start")  # and the interrupt stays within the cell
+    assert "Start resumes" in explorer.status.value
     assert len(explorer.history.rows) == 1
     press(explorer, "Start")  # returns when it is done
     straight = hl.run(explorer.experiment(), tmp_path / "straight", progress=False)
@@ -441,7 +441,7 @@ def test_in_colab_start_trains_in_the_foreground_until_an_interrupt(tmp_path, co
 
 @pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
 def test_an_executed_copy_has_figures_and_no_widget_state(tmp_path, monkeypatch):
-    monkeypatch.setenv("BROWSER_PATH", os.devnull)  # figures without their images: seconds less
+    monkeypatch.setenv("BROWSER_PATH", os.devnull)  # no images of figures: saves seconds
     executed = papermill.execute_notebook(
         ROOT / "notebooks" / "09_explorer.ipynb", tmp_path / "out.ipynb",
         {"runs": str(tmp_path / "runs"), "epochs": 2, "width": 2}, progress_bar=False,
@@ -454,14 +454,14 @@ def test_an_executed_copy_has_figures_and_no_widget_state(tmp_path, monkeypatch)
     assert not any("widget" in kind for kind in kinds)
 
 
-def test_every_control_has_a_label_and_colab_can_show_it_and_save_it(open_explorer):
+def test_every_control_has_a_label_and_colab_can_show_and_save_the_view(open_explorer):
     explorer = open_explorer(**TINY | {"epochs": 30})
     train(explorer)
     assert {*FIELDS, "method", "run_name"} == set(explorer.controls) == set(explorer.messages)
     labels = {control.description for control in explorer.controls.values()} - {""}
     assert len(labels) == len(explorer.controls)
-    # A front end for ipywidgets 7 cannot make an Output: a view that holds one stays blank.
-    found = inside(explorer.view)
+    # A front end for ipywidgets 7 cannot create an Output; a view that holds one stays blank.
+    found = all_widgets(explorer.view)
     assert {explorer.figure, *explorer.controls.values()} <= set(found)
     assert "Output" not in [type(widget).__name__ for widget in found]
     state = json.dumps(embed_data([explorer.view], state=dependency_state([explorer.view])))
@@ -470,7 +470,7 @@ def test_every_control_has_a_label_and_colab_can_show_it_and_save_it(open_explor
     assert len(state) < 100_000
 
 
-def test_text_trains_as_images_do(open_explorer):
+def test_the_explorer_trains_on_text_too(open_explorer):
     explorer = open_explorer("adam", dataset="python-docs", train_limit=64, test_limit=10, epochs=2,
                              width=8, batch_size=32)  # fmt: skip
     history = train(explorer)
@@ -505,13 +505,13 @@ def test_a_look_inside_shows_every_layer_and_changes_nothing(open_explorer, tmp_
             assert cosine["values"][i][j] == (layer["cosines"][0] if merged else None)
             assert step["values"][i][j] == layer["step_size"]
             assert curvature["values"][i][j] == (layer["curvature"][-1] if merged else None)
-    explorer.look.value = False  # of an earlier run it is shown as well
+    explorer.look.value = False  # that of an earlier run is shown as well
     press(explorer, "Reset")
     explorer.earlier.value = [explorer.earlier.options[-1][1]]
     assert explorer.figure.data["inside"]["measures"] == shown["measures"]
 
 
-def test_a_long_run_is_shown_in_a_hundred_columns(open_explorer):
+def test_a_long_run_is_shown_in_at_most_a_hundred_columns(open_explorer):
     explorer = open_explorer("sgd", **TINY)
     explorer.look.value = True
     (row, *_) = train(explorer).rows
@@ -519,12 +519,12 @@ def test_a_long_run_is_shown_in_a_hundred_columns(open_explorer):
     explorer.figure.draw({"long": long}, long.experiment)
     shown = explorer.figure.data["inside"]
     assert shown["epoch"] == [*range(1, 351, 4)]
-    (measure,) = shown["measures"]  # one rule has no share and no other to agree with
+    (measure,) = shown["measures"]  # a single rule has neither shares nor cosines
     assert {len(values) for values in measure["values"]} == {88}
 
 
-def test_a_hybrid_of_three_whose_weights_choose_themselves(open_explorer):
-    """Not in the list of methods, but to be opened; nothing is planned for its weights."""
+def test_a_hybrid_of_three_rules_with_adaptive_weights_can_be_opened(open_explorer):
+    """It is not in the list of methods, and its weights cannot be drawn in advance."""
     explorer = open_explorer("adam+lion+sgd", **TINY, lambda_schedule="hedge", lambda_rate=2.0)
     assert explorer.controls["lambda_rate"].value == "2.0"
     assert explorer.figure.data["planned"]["lambdas"] == {}

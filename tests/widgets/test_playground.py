@@ -1,4 +1,4 @@
-"""The playground's page: built as it should be, the notebook's text is true, it is shown.
+"""The playground's page and how it is shown; what the notebook says about it is true.
 
 ``test_browser_playground.py`` opens it in a browser.
 """
@@ -15,7 +15,7 @@ from hybrid_lib.widgets.playground import METHODS
 from hybrid_lib.widgets.surfaces import SURFACES, settled
 
 
-def test_the_page_is_complete_small_and_asks_for_nothing():
+def test_the_page_is_complete_and_small_and_makes_no_request():
     page = playground.page()
     assert len(page.encode()) <= 80_000
     assert not re.search(r"https?:|\bsrc=|@import|url\((?!#)|\bfetch\(|XMLHttpRequest", page)
@@ -26,7 +26,7 @@ def test_the_page_is_complete_small_and_asks_for_nothing():
         assert surface.javascript() in page
 
 
-def test_settings_go_into_the_page():
+def test_settings_are_written_into_the_page():
     settings = {
         "surface": "saddle", "methods": "adasgd, sgd", "lr": 0.02, "schedule": "cosine",
         "sgd_weight": 0.2, "sgd_weight_end": 0.7, "noise": 0.5, "seed": 3, "merge": "sum",
@@ -63,7 +63,7 @@ def test_impossible_settings_are_refused_with_what_is_allowed(settings, complain
     assert re.search(complaint, reason(caught.value))
 
 
-def test_somebody_who_watches_gets_the_page_in_a_frame(monkeypatch):
+def test_an_interactive_reader_gets_the_page_in_a_frame(monkeypatch):
     shown = []
     monkeypatch.setattr(figures, "is_interactive", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
@@ -73,7 +73,7 @@ def test_somebody_who_watches_gets_the_page_in_a_frame(monkeypatch):
     assert "<script" not in frame
 
 
-def test_nobody_gets_a_picture(monkeypatch):
+def test_without_an_interactive_reader_a_picture_is_shown(monkeypatch):
     shown = []
     monkeypatch.setattr(figures, "is_interactive", lambda: False)
     monkeypatch.setattr(figures, "show", shown.append)
@@ -89,7 +89,7 @@ def test_nobody_gets_a_picture(monkeypatch):
         playground.show(surface="hill")
 
 
-# What 01_playground.ipynb says is so.
+# What 01_playground.ipynb says is true.
 
 
 def fates(**settings):
@@ -98,11 +98,11 @@ def fates(**settings):
     return {n: settled(p) if len(p) == 251 else 1 - len(p) for n, p in walked.items()}
 
 
-def test_the_opening_picture():
+def test_the_opening_picture_is_as_described():
     assert fates() == {"sgd": -37, "adam": None, "atmo": 63}
 
 
-def test_the_three_things_to_try():
+def test_the_three_things_to_try_are_as_described():
     for weight, alone in ((0.0, "adam"), (1.0, "sgd")):
         walked = playground.paths(methods=f"atmo, {alone}", sgd_weight=weight)
         assert walked["atmo"] == pytest.approx(walked[alone])

@@ -1,4 +1,4 @@
-"""Minima are minima, derivatives are derivatives, paths are the optimizers' own."""
+"""Minima, heights and derivatives are right, and paths are those of the optimizers."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from torch.autograd.functional import hessian, jacobian
 
 from hybrid_lib.widgets.surfaces import SURFACES, normal, settled, walk
 
-each = pytest.mark.parametrize("surface", SURFACES.values(), ids=SURFACES)
+every_surface = pytest.mark.parametrize("surface", SURFACES.values(), ids=SURFACES)
 
 
 def as_tensors(surface):
@@ -19,7 +19,7 @@ def as_tensors(surface):
     return lambda xy: f(*xy)
 
 
-@each
+@every_surface
 def test_minima_have_value_0_no_slope_and_lie_in_a_bowl(surface):
     for x, y in surface.minima:
         height, *slope = surface.at(x, y)[:3]
@@ -29,8 +29,8 @@ def test_minima_have_value_0_no_slope_and_lie_in_a_bowl(surface):
         assert torch.linalg.eigvalsh(hessian(as_tensors(surface), point)).min() > 0
 
 
-@each
-def test_start_and_minima_are_on_the_map_a_square_with_nothing_lower(surface):
+@every_surface
+def test_the_map_is_a_square_with_start_and_minima_and_nothing_lower(surface):
     (x0, x1), (y0, y1) = surface.bounds
     assert x1 - x0 == pytest.approx(y1 - y0)
     for x, y in (surface.start, *surface.minima):
@@ -55,8 +55,8 @@ def test_heights_are_those_of_the_literature(name, point, height):
     assert SURFACES[name].at(*point)[0] == pytest.approx(height)
 
 
-@each
-def test_formulas_of_the_slopes_are_autograds(surface):
+@every_surface
+def test_derivatives_are_those_of_autograd(surface):
     f = as_tensors(surface)
     for point in torch.empty(20, 2, dtype=torch.float64).uniform_(-4, 4, generator=seeded()):
         _, gx, gy, dx, dy = surface.at(*point.tolist())
@@ -78,7 +78,7 @@ def seeded():
         ("sgd", None, lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.95)),
     ],
 )
-def test_one_rule_alone_walks_torchs_path(name, weights, reference):
+def test_a_single_rule_follows_the_path_of_torch(name, weights, reference):
     f, w = as_tensors(SURFACES["saddle"]), torch.tensor([2.0, 0.01], dtype=torch.float64)
     optimizer, points = reference([w]), []
     for _ in range(60):
@@ -106,7 +106,7 @@ def test_noise_is_seeded_normal_and_can_be_absent():
     drawn = np.array([list(itertools.islice(normal(seed), 1000)) for seed in range(100)])
     assert drawn.mean() == pytest.approx(0, abs=0.01)
     assert drawn.var() == pytest.approx(1, abs=0.01)
-    assert np.abs(np.corrcoef(drawn) - np.eye(100)).max() < 0.2  # of neighbouring seeds too
+    assert np.abs(np.corrcoef(drawn) - np.eye(100)).max() < 0.2  # for neighbouring seeds too
 
 
 def test_settled_is_the_step_after_the_last_loss_above_the_tolerance():
