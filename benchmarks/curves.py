@@ -1,11 +1,11 @@
-"""Do the speed-ups leave the curves alone? Final accuracies with and without each, on equal seeds.
+"""Do the speed-ups change the curves? Final accuracies with and without each, on equal seeds.
 
     python -m benchmarks.curves [--seeds 3] [--method adahessian] [--epochs 12] [--json]
 
-Demo scale on the handwritten digits: every seed is trained as it comes (eager, float32, exact
-Hessian), compiled, with convolutions in bfloat16, and with the Hessian diagonal every 10 steps,
-from all and from a quarter of each batch. Weights, data order and probes of a seed are the same.
-± is half of the 95 % interval (Student) of accuracies, and of differences seed by seed.
+Demo scale on the handwritten digits. Each seed is trained plainly (eager, float32, exact Hessian),
+compiled, with convolutions in bfloat16, and with the Hessian diagonal every 10 steps, from all and
+from a quarter of each batch, with the same initial weights, data order and probes. ± is half of
+the 95 % interval (Student) of the accuracies and of the seed-by-seed differences.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def main() -> None:
     print(f"{machine()}\n{chosen.method}, handwritten digits, {chosen.epochs} epochs, "
           f"{chosen.seeds} seeds; last epoch")  # fmt: skip
     for row in rows:
-        of_one, of_pairs = (f" ± {row[k]:.4f}" if chosen.seeds > 1 else ""
-                            for k in ("margin", "difference_margin"))  # fmt: skip
-        print(f"{row['name']:18s} test accuracy {row['accuracy']:.4f}{of_one} "
-              f"({row['difference']:+.4f}{of_pairs}), loss {row['train_loss']:.4f}")  # fmt: skip
+        margin, paired = (f" ± {row[k]:.4f}" if chosen.seeds > 1 else ""
+                          for k in ("margin", "difference_margin"))  # fmt: skip
+        print(f"{row['name']:18s} test accuracy {row['accuracy']:.4f}{margin} "
+              f"({row['difference']:+.4f}{paired}), loss {row['train_loss']:.4f}")  # fmt: skip
 
 
 if __name__ == "__main__":

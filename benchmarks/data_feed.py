@@ -5,7 +5,7 @@
 One epoch over random 32x32 colour images: crop with a padding of 4, mirror, normalise, batch.
 ``torchvision`` is the usual way: PIL images, RandomCrop, RandomHorizontalFlip, ToTensor,
 Normalize and a DataLoader without worker processes; ``torchvision_2_workers`` has two.
-``hybrid_lib`` gathers each batch from one resident tensor, on a GPU where there is one.
+``hybrid_lib`` gathers each batch from one resident tensor, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hybrid_lib.training import data
 
 
 class Pictures(Dataset):
-    """As torchvision's CIFAR10 serves them."""
+    """Images as torchvision's CIFAR10 serves them."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         self.images, self.labels = images, labels
@@ -65,15 +65,15 @@ def main() -> None:
         for x, _ in data.batches(resident.train_images, resident.train_labels, order, chosen.batch):
             data.normalised(data.augmented(x, generator), resident)
 
-    def theirs(workers):
+    def usual(workers):
         loader = DataLoader(pictures, chosen.batch, shuffle=True, num_workers=workers)
         return lambda: [batch[0].to(device) for batch in loader]
 
-    # As in any process that trains: after one large block is freed, malloc keeps smaller ones.
+    # As in any training process: after a large block is freed, malloc keeps smaller ones.
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
-    candidates = {"torchvision": theirs(0), "torchvision_2_workers": theirs(2), "hybrid_lib": ours}
+    candidates = {"torchvision": usual(0), "torchvision_2_workers": usual(2), "hybrid_lib": ours}
     rows = interleaved(candidates, "torchvision", chosen.rounds)
-    for row in rows:  # a rate, so the other way up
+    for row in rows:  # a rate, so inverted
         row["images_per_second"] = chosen.images / row["ms"] * 1000
         row["ratio"], row["low"], row["high"] = 1 / row["ratio"], 1 / row["high"], 1 / row["low"]
     show(rows, f"{chosen.images} augmented images, batch {chosen.batch}; ratios of images/s",

@@ -1,11 +1,11 @@
-"""Seconds per epoch of every method, and how much of the device's arithmetic that is.
+"""Seconds per epoch of every method, and their share of the device's peak arithmetic.
 
     python -m benchmarks.epoch [--precision bfloat16] [--images 50000] [--epochs 3]
         [--width 64] [--peak TFLOPS] [--only sgd,adahessian] [--eager] [--json]
 
 Whole epochs of :func:`hybrid_lib.run` on random 32x32 images with the settings of Tables I and II:
 training, then the test pass over a fifth as many. The first epoch, which compiles, is left out.
-``--peak``, the device's TFLOP/s at that precision, gives the share of it that the convolutions'
+Given ``--peak``, the device's TFLOP/s at that precision, it prints the share that the convolutions'
 multiplications reach (three products per weight and step, nine with an exact Hessian diagonal).
 """
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", default="float32", help="float32, tf32 or bfloat16")
     parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--epochs", type=int, default=3, help="that are timed")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device at this precision")
     parser.add_argument("--only", default=",".join(PAPER_METHODS))
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()
     images = random_images(chosen.images)
-    loop.data.load = lambda *_: images  # random images are no data set that users can name
+    loop.data.load = lambda *_: images  # random images have no name as a data set
     rows = []
     for name in chosen.only.split(","):
         experiment = dataclasses.replace(

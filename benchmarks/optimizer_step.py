@@ -1,12 +1,12 @@
-"""What an optimizer's own step costs, as a ratio to the time that its bytes take to move.
+"""Cost of an optimizer's own step, as a ratio to the time that moving its bytes takes.
 
     python -m benchmarks.optimizer_step [--width 64] [--rounds 21] [--eager] [--json]
 
-On ResNet18's 62 tensors (11.17 million parameters at width 64), float32, with fixed gradients.
-The floor of a method is one compiled loop over flat arrays that reads and writes as many bytes as
-the method must: weights, gradient and each buffer once. Rivals: torch's fused and foreach
-optimizers; the report's ATMO as its code computes it, a loop over parameters, written anew; and,
-where they are installed (``pip install pytorch-optimizer timm heavyball``), those packages' own.
+Steps update ResNet18's 62 tensors (11.17 million parameters at width 64) in float32 with fixed
+gradients. A method's floor is one compiled loop over flat arrays that reads and writes as many
+bytes as the method must: weights, gradient and each buffer once. Rivals: torch's fused and foreach
+optimizers; the report's ATMO, rewritten as the loop over parameters of its code; and, where
+installed, the optimizers of ``pip install pytorch-optimizer timm heavyball``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hybrid_lib import resnet18
 from hybrid_lib.optim import methods
 from hybrid_lib.optim.compiled import compiled
 
-# Arrays that a step must read, and of those how many it must write back.
+# How many arrays a step must read, and how many of these it must write back.
 STREAMS = {"sgd": (3, 2), "adam": (4, 3), "atmo": (5, 4), "adahessian": (5, 3), "adasgd": (6, 4)}
 
 
@@ -43,7 +43,7 @@ def floor(n: int, reads: int, writes: int) -> Callable[[], object]:
     def stream(arrays):
         total = sum(arrays)
         for array in arrays[:writes]:
-            array.add_(total)  # every one is read once and written once
+            array.add_(total)  # each is read once and written once
 
     run = compiled(stream, "the floor")
     return lambda: run(arrays)
@@ -72,14 +72,14 @@ def released_atmo(params) -> Callable[[], object]:
 
 
 def rivals(width: int) -> dict[str, tuple[str, Callable]]:
-    """(method whose floor applies, step), by name; packages that are not installed are left out."""
+    """Return (method whose floor applies, step) by name, without packages not installed."""
 
     def steps(optimizer, **arguments):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
 
         def step():
-            for p, g in zip(params, grads):  # some packages take the gradients away
+            for p, g in zip(params, grads):  # some packages clear the gradients
                 p.grad = g
             optimizer.step(**arguments)
 
@@ -101,19 +101,19 @@ def rivals(width: int) -> dict[str, tuple[str, Callable]]:
         import pytorch_optimizer
 
         params = parameters(width)
-        theirs = pytorch_optimizer.AdaHessian(params, update_period=10**9)
+        adahessian = pytorch_optimizer.AdaHessian(params, update_period=10**9)
         D = [torch.randn_like(p) for p in params]
-        found["pytorch_optimizer_adahessian"] = ("adahessian", steps(theirs, hessian=D))
+        found["pytorch_optimizer_adahessian"] = ("adahessian", steps(adahessian, hessian=D))
         padam = pytorch_optimizer.PAdam(parameters(width))
         found["pytorch_optimizer_padam"] = ("adam", steps(padam))
     with contextlib.suppress(ImportError):
         from timm.optim import Adahessian
 
-        theirs = Adahessian(parameters(width), update_each=10**9)
-        for p in theirs.param_groups[0]["params"]:  # a diagonal that is not due again:
+        adahessian = Adahessian(parameters(width), update_each=10**9)
+        for p in adahessian.param_groups[0]["params"]:  # D is given and not due again:
             p.hess = torch.randn_like(p)  # the update alone is timed
-            theirs.state[p]["hessian step"] = 1
-        found["timm_adahessian"] = ("adahessian", steps(theirs))
+            adahessian.state[p]["hessian step"] = 1
+        found["timm_adahessian"] = ("adahessian", steps(adahessian))
     with contextlib.suppress(ImportError):
         import heavyball
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
+    parser.add_argument("--eager", action="store_true", help="skip what has to be compiled")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()
     n = sum(p.numel() for p in parameters(chosen.width))

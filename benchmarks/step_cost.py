@@ -1,17 +1,17 @@
-"""What a whole training step costs, per method, as a ratio to the compiled SGD step.
+"""Cost of a whole training step per method, as a ratio to the compiled SGD step.
 
     python -m benchmarks.step_cost [--width 16] [--batch 64] [--rounds 9] [--memory] [--json]
 
 ResNet18 with the CIFAR stem on random 32x32 images, float32: forward, backward (with the Hessian
-diagonal where a method needs it) and the optimizer's step, on a GPU where there is one. Names
-without a suffix are this project's compiled engine; ``adahessian_lazy`` estimates the diagonal
-every 10 steps on a quarter of the batch and is timed over 10 steps. ``_eager`` is the eager
-engine. Rivals: ``torch_sgd`` and ``torch_adam``, PyTorch's own loop and optimizers, eager, which
-is how the report's code trains; ``released_adahessian``, its way to the diagonal, written anew:
-``backward(create_graph=True)``, then the derivative of ``p.grad``, and a loop over parameters.
+diagonal if a method needs it) and the optimizer's step, on a GPU if there is one. Names without a
+suffix use this project's compiled engine; ``adahessian_lazy`` estimates the diagonal every 10 steps
+on a quarter of the batch and is timed over 10 steps. ``_eager`` marks the eager engine. Rivals:
+``torch_sgd`` and ``torch_adam``, PyTorch's own loop and optimizers, eager, as the report's code
+trains; ``released_adahessian``, its way to the diagonal, rewritten:
+``backward(create_graph=True)``, the derivative of ``p.grad``, and a loop over parameters.
 
 The first call compiles: minutes on a small CPU, seconds when repeated. ``--memory`` prints the
-peak of what one step allocates instead of the time (CPU only).
+peak memory that one step allocates instead of the time (CPU only).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMPILED = {
 
 
 def ours(name: str, width: int, x: torch.Tensor, y: torch.Tensor, compile: bool):
-    """A function that does one training step of a method (lazy: ten) on its own network."""
+    """Return a function that does one training step (lazy: ten) of a method on its own network."""
     experiment = dataclasses.replace(
         EXPERIMENTS[name.removesuffix("_lazy")], width=width, batch_size=len(y), **COMPILED[name]
     )
@@ -62,7 +62,7 @@ def ours(name: str, width: int, x: torch.Tensor, y: torch.Tensor, compile: bool)
 
 
 def plain(make, width: int, x: torch.Tensor, y: torch.Tensor):
-    """PyTorch's usual loop with one of its optimizers."""
+    """Return a step of PyTorch's usual loop with one of its optimizers."""
     torch.manual_seed(0)
     model = resnet18(width=width).to(x.device).train()
     optimizer = make(model.parameters())
@@ -76,7 +76,7 @@ def plain(make, width: int, x: torch.Tensor, y: torch.Tensor):
 
 
 def released_adahessian(width: int, x: torch.Tensor, y: torch.Tensor):
-    """The double backward over ``p.grad``, and an update that loops over parameters."""
+    """Return a step with double backward over ``p.grad`` and an update parameter by parameter."""
     torch.manual_seed(0)
     model = resnet18(width=width).to(x.device).train()
     params = list(model.parameters())
@@ -88,7 +88,7 @@ def released_adahessian(width: int, x: torch.Tensor, y: torch.Tensor):
         steps_done += 1
         for p in params:
             p.grad = None
-        with warnings.catch_warnings():  # of the cycle that keeping this graph makes
+        with warnings.catch_warnings():  # about the reference cycle of this graph
             warnings.simplefilter("ignore")
             F.cross_entropy(model(x), y).backward(create_graph=True)
         grads = [p.grad for p in params]
@@ -123,7 +123,7 @@ def candidates(width: int, batch: int) -> dict:
 
 
 def peak_bytes(step) -> int:
-    """The most that one call holds at a time of what it allocates itself, on the CPU."""
+    """Return the peak of the CPU memory that one call allocates itself."""
     step(), step()
     with torch.profiler.profile(profile_memory=True) as profiler:
         step()

@@ -1,4 +1,4 @@
-"""Candidates that take turns, and their times as ratios to one of them in the same round."""
+"""Time candidates in turns, as ratios to one of them in the same round."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hybrid_lib.training.loop import cpu_name
 def interleaved(
     candidates: dict[str, Callable[[], object]], reference: str | dict[str, str], rounds: int
 ) -> list[dict]:
-    """Time every candidate once per round; a machine that slows down slows all of them.
+    """Time every candidate once per round, so that a slowing machine slows all of them.
 
     Args:
         candidates: what to time, by name.
-        reference: whose time of the same round is 1: one name, or one for each candidate.
-        rounds: how many rounds count; two more come first and warm up.
+        reference: the candidate whose time in a round counts as 1, or one per candidate.
+        rounds: counted rounds; two warm-up rounds come first.
 
     Returns:
         A row per candidate: ``name``, ``ratio`` (median over rounds), ``low`` and ``high`` (its

@@ -1,17 +1,17 @@
-"""Data-parallel AdaSGD: each rank has a part of every batch, and all of them take the same step.
+"""Data-parallel AdaSGD: each rank gets a part of every batch, and all take the same step.
 
     torchrun --standalone --nproc-per-node 2 examples/data_parallel.py
 
-Three rules keep it equal to one process (4e-14 in the weights after these 10 steps in float64;
-breaking any of them: more than .001):
+Three rules keep it equal to one process (to 4e-14 in the weights after these 10 steps in float64;
+if any of them is broken, the difference exceeds .001):
 
-- the same probes on all ranks, from one seed: D = z ⊙ Hz is linear in H only for the same z;
-- average gradients and D weighted by the size of the parts, D with its signs: |D| averaged is not
-  the |D| of the whole batch;
-- no DistributedDataParallel: it synchronises in ``backward()``, which ``hessian_diagonal`` does not
-  call, and says nothing.
+- use the same probes on all ranks, from one seed: D = z ⊙ Hz is linear in H only for the same z;
+- average gradients and D, weighted by the size of each part, and D with its signs: the average of
+  |D| is not the |D| of the whole batch;
+- do not use DistributedDataParallel: it synchronises in ``backward()``, which ``hessian_diagonal``
+  does not call, and it gives no warning.
 
-A network with BatchNorm normalises each part by itself, which moves D by about 1e-2; this one has
+BatchNorm would normalise each part by itself and move D by about 1e-2, so this network uses
 LayerNorm.
 """
 

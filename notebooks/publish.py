@@ -1,4 +1,4 @@
-"""Reading copies of the notebooks, executed on the published runs, and the site made of them.
+"""Execute the notebooks on the published runs, as reading copies, and build the site.
 
 python notebooks/publish.py copies   # data/results/reading/*.ipynb; minutes
 python notebooks/publish.py site     # build/site/index.html, from what is committed; a minute
@@ -36,8 +36,8 @@ def sources() -> list[Path]:
 
 
 def copies() -> list[str]:
-    """Execute all notebooks; those that read a study read the published one."""
-    os.chdir(ROOT / "notebooks")  # their paths start there, on every machine
+    """Execute all notebooks; those that read a study get the published one. Return failures."""
+    os.chdir(ROOT / "notebooks")  # their paths are relative to it
     jobs = {s: STUDY if '"seeds: str' in s.read_text("utf-8") else {} for s in sources()}
     COPIES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as out:
@@ -48,12 +48,12 @@ def copies() -> list[str]:
 
 
 def lighter(notebook: nbformat.NotebookNode) -> str:
-    """An executed notebook's text, the same wherever it was executed."""
+    """Return an executed notebook as text, the same on every machine."""
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
         for output in cell.get("outputs", []):
-            if table := output.get("data", {}).get("text/html"):  # ids of cells without a style
+            if table := output.get("data", {}).get("text/html"):  # drop ids no style uses
                 used = lambda found, table=table: found[0] * (f"#{found[1]}" in table)  # noqa: E731
                 output["data"]["text/html"] = re.sub(r' id="(T_\w+)"', used, table)
     text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
@@ -61,7 +61,7 @@ def lighter(notebook: nbformat.NotebookNode) -> str:
 
 
 def site() -> list[str]:
-    """Front page, playground, notebooks with live figures, results, and docstrings as reference."""
+    """Build front page, playground, notebooks with live figures, results and reference."""
     shutil.rmtree(SITE, ignore_errors=True)
     SITE.mkdir(parents=True)
     (SITE / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), "utf-8")
@@ -83,7 +83,7 @@ def site() -> list[str]:
 
 
 def page(text: str) -> str:
-    """Where a text of the repository is on the site.
+    """Return where a text of the repository is on the site.
 
     >>> page("data/results/README.md"), page("CONTRIBUTING.md")
     ('data/results/index.html', 'CONTRIBUTING.html')
@@ -92,7 +92,7 @@ def page(text: str) -> str:
 
 
 def linked(text: str) -> str:
-    """A text whose links lead to the site's pages; what is not on the site is no link."""
+    """Return a text with links to the site's pages; a link to anything not on it becomes text."""
     here = (ROOT / text).parent
 
     def link(found: re.Match) -> str:
@@ -120,13 +120,13 @@ def write(name: str, title: str, notebook: Path) -> None:
 
 
 def with_formulas(page: str) -> str:
-    """A page whose formulas browsers draw by themselves, without a script."""
-    from latex2mathml.converter import convert  # only a site needs it: the extra site
+    """Return a page with its formulas as MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert  # of the extra ``site``
 
-    def drawn(found: re.Match) -> str:
+    def as_mathml(found: re.Match) -> str:
         _, display, *inline = found.groups()
         formula = html.unescape(display or inline[0] or inline[1] or "")
-        formula = formula.replace("{aligned}", "{align*}")  # which is all the same to a reader
+        formula = formula.replace("{aligned}", "{align*}")  # looks the same
         if not formula:
             return found[0]
         drawing = convert(formula, display="block" if display else "inline")
@@ -134,19 +134,19 @@ def with_formulas(page: str) -> str:
 
     verbatim = r"<(pre|code|script|style)\b.*?</\1>"
     formulas = r"\$\$(.+?)\$\$|\\\((.+?)\\\)|(?<![\w$])\$([^$<>]+?)\$"
-    return re.sub(f"{verbatim}|{formulas}", drawn, page, flags=re.DOTALL)
+    return re.sub(f"{verbatim}|{formulas}", as_mathml, page, flags=re.DOTALL)
 
 
 def reference() -> None:
-    """Docstrings as pages."""
+    """Render the docstrings as pages."""
     import pdoc
 
     pdoc.render.configure(docformat="google", show_source=False)
-    rooms = [f"hybrid_lib.{room}" for room in ("optim", "training", "study", "widgets")]
+    packages = [f"hybrid_lib.{name}" for name in ("optim", "training", "study", "widgets")]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of annotations that only others' classes have
-        pdoc.pdoc("hybrid_lib", *rooms, output_directory=SITE / "reference")
-    (SITE / "reference" / "index.html").unlink()  # it only leads on
+        warnings.simplefilter("ignore")  # about annotations of other packages' classes
+        pdoc.pdoc("hybrid_lib", *packages, output_directory=SITE / "reference")
+    (SITE / "reference" / "index.html").unlink()  # it only redirects
     for file in (SITE / "reference").rglob("*.html"):
         home = f'<a href="{os.path.relpath(SITE, file.parent)}/index.html">hybrid-lib</a>'
         text = with_formulas(file.read_text("utf-8"))

@@ -1,8 +1,8 @@
 """Write a GitHub repository into the notebooks, so that Colab can open them: ``make colab``.
 
 Every notebook's setup cell gets the address to install from (``REPO_URL``); its first cell and its
-row in the README's table get an "Open in Colab" badge. Run it again after a move;
-``make colab REPO=`` takes all of it out. It needs nothing but Python.
+row in the README's table get an "Open in Colab" badge. Run it again if the repository moves;
+``make colab REPO=`` removes all of it. Only Python is needed.
 """
 
 import argparse
@@ -19,11 +19,11 @@ REPO_URL = re.compile(r'^REPO_URL = ".*?"', re.MULTILINE)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 if there is no repository to write."""
+    """Run the command line; return 0, or 2 if there is no repository to write."""
     parser = argparse.ArgumentParser("make colab", description=__doc__.splitlines()[0])
     parser.add_argument("repo", nargs="?", help="default: git's remote origin")
-    parser.add_argument("--branch", help="default: the one that is checked out")
-    parser.add_argument("--clear", action="store_true", help="take addresses and badges out")
+    parser.add_argument("--branch", help="default: the one checked out")
+    parser.add_argument("--clear", action="store_true", help="remove addresses and badges")
     chosen = parser.parse_args(arguments)
     try:
         slug = "" if chosen.clear else github(chosen.repo or origin())
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def origin() -> str:
-    """The address of git's remote ``origin``.
+    """Return the address of git's remote ``origin``.
 
     Raises:
         ValueError: if there is none.
@@ -60,7 +60,7 @@ def origin() -> str:
 
 
 def github(url: str) -> str:
-    """OWNER/NAME of a repository on GitHub; a user name or token in the address is left behind.
+    """Return OWNER/NAME of a GitHub address, without any user name or token in it.
 
     Raises:
         ValueError: for any other address.
@@ -74,20 +74,20 @@ def github(url: str) -> str:
     )
     found = re.fullmatch(pattern, url.strip())
     if not found:
-        # Without what stands before @: it may be a password.
+        # What stands before @ may be a password: leave it out.
         shown = re.sub(r"//[^/@]*@", "//", url)
-        raise ValueError(f"{shown!r} is no repository on GitHub, which is where Colab opens from")
+        raise ValueError(f"{shown!r} is not a GitHub repository: use https://github.com/OWNER/NAME")
     return found[1]
 
 
 def badge(slug: str, branch: str, name: str) -> str:
-    """The badge of a notebook, or nothing."""
+    """Return the badge of a notebook, empty without a repository."""
     target = f"{COLAB}/github/{slug}/blob/{branch}/notebooks/{name}"
     return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({target})" if slug else ""
 
 
 def stamped(text: str, slug: str, mark: str) -> str:
-    """A notebook's text with the address in its setup cell and the badge below its title."""
+    """Return a notebook's text with the address in its setup cell, the badge below its title."""
     notebook, before = json.loads(text), json.loads(text)
     url = f"https://github.com/{slug}" if slug else ""
     for cell in notebook["cells"]:
@@ -103,7 +103,7 @@ def stamped(text: str, slug: str, mark: str) -> str:
 
 
 def row(line: str, stem: str, mark: str) -> str:
-    """A line of the README; if it is the table's row of the notebook, with the badge."""
+    """Return a line of the README, with the badge if it is the notebook's row of the table."""
     if not line.startswith(f"| [`{stem}`]"):
         return line
     name, bar, rest = BADGE.sub("", line)[1:].partition("|")
@@ -111,13 +111,13 @@ def row(line: str, stem: str, mark: str) -> str:
 
 
 def git(*words: str) -> str:
-    """What git answers, or nothing."""
+    """Return git's output, empty if it fails."""
     command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def write(file: Path, text: str) -> None:
-    """Write a file that has changed."""
+    """Write a file if its text has changed."""
     if text != file.read_text("utf-8"):
         file.write_text(text, encoding="utf-8")
 

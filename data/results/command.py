@@ -1,4 +1,4 @@
-"""What fair.py, depth.py and merges.py share: a command that trains, lists and publishes."""
+"""The command line of fair.py, depth.py and merges.py: train, list or publish runs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def command(
     arguments: list[str] | None = None,
     **options: dict,
 ) -> int:
-    """Train stage after stage, each planned once those before it are there; the exit status.
+    """Train stage by stage, planning each after the ones before it; return the exit status.
 
     Args:
         doc: the script's docstring.
-        stages, tables: called with what was parsed: what to train, and what to publish where.
-        options: further ones of the command line, as for ``add_argument``.
+        stages, tables: functions of the parsed arguments: what to train, and a table per file.
+        options: further options by name, with their arguments for ``add_argument``.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     name = doc.split("data/results/")[1].split(".py")[0]
     parser.add_argument("--out", type=Path, default=data.PROJECT / "runs" / name)
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--compile", action="store_true", help="also on a CPU: a minute per run")
+    parser.add_argument("--compile", action="store_true", help="compile on CPU: a minute per run")
     parser.add_argument("--workers", type=int, help="runs at once; default: one per core")
-    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    parser.add_argument("--list", action="store_true", help="show the status of every run")
     parser.add_argument("--publish", action="store_true", help="write the tables beside this file")
     for option, how in options.items():
         parser.add_argument(f"--{option}", **how)
@@ -60,7 +60,7 @@ def command(
             else:
                 how = {"workers": chosen.workers, "compile": compile}
                 failed += run_many(experiments, out, chosen.device, **how)[1]
-        if chosen.list:  # later stages follow from the results of this one
+        if chosen.list:  # later stages depend on the results of this one
             break
     print(*failed, sep="\n", end="\n" if failed else "")
     return int(bool(failed))

@@ -1,21 +1,21 @@
 """Take PADAM-SGD apart: one command, resumable.
 
     python data/results/depth.py            # fifteen minutes on two cores; runs/depth
-    python data/results/depth.py --list     # what is there and what is left
+    python data/results/depth.py --list     # the status of every run
     python data/results/depth.py --publish  # data/results/fair/depth.csv: a row per run
 
-The report's PADAM-SGD is not only another rule: its decay is fifty times SGD's, its batch half as
-large, its rate drops twice, its momentum is lower. Here its recipe is walked to SGD's one setting
-at a time, and SGD's to PADAM-SGD's, so that a setting's share shows from both ends; and what is its
-own, λ, p, bias correction and the warm-up hidden in it, is changed in the recipe as it is. On the
-handwritten digits, with five seeds. Written before anything was run.
+The report's PADAM-SGD is more than another rule: its decay is fifty times SGD's, its batch half as
+large, its rate drops twice, its momentum is lower. Here each setting of its recipe is changed to
+SGD's, one at a time, and each of SGD's to PADAM-SGD's, so that a setting's share shows from both
+ends. What only PADAM-SGD has (λ, p, bias correction and the warm-up hidden in it) is changed in its
+own recipe. All runs use the handwritten digits and five seeds. Written before anything was run:
 
-- A setting *carries* the lead if changing it moves the last test accuracy, seed by seed, by an
-  amount whose 95 % interval (Student) excludes 0, from both ends, in the lead's direction.
-- The hidden warm-up: without bias correction (η itself from the first step on), consistent with the
-  root, and without it but with an explicit, linear warm-up over the 13 epochs after which the
-  hidden one has reached 62 % of the rate. It *matters* if the interval of the difference to the
-  recipe excludes 0.
+- A setting *carries* the lead if, from both ends, changing it moves the last epoch's test accuracy
+  in the lead's direction and the 95 % interval (Student) of the seed-by-seed change excludes 0.
+- The hidden warm-up is compared with no bias correction (η itself from the first step), with a
+  correction consistent with the root, and with no correction but an explicit linear warm-up over
+  the 13 epochs after which the hidden one has reached 62 % of the rate. It *matters* if the
+  interval of the difference from the recipe excludes 0.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ EPOCHS = 20
 # A batch of 32 stands for the report's 128, one of 64 for its 256.
 RECIPE = replace(EXPERIMENTS["padam_sgd"].scaled(EPOCHS), **SIZES, batch_size=32)
 PLAIN = {"lambda_start": (0, 1)}  # all weight on SGD
-SETTINGS = {  # of SGD, instead of PADAM-SGD's
+SETTINGS = {  # SGD's values where PADAM-SGD has others
     "rule": PLAIN,
     "decay": {"weight_decay": 5e-4},
     "batch": {"batch_size": 64},
     "schedule": {"lr_schedule": "constant", "lr_milestones": ()},
     "momentum": {"momentum": 0.95},
 }
-OWN = {  # what only PADAM-SGD has
+OWN = {  # changes to settings that only PADAM-SGD has
     "adaptive": {"lambda_start": (1, 0)},
     "dynamic": {"lambda_schedule": "linear", "lambda_start": (1, 0), "lambda_epochs": EPOCHS // 2},
     "reversed": {"lambda_schedule": "linear", "lambda_start": (0, 1), "lambda_end": (1, 0),
@@ -59,20 +59,20 @@ OWN = {  # what only PADAM-SGD has
 
 
 def variants() -> list[Experiment]:
-    """Both recipes, then each with one setting of the other, then what is PADAM-SGD's own."""
-    of_sgd = {key: value for changes in SETTINGS.values() for key, value in changes.items()}
-    found = {"padam_sgd": {}, "sgd": of_sgd}
+    """Both recipes, each with one setting of the other, and PADAM-SGD with the changes in OWN."""
+    sgd_settings = {key: value for changes in SETTINGS.values() for key, value in changes.items()}
+    found = {"padam_sgd": {}, "sgd": sgd_settings}
     for name, changes in SETTINGS.items():
         found[f"padam_sgd-{name}"] = changes
-        theirs = {key: getattr(RECIPE, key) for key in changes}
-        found[f"sgd-{name}"] = of_sgd | theirs
+        padam_sgd_settings = {key: getattr(RECIPE, key) for key in changes}
+        found[f"sgd-{name}"] = sgd_settings | padam_sgd_settings
     found |= {f"padam_sgd-{name}": changes for name, changes in OWN.items()}
     return [replace(RECIPE, name=name, seed=seed, **changes)
             for seed in SEEDS for name, changes in found.items()]  # fmt: skip
 
 
 def published(out: Path) -> pd.DataFrame:
-    """A row per run: the recipe, the setting changed, and how it ended."""
+    """Return a row per run: the recipe, the changed setting and the outcome."""
     rows = []
     for e in variants():
         h = History.load(run_folder(out, e))

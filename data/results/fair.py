@@ -1,28 +1,30 @@
 """Train the comparison under equal budgets: one command, resumable.
 
     python data/results/fair.py            # three to four hours on two cores; runs/fair
-    python data/results/fair.py --list     # what is there and what is left
-    python data/results/fair.py --scale images --compile  # 10,000 images of CIFAR-10: not run yet
-    python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width: not run yet
+    python data/results/fair.py --list     # the status of every run
     python data/results/fair.py --publish  # data/results/fair/: a row per run, a row per epoch
+    python data/results/fair.py --scale images --compile  # a part, on images: an hour and a half
+    python data/results/fair.py --scale paper --device cuda   # CIFAR-10 at full width: not run yet
 
-The report compares eight recipes. Here every contestant has the same images or text, batches,
-steps and rule for the learning rate, and as many trials of settings drawn from a space of the same
-size, after AlgoPerf (Dahl et al. 2023): studies of five quasi-random trials each. In a study the
-trial with the best last validation accuracy (of text: the lowest validation loss) is chosen; the
-test set is looked at for chosen trials alone. Written before anything was run.
+The report compares eight recipes. Here all contestants have the same images or text, batches,
+steps and schedule of the learning rate, and equally many trials with settings drawn from spaces of
+the same size, after AlgoPerf (Dahl et al. 2023): studies of five quasi-random trials each. A study
+chooses the trial with the best validation accuracy in the last epoch (on text: the lowest loss);
+the test set is looked at for chosen trials only. Written before anything was run:
 
-- A contestant's score: test accuracy (of text: loss) of what its studies chose, mean over studies,
-  and of the best of all its trials with five seeds that tuning has not seen.
+- A contestant's score is the test accuracy (on text: loss) of its studies' chosen trials, mean over
+  studies, and of the best of all its trials, run with five seeds that tuning has not seen.
 - Epochs to a target: the target is what the median contestant's chosen trials reach in validation.
-- The portfolio test. A hybrid contains its parts, so it must not lose to them: B trials of the
-  hybrid against the better of its two parts with B/2 trials each, B = 10, over random choices of
-  those trials that there are. A hybrid *wins* if the 95 % interval of the difference lies above 0,
-  and *loses* if it lies below.
-- λ that chooses itself (added after the ten others had run, before any of its own runs): a hybrid
-  with Hedge draws Hedge's rate where the constant one draws λ. The test is the same, and so are its
-  words: ten trials of it against the better of five with a constant and five with a falling λ.
-  SWATS draws its tolerance; its rivals are Adam and SGD.
+- The portfolio test: a hybrid contains its parts, so it must not lose to them. B trials of the
+  hybrid are set against the better of its two parts with B/2 trials each, B = 10, over random
+  choices from the existing trials. A hybrid *wins* if the 95 % interval of the difference lies
+  above 0 and *loses* if it lies below.
+- Adaptive λ (added after the ten others had run and before any of its own runs): a hybrid with
+  Hedge draws Hedge's rate where the constant one draws λ. Test and verdicts are the same, with ten
+  of its trials against the better of five with a constant and five with a falling λ. SWATS draws
+  its tolerance; its rivals are Adam and SGD.
+- Images (added before any of their runs had been looked at): the same scores and portfolio test for
+  six contestants. None has a falling λ, so a hybrid with Hedge faces its two parts.
 """
 
 from __future__ import annotations
@@ -52,12 +54,12 @@ TASKS = {
                      "validation_limit": 1_000},
     "cifar10": {"epochs": 30, "batch_size": 128, "validation_limit": 5_000},
 }  # fmt: skip
-# For everyone: schedules of the learning rate, studies of so many trials, new seeds.
+# For all contestants: schedules of the learning rate, studies, trials per study, new seeds.
 SCHEDULES, STUDIES, TRIALS, FINAL_SEEDS = ("cosine", "constant"), 3, 5, range(1, 6)
-FOLDERS = {"cpu": "fair", "images": "fair-images", "paper": "fair-paper"}  # beside this file
-# Three decades of the learning rate each, around the rates that papers give for the method.
+PREFIXES = {"cpu": "", "images": "images-", "paper": "paper-"}  # of the published tables
+# Three decades of the learning rate per method, around the rates that papers give for it.
 LOW, HIGH = (1e-4, 1e-1), (1e-3, 1.0)
-CONTESTANTS = {  # row that its settings start from, range of the rate, schedule of λ
+CONTESTANTS = {  # row with its base settings, range of the learning rate, schedule of λ
     "sgd": ("sgd", HIGH, "none"),
     "adam": ("adam", LOW, "none"),
     "padam": ("padam", HIGH, "none"),
@@ -76,11 +78,11 @@ CONTESTANTS = {  # row that its settings start from, range of the rate, schedule
 FIRST_ORDER = ("sgd", "adam", "padam", "atmo", "padam_sgd", "hedge_atmo")
 SCALES = {  # tasks, schedules, studies, contestants
     "cpu": (("digits", "python-docs"), SCHEDULES, STUDIES, tuple(CONTESTANTS)),
-    # On real images all of it would take two cores most of a day, this a few hours (estimates).
+    # On real images all of it would take two cores most of a day; this, a few hours (estimates).
     "images": (("cifar10-jpeg",), ("cosine",), 2, FIRST_ORDER),
     "paper": (("cifar10",), SCHEDULES, STUDIES, tuple(CONTESTANTS)),  # on a GPU, at full width
 }
-OWN = {  # what else is drawn, by the schedule of λ; the falling one is as in the report
+OWN = {  # what else is drawn, by schedule of λ; the falling λ is as in the report
     "constant": {"lambda_sgd": {"low": 0.0, "high": 1.0}},
     "hedge": {"lambda_rate": {"low": 0.01, "high": 1.0, "log": True}},
     "swats": {"lambda_tolerance": {"low": 1e-9, "high": 1e-3, "log": True}},
@@ -88,7 +90,7 @@ OWN = {  # what else is drawn, by the schedule of λ; the falling one is as in t
 
 
 def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experiment]:
-    """Five trials: rate and decay, and what the schedule of a hybrid's λ has to be told."""
+    """Return five trials that draw rate, decay and what a hybrid's schedule of λ needs."""
     row, (low, high), λ = CONTESTANTS[contestant]
     sizes = dict(TASKS[task])
     dataset = sizes.pop("dataset", task)
@@ -113,7 +115,7 @@ def trials(task: str, schedule: str, contestant: str, study: int) -> list[Experi
 
 
 def studies(scale: str = "cpu") -> Iterator[tuple[str, list[Experiment]]]:
-    """(folder, trials): everyone's first study, then everyone's second, …"""
+    """Yield (folder, trials): the first study of all contestants, then the second, …"""
     tasks, schedules, n, contestants = SCALES[scale]
     for study, task, schedule in itertools.product(range(n), tasks, schedules):
         for contestant in contestants:
@@ -121,7 +123,7 @@ def studies(scale: str = "cpu") -> Iterator[tuple[str, list[Experiment]]]:
 
 
 def chosen_of(histories: list[History]) -> History:
-    """The trial to go on with: the best last validation accuracy, of text the lowest loss."""
+    """Return the trial with the best last-epoch validation accuracy, on text the lowest loss."""
 
     def goodness(h: History) -> float:
         if h.status != "complete":
@@ -133,7 +135,7 @@ def chosen_of(histories: list[History]) -> History:
 
 
 def finals(out: Path, scale: str = "cpu") -> Iterator[tuple[str, list[Experiment]]]:
-    """(folder, seeds): the best of all of a contestant's trials, with seeds that no trial had."""
+    """Yield (folder, runs): a contestant's best trial of all, with seeds that no trial had."""
     tried: dict[tuple, list[History]] = {}
     for folder, experiments in studies(scale):
         of = folder.partition("/")[0], experiments[0].name.partition("-")[0]
@@ -145,7 +147,7 @@ def finals(out: Path, scale: str = "cpu") -> Iterator[tuple[str, list[Experiment
 
 
 def published(out: Path, scale: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row per run, and its validation epoch by epoch: accuracies, of text losses."""
+    """Return a row per run, and a row per epoch: validation accuracies, on text losses."""
     runs, epochs = [], []
     for folder, experiments in itertools.chain(studies(scale), finals(out, scale)):
         task, part = folder.split("/")
@@ -177,9 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         yield finals(chosen.out, chosen.scale)
 
     def tables(chosen) -> dict[Path, pd.DataFrame]:
-        folder = PUBLISHED.with_name(FOLDERS[chosen.scale])
-        runs, epochs = published(chosen.out, chosen.scale)
-        return {folder / "runs.csv": runs, folder / "epochs.csv": epochs}
+        by_name = zip(("runs", "epochs"), published(chosen.out, chosen.scale))
+        return {PUBLISHED / f"{PREFIXES[chosen.scale]}{name}.csv": table for name, table in by_name}
 
     scale = {"choices": SCALES, "default": "cpu", "help": "default: %(default)s"}
     return command(__doc__, stages, tables, arguments, scale=scale)

@@ -1,24 +1,25 @@
-"""Merges and places: what the product is worth, and where adaptivity is needed. Resumable.
+"""Merges and places: what the product is worth and where adaptivity is needed; resumable.
 
     python data/results/merges.py            # an hour on two cores; runs/merges
-    python data/results/merges.py --list     # what is there and what is left
+    python data/results/merges.py --list     # the status of every run
     python data/results/merges.py --publish  # data/results/fair/merges.csv: a row per run
 
-Two questions on the two tasks of ``fair.py``, with its sizes; a cosine rate for the digits and a
-constant one for the text, momentum .9. Every variant gets its own rate: the best by validation of a
-few, with seed 0; then five seeds that tuning has not seen. Written before anything was run.
+Two questions on the two tasks of ``fair.py``, at its sizes, with momentum .9, a cosine rate for the
+digits and a constant one for the text. Each variant is tuned with seed 0: of a few rates it gets
+the best by validation. It then runs with five seeds that tuning has not seen. Written before
+anything was run:
 
 - *Merges.* ATMO, PADAM-SGD and AdaSGD with weights of one half each: the report's product, the sum
-  of the rules' steps, the graft (the adaptive direction at the mean length), and the sum in which
-  the adaptive rule keeps its own rate: its best in ``fair.py`` ÷ SGD's. Decay 5e-4, five rates over
-  the three decades of ``fair.py``.
-- *Places.* The adaptive rule alone on every tensor, on norms, biases and the last layer, on the
-  other matrices, and nowhere; SGD has the rest, and each rule its own rate as above. No decay;
-  SGD's best rate, a third and three times it.
+  of the rules' steps, the graft (the adaptive direction at the mean length), and the sum with the
+  adaptive rule at its own rate, which is SGD's times the ratio of their best rates in ``fair.py``.
+  Decay 5e-4, five rates over the three decades of ``fair.py``.
+- *Places.* The adaptive rule alone on every tensor; on norms, biases and the last layer; on the
+  other matrices; and nowhere. SGD gets the rest, and each rule has its own rate as above. No decay;
+  SGD's best rate, a third of it and three times it.
 
-A variant *differs* from the product (the place, from everywhere and from nowhere) if the 95 %
-interval (Student) of the difference, seed by seed, leaves zero out; a seed that diverged counts as
-the worst of all runs on that task.
+A merge *differs* from the product, and a place from everywhere and from nowhere, if the 95 %
+interval (Student) of the seed-by-seed difference excludes zero; a seed that diverged counts as the
+worst of all runs on that task.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ EVEN = {"lambda_schedule": "constant", "lambda_start": (0.5, 0.5), "weight_decay
 
 
 def best_rate(task: str, contestant: str) -> float:
-    """Of all its trials in the published comparison with that schedule, by validation."""
+    """Return a contestant's best published rate by validation, with the task's schedule."""
     runs = tables.fair("runs")
-    of_one = (runs["task"] == task) & (runs["part"] == SCHEDULE[task])
-    here = runs[of_one & (runs["contestant"] == contestant)].dropna(subset="validation")
+    on_schedule = (runs["task"] == task) & (runs["part"] == SCHEDULE[task])
+    here = runs[on_schedule & (runs["contestant"] == contestant)].dropna(subset="validation")
     place = here["validation"].idxmin() if task == "python-docs" else here["validation"].idxmax()
     return float(here["lr"][place])
 
 
 def variants(task: str, method: str) -> Iterator[tuple[str, dict, list[float]]]:
-    """(name, settings, rates to choose from): four merges, then four places."""
+    """Yield (name, settings, rates to choose from) for four merges, then four places."""
     sgd, ratio = best_rate(task, "sgd"), best_rate(task, ADAPTIVE[method]) / best_rate(task, "sgd")
     decades = np.geomspace(*CONTESTANTS[method][1], 5).tolist()
     for merge in ("product", "sum", "graft"):
         yield merge, {**EVEN, "merge": merge}, decades
-    own = {"merge": "sum", "lambda_start": (ratio / 2, 0.5)}
-    yield "own_rates", {**EVEN, **own}, np.geomspace(*CONTESTANTS["sgd"][1], 5).tolist()
+    own_rates = {"merge": "sum", "lambda_start": (ratio / 2, 0.5)}
+    yield "own_rates", {**EVEN, **own_rates}, np.geomspace(*CONTESTANTS["sgd"][1], 5).tolist()
     near = [sgd / 3, sgd, 3 * sgd]
     alone = {"merge": "sum", "lambda_schedule": "constant", "weight_decay": 0.0}
     for on in ("all", "norms_and_head", "matrices"):
@@ -70,13 +71,13 @@ def variants(task: str, method: str) -> Iterator[tuple[str, dict, list[float]]]:
 
 
 def tuning(task: str) -> Iterator[list[Experiment]]:
-    """A variant's runs with seed 0, one per rate."""
+    """Yield each variant's runs with seed 0, one per rate."""
     sizes = dict(TASKS[task])
     fixed = {**sizes, "dataset": task, "lr_schedule": SCHEDULE[task], "lr_milestones": ()}
     for method in ADAPTIVE:
         row = EXPERIMENTS[method].scaled(sizes["epochs"])
         for name, settings, rates in variants(task, method):
-            if name == "nowhere" and method != "atmo":  # the same SGD
+            if name == "nowhere" and method != "atmo":  # SGD alone again
                 continue
             changed = {**fixed, "momentum": 0.9, "lambda_epochs": None, **settings}
             yield [replace(row, name=f"{method}-{name}-{i}", lr=lr, **changed)
@@ -84,14 +85,14 @@ def tuning(task: str) -> Iterator[list[Experiment]]:
 
 
 def finals(task: str, out: Path) -> Iterator[list[Experiment]]:
-    """Five new seeds at the best rate."""
+    """Yield each variant's runs with five new seeds at its best rate."""
     for experiments in tuning(task):
         best = chosen_of([History.load(run_folder(out / task, e)) for e in experiments]).experiment
         yield [replace(best, name=f"{best.name[:-2]}-final", seed=seed) for seed in FINAL_SEEDS]
 
 
 def published(out: Path) -> pd.DataFrame:
-    """A row per run: method, variant and how it ended."""
+    """Return a row per run: method, variant and outcome."""
     rows = []
     for task in SCHEDULE:
         measure = "loss" if task == "python-docs" else "accuracy"
@@ -111,7 +112,7 @@ def published(out: Path) -> pd.DataFrame:
 
 def main(arguments: list[str] | None = None) -> int:
     def stages(chosen) -> Iterator:
-        """All of a task's at once, so that no core waits for a slow one."""
+        """Yield all runs of a task together, so that no core waits for a slow one."""
         yield [(task, [*itertools.chain(*tuning(task))]) for task in SCHEDULE]
         yield [(task, [*itertools.chain(*finals(task, chosen.out))]) for task in SCHEDULE]
 

@@ -1,10 +1,10 @@
-"""From trained runs to what is published: compact histories, tables and figures.
+"""Publish trained runs: compact histories, tables and figures.
 
     python data/results/publish.py runs/reproduction-cpu data/results/cpu-scale
 
-Copies the histories of ``train.py``'s runs, numbers rounded to five digits, and renders
+Copies the histories of ``train.py``'s runs with numbers rounded to five digits, and renders
 ``TABLES.md`` (Table III redone, times, claims, the audit) and the report's five figures beside
-them. Without the first argument it renders what is published already; that takes seconds.
+them. Given only the published folder, it renders that again, which takes seconds.
 
     python data/results/publish.py data/results/cpu-scale
 """
@@ -28,7 +28,7 @@ PROTOCOLS = ("released", "clean")
 
 
 def compact(history: History) -> History:
-    """The same history with numbers of five digits."""
+    """Return the history with numbers rounded to five digits."""
 
     def rounded(value):
         return float(f"{value:.5g}") if isinstance(value, float) else value
@@ -39,7 +39,7 @@ def compact(history: History) -> History:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Every history below ``source`` that has rows, at the same place below ``target``."""
+    """Copy every history with rows from ``source`` to the same place below ``target``."""
     for file in sorted(source.rglob("history.json")):
         history = History.load(file)
         if history.rows:
@@ -49,16 +49,16 @@ def publish(source: Path, target: Path) -> None:
 
 
 def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataFrame:
-    """Each audit beside the row that it changes: the setting, and both last accuracies.
+    """Compare each audit with the row that it changes: the setting, and both last accuracies.
 
-    Means over the seeds that both have; the difference is taken seed by seed, with its ±.
+    Values are means over the seeds that both have; the difference is seed by seed, with its ±.
     """
-    of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h for h in rows}
+    row_of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h for h in rows}
     table = []
     for h in audited:
         e = h.experiment
         name = e.name.partition("-")[0]
-        row = of.get((e.protocol, name, e.seed))
+        row = row_of.get((e.protocol, name, e.seed))
         if row is None:
             continue
         before, after = asdict(row.experiment), asdict(e)
@@ -74,14 +74,14 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
         )  # fmt: skip
     each = pd.DataFrame(table)
     each.insert(6, "difference", each["audit"] - each["row"])
-    of_setting = each.groupby(["method", "protocol", "changed"], sort=False)
-    means = of_setting.mean()
-    means.insert(4, "±", of_setting["difference"].agg(statistics.margin))
-    return means.assign(seeds=of_setting.size()).reset_index()
+    by_setting = each.groupby(["method", "protocol", "changed"], sort=False)
+    means = by_setting.mean()
+    means.insert(4, "±", by_setting["difference"].agg(statistics.margin))
+    return means.assign(seeds=by_setting.size()).reset_index()
 
 
 def markdown(table: pd.DataFrame, digits: int = 4) -> str:
-    """A table as GitHub shows it."""
+    """Format a table as GitHub Markdown."""
 
     def cell(value) -> str:
         if isinstance(value, float):
@@ -93,8 +93,8 @@ def markdown(table: pd.DataFrame, digits: int = 4) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _is_the_report_s(h: History) -> bool:
-    """Whether a run has the report's length, width and number of images."""
+def _is_full_size(h: History) -> bool:
+    """Return whether a run has the report's length, width and number of images."""
     e, ours = h.experiment, EXPERIMENTS[h.experiment.name]
     return (e.epochs, e.width, e.train_limit) == (ours.epochs, ours.width, None)
 
@@ -106,13 +106,12 @@ def _sizes(histories: Sequence[History]) -> str:
     for h in histories:
         coarse.get(h.experiment.precision, []).append(h.label)
     how = {"bfloat16": "convolutions in bfloat16"}
-    in_ = [f"{', '.join(labels)}: {how.get(p, p)}" for p, labels in coarse.items()]
-    sizes = [*sorted(sizes), *in_]
-    return "; ".join(sizes)
+    precisions = [f"{', '.join(labels)}: {how.get(p, p)}" for p, labels in coarse.items()]
+    return "; ".join([*sorted(sizes), *precisions])
 
 
 def _figures(found: Sequence[History]) -> Iterator[tuple[int, go.Figure, list[History]]]:
-    """The report's Figures 1 to 5, with their numbers and the runs that they show."""
+    """Yield the report's Figures 1 to 5: number, figure and the runs shown."""
     yield 1, figures.panels(found), found
     yield 2, figures.epoch_seconds(found), found
     for number, title, shown, beside in (
@@ -137,7 +136,7 @@ def render(folder: Path) -> list[Path]:
         if not found:
             continue
         accuracies = tables.accuracies(found)
-        ended = accuracies["status"].str.contains("complete")  # others are not at their end
+        ended = accuracies["status"].str.contains("complete")  # other runs stopped early
         difference = accuracies["final"] - accuracies["report (CIFAR-10)"]
         accuracies["final − report"] = difference.where(ended)
         if ended.all():
@@ -168,12 +167,12 @@ def render(folder: Path) -> list[Path]:
         f"# {tables.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "
         "Made by `publish.py` from the histories beside this page. ± is half of a 95 % interval "
-        "(Student): in the first tables of *final*, in the audit of the difference seed by seed; "
-        'with one seed there is none. A claim\'s "tenth of the epochs" is at least three. Seconds '
-        "compare only where the machine did nothing else."
+        "(Student): of *final* in the first tables, of the seed-by-seed difference in the audit; "
+        'with one seed there is none. A claim\'s "tenth of the epochs" is at least three epochs. '
+        "Seconds are comparable only if the machine did nothing else."
     )
-    if not all(_is_the_report_s(h) for h in everything):
-        head += " These runs are smaller than the report's: final − report is mostly that."
+    if not all(_is_full_size(h) for h in everything):
+        head += " These runs are smaller than the report's, which explains most of final − report."
     page = folder / "TABLES.md"
     page.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     return [page, *written]

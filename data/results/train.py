@@ -1,17 +1,16 @@
-"""Train the matrix that the published results come from: one command, resumable, in slices.
+"""Train the matrix of runs behind the published results: one command, resumable, in slices.
 
-    python data/results/train.py --dataset cifar10               # a GPU: full length; downloads
+    python data/results/train.py --dataset cifar10               # on a GPU: full length; downloads
     python data/results/train.py --archive cifar10-jpeg.tar.xz   # images as train/CLASS/*, test/…
     python data/results/train.py --dataset cifar10 --scale auto --minutes 10   # as wide as fits
-    python data/results/train.py --dataset cifar10 --scale cpu   # a tenth of it, small
+    python data/results/train.py --dataset cifar10 --scale cpu   # a tenth of the epochs, small
 
-Runs are trained in the order of :func:`matrix`, the most informative first, into
-``OUT/PROTOCOL/RUN/``; what is complete is not trained again, what was interrupted goes on after its
-last finished epoch, here or on another machine that is given the same folder. With ``--minutes 10``
-the command stops in good time and exits with 75 while something is left: repeat it until it exits
-with 0. Every slice leaves its histories behind. Started twice, or with ``--jobs 2``, the two share
-the work: a run that one of them trains is left alone by the other. ``publish.py`` turns OUT into
-what is kept in git.
+Runs are trained into ``OUT/PROTOCOL/RUN/`` in the order of :func:`matrix`, the most informative
+first. Completed runs are skipped; interrupted runs resume after their last finished epoch, here or
+on another machine that is given the same folder. With ``--minutes 10`` the command stops in time
+and exits with 75 while runs are left: repeat it until it exits with 0. Every slice saves its
+histories. Two copies of the command, or ``--jobs 2``, share the work: neither touches a run that
+the other is training. ``publish.py`` turns OUT into what is kept in git.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from hybrid_lib.training.experiments import PAPER_METHODS
 from hybrid_lib.training.tasks import ImageClassification
 
 HERE = Path(__file__).resolve().parent
-# At full length as in Table II, also in a narrower network; on a CPU a fifth of the images, and a
+# paper: full length as in Table II, also with narrower networks; cpu: a fifth of the images, and a
 # tenth of the epochs or all.
 SCALES = {
     "paper": {"shorter": 1},
@@ -45,19 +44,19 @@ SCALES = {
     "cpu": {"shorter": 10, "width": 8, "train_limit": 10_000, "test_limit": 2_000},
     "cpu-long": {"shorter": 1, "width": 8, "train_limit": 10_000, "test_limit": 2_000},
 }
-# Second order and the rows with a jump first: they carry the claims.
+# Second-order rows and rows with a jump first: the claims rest on them.
 ORDER = ("padam_sgd", "dyn_padam_sgd", "adahessian", "adasgd", "sgd", "dyn_atmo", "atmo", "adam")
 OVER = ("complete", "diverged")
-MORE_TO_DO = 75  # exit status, as of sendmail's "try again later"
+MORE_TO_DO = 75  # exit status, like sendmail's "try again later"
 
 
 def matrix(
     scale: str, dataset: str, precision: str, seeds: int
 ) -> Iterator[tuple[str, Experiment]]:
-    """(folder, experiment), the most informative first.
+    """Yield (folder, experiment), the most informative first.
 
-    Both protocols and the audit of the report's hidden settings with one seed, then both again,
-    with the others.
+    With the first seed both protocols and the audits of the report's hidden settings, then the
+    same with the other seeds.
     """
     changes = dict(SCALES[scale])
     shorter = changes.pop("shorter")
@@ -74,18 +73,18 @@ def matrix(
     protocols = ("released", "clean")
     rows = [(name, protocol, "", {}) for protocol in protocols for name in ORDER]
     audited = list(audits(shorter))
-    for of_these, settings in itertools.product(([0], range(1, seeds)), (rows, audited)):
-        for seed, (name, protocol, variant, changed) in itertools.product(of_these, settings):
+    for seed_group, settings in itertools.product(([0], range(1, seeds)), (rows, audited)):
+        for seed, (name, protocol, variant, changed) in itertools.product(seed_group, settings):
             yield row(name, protocol, seed, variant, **changed)
 
 
 def audits(shorter: int) -> Iterator[tuple]:
-    """The hidden settings that a claim hangs on, one changed at a time."""
+    """Yield (method, protocol, suffix, changes): one hidden setting that claims depend on."""
     adaptive_only = {"lambda_schedule": "constant", "lambda_start": (1, 0)}
-    # Was Dyn. ATMO ever dynamic? Released it moves from (1, 0) the wrong way round, or not at all.
+    # Was Dyn. ATMO ever dynamic? As released, λ moves from (1, 0) the wrong way, or not at all.
     yield "dyn_atmo", "released", "-frozen", adaptive_only
     yield "dyn_atmo", "released", "-as-written", {"lambda_direction": "report"}
-    # The direction in which Dyn. PADAM-SGD fades.
+    # The direction of Dyn. PADAM-SGD's λ.
     yield "dyn_padam_sgd", "released", "-as-written", {"lambda_direction": "report"}
     yield "dyn_padam_sgd", "clean", "-reversed", {"lambda_direction": "released"}
     # The fault behind AdaHessian's .8372: resumed at epoch 146 from the weights alone.
@@ -95,15 +94,15 @@ def audits(shorter: int) -> Iterator[tuple]:
     # Test batches normalised by their own statistics, or by the running ones.
     for name in ("sgd", "padam_sgd", "adahessian"):
         yield name, "released", "-eval-mode", {"test_mode": "eval"}
-    # The decay of the adaptive rule, which Algorithm 2 does not have.
+    # Weight decay in the adaptive rule, which Algorithm 2 does not have.
     yield "atmo", "released", "-decay-in-sgd", {"weight_decay_in": "sgd"}
 
 
 def unpacked(archive: Path, where: Path) -> Path:
-    """The folder of images inside the archive; nothing leaves ``where``.
+    """Unpack the archive inside ``where``, unless done before; return the folder of images.
 
     Raises:
-        FileNotFoundError: if there is no such archive and nothing unpacked either.
+        FileNotFoundError: if there is neither the archive nor an unpacked copy.
     """
     folder = where / "cifar10-jpeg"
     done = folder / ".complete"
@@ -114,14 +113,14 @@ def unpacked(archive: Path, where: Path) -> Path:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
         done.touch()
-    # Archives may have a folder of their own around train/ and test/.
+    # An archive may wrap train/ and test/ in a folder of its own.
     (train,) = sorted(folder.rglob("train"))[:1] or [folder / "train"]
     return train.parent
 
 
 def seconds(experiment: Experiment, device: str | None) -> float:
-    """About what a run with 50,000 and 10,000 images takes, by a few steps on noise; not compiled,
-    which for long runs is faster."""
+    """Estimate a run's seconds on 50,000 training and 10,000 test images from a few steps on noise,
+    not compiled (long runs are faster compiled)."""
     draw, size, n = torch.Generator().manual_seed(0), experiment.batch_size, 12
     images = torch.randint(0, 256, (n * size, 3, 32, 32), generator=draw, dtype=torch.uint8)
     labels = torch.randint(0, 10, (n * size,), generator=draw)
@@ -139,7 +138,7 @@ def seconds(experiment: Experiment, device: str | None) -> float:
 
 
 def widest(minutes: float, chosen: argparse.Namespace) -> str:
-    """The scale of the widest network whose next run fits into the time; else the narrowest."""
+    """Return the scale of the widest network whose next run fits in the time, or the narrowest."""
     for scale in ("paper", "paper-32", "paper-16"):
         out = data.PROJECT / "runs" / f"reproduction-{scale}"
         for folder, experiment in matrix(scale, "cifar10", chosen.precision, chosen.seeds):
@@ -155,12 +154,12 @@ def widest(minutes: float, chosen: argparse.Namespace) -> str:
 
 
 def is_chosen(folder: str, chosen: argparse.Namespace) -> bool:
-    """Whether ``--only`` names it."""
+    """Return whether ``--only`` selects the run."""
     return any(part in folder for part in chosen.only.split(","))
 
 
 def state(folder: Path) -> tuple[str, int]:
-    """How far a run is: its status, and how many epochs."""
+    """Return a run's status and its number of finished epochs."""
     if not (folder / "history.json").exists():
         return "to do", 0
     history = History.load(folder)
@@ -170,44 +169,44 @@ def state(folder: Path) -> tuple[str, int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--dataset", help="cifar10, downloaded if need be, or folder:PATH")
+    images.add_argument("--dataset", help="cifar10 (downloaded if needed) or folder:PATH")
     images.add_argument("--archive", type=Path, help="a tar of train/CLASS/* and test/CLASS/*")
     parser.add_argument("--scale", choices=(*SCALES, "auto"), default="paper",
                         help="auto: the widest of paper, paper-32 and paper-16 whose next run fits "
-                        "into the minutes")  # fmt: skip
+                        "into --minutes")  # fmt: skip
     parser.add_argument("--precision", default="float32", help="tf32, bfloat16: faster on GPUs")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="length of a slice")
     parser.add_argument("--only", default="", metavar="PART,…",
-                        help="runs whose folder's name has one of these in it")  # fmt: skip
+                        help="only runs whose folder contains one of these")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     parser.add_argument(
         "--checkpoint-every", type=int, default=1, help="epochs between checkpoints"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="default: the runs that are long enough")  # fmt: skip
+                        help="default: only runs that are long enough")  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: runs/reproduction-SCALE")
-    parser.add_argument("--list", action="store_true", help="show what is there and what is left")
+    parser.add_argument("--list", action="store_true", help="show the status of every run")
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(arguments)
     end = time.monotonic() + 60 * chosen.minutes
     if chosen.scale == "auto":
         if chosen.out:
-            parser.error("--scale auto: each width has a folder of its own; leave --out away")
+            parser.error("--scale auto: each width has a folder of its own; omit --out")
         chosen.scale = widest(chosen.minutes, chosen)
     out = chosen.out or data.PROJECT / "runs" / f"reproduction-{chosen.scale}"
     dataset = chosen.dataset
-    if chosen.archive:  # named from the project: the same experiment wherever that lies
+    if chosen.archive:  # relative to the project: the same experiment on every machine
         unpacked_to = unpacked(chosen.archive, data.PROJECT / "data").relative_to(data.PROJECT)
         dataset = f"folder:{unpacked_to.as_posix()}"
 
     if chosen.jobs > 1 and not chosen.list:
-        data.load(dataset, 100, 100)  # downloads, if need be, before everybody does
+        data.load(dataset, 100, 100)  # downloads once, before the jobs start
     minutes = str(max(0.0, end - time.monotonic()) / 60)
-    alone = [sys.executable, __file__, *arguments, "--scale", chosen.scale, "--jobs", "1",
-             "--minutes", minutes]  # fmt: skip
-    others = [subprocess.Popen(alone) for _ in range(1, 1 if chosen.list else chosen.jobs)]
+    one_job = [sys.executable, __file__, *arguments, "--scale", chosen.scale, "--jobs", "1",
+               "--minutes", minutes]  # fmt: skip
+    others = [subprocess.Popen(one_job) for _ in range(1, 1 if chosen.list else chosen.jobs)]
     runs = [(folder, experiment) for folder, experiment
             in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds)
             if is_chosen(folder, chosen)]  # fmt: skip
@@ -228,13 +227,13 @@ def main(arguments: list[str] | None = None) -> int:
                 )  # fmt: skip
         except filelock.Timeout:
             continue  # another job has claimed it
-        except RuntimeError as error:  # of this run; the others can go on
+        except RuntimeError as error:  # in this run; go on with the others
             print(f"{folder}: {error}", file=sys.stderr)
     for other in others:
         other.wait()
     left = sum(state(out / folder)[0] not in OVER for folder, _ in runs)
     if left and not chosen.list:
-        print(f"{left} runs are left; the same command goes on")
+        print(f"{left} runs are left; repeat the command to continue")
     return MORE_TO_DO if left and not chosen.list else 0
 
 
