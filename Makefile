@@ -1,12 +1,12 @@
 # make study   trains all eight methods, three seeds each, on the embedded digits and writes
 #              runs/demo/report.html; more options: make study STUDY="--only sgd,atmo"
-# make test    lint, and the default tests
+# make test    runs lint and the default tests
 # make lab     opens the notebooks in JupyterLab
 # make site    writes build/site/index.html: playground, executed notebooks, results, reference
 # make copies  executes all notebooks on the published runs again: data/results/reading
-# make colab   writes git's origin, or REPO=https://github.com/..., into the notebooks and puts "Open
-#              in Colab" badges there and in the README; make colab REPO= takes them out
-# Each builds .venv on first use, with uv where it is installed, else with python3 -m venv and pip.
+# make colab   writes git's origin, or REPO=https://github.com/..., into the notebooks and adds "Open
+#              in Colab" badges there and in the README; make colab REPO= removes both
+# All but colab build .venv on first use, with uv if it is installed, else with python3 -m venv and pip.
 
 PYTHON ?= python3
 STUDY ?=
@@ -23,8 +23,8 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest $(TESTS)
 
-# The notebooks in a real JupyterLab and Chromium; one at a time, and skipped where there is none. In a twin
-# of Colab's front end, with minutes of installation: make browser BROWSER="browser and slow"
+# Test the notebooks in a real JupyterLab and Chromium, one at a time; skipped if there is no Chromium.
+# In a replica of Colab's front end, after minutes of installation: make browser BROWSER="browser and slow"
 BROWSER ?= browser and not slow
 browser: export SCREENSHOTS ?= build/screenshots
 browser: .venv/.test
@@ -45,7 +45,7 @@ colab:
 clean:
 	rm -rf .venv
 
-# Rebuilt when pyproject.toml changes; a half-built environment has no stamp and is tried again.
+# Rebuilt when pyproject.toml changes. A half-built environment has no stamp, so make tries again.
 .venv/.lab .venv/.site .venv/.test: .venv/.%: pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
