@@ -121,7 +121,6 @@ def at_call(owner, name: str, count: int, action) -> None:
 # Functions, and which of their calls is in the second epoch; an epoch has two steps and a test.
 MOMENTS = {
     "step": (torch.nn.functional, "cross_entropy", 5),  # an epoch calls it three times
-    "evaluation": (loop, "_test", 2),
     "checkpoint write": (os, "fsync", 4),  # after the owner's name, checkpoint and history
     "report": (notebooks, "report", 1),
 }

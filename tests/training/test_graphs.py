@@ -98,8 +98,10 @@ def losses(name, device, capture=False, compile=False, **changes) -> list[float]
     return [row[name] for row in rows for name in ("train_loss", "test_loss")]
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("foreach", [False, True])
+WAYS = [*((name, False) for name in METHODS), ("atmo", True), ("adasgd", True)]
+
+
+@pytest.mark.parametrize(("name", "foreach"), WAYS)
 def test_a_captured_run_has_the_same_losses(name, foreach, graphs, monkeypatch):
     if foreach:
         make = hl.Experiment.build_optimizer

@@ -1,5 +1,6 @@
 """Hybrids beyond the report's: some layers merged, adaptive λ, a look inside."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -126,10 +127,12 @@ def test_adaptive_weights_are_logged():
 # --- A look inside. ---
 
 
-@pytest.mark.parametrize("name", ["dyn_atmo", "adasgd", "adam+lion+sgd", "sgd"])
-@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
+HYBRIDS = itertools.product(["dyn_atmo", "adasgd", "adam+lion+sgd"], ["product", "sum", "graft"])
+
+
+@pytest.mark.parametrize(("name", "merge"), [*HYBRIDS, ("sgd", "product")])
 def test_a_look_inside_changes_nothing_and_measures_every_layer(name, merge):
-    e = toy_of(name, **({"merge": merge} if name != "sgd" else {}))
+    e = toy_of(name, merge=merge)
     plain, seen = (loop.run(e, progress=False, **how) for how in ({}, {"watch": look_inside}))
     n, layers = len(e.method.rules), {"stem.0", "blocks.7.conv2", "blocks.2.shortcut.0", "head"}
     for row, usual in zip(seen.rows, plain.rows):

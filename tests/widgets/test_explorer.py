@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shlex
 import shutil
@@ -14,7 +13,6 @@ import time
 import types
 from pathlib import Path
 
-import papermill
 import pytest
 from ipywidgets.embed import dependency_state, embed_data
 
@@ -376,7 +374,8 @@ def test_every_method_can_be_started_and_copied(open_explorer):
         assert explorer.papermill.value == planning.as_papermill(*what)
 
 
-@pytest.mark.parametrize("way", ["python", pytest.param("papermill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["python", "papermill"])
 def test_the_copied_command_repeats_the_run(open_explorer, tmp_path, way):
     explorer = open_explorer("dyn_padam_sgd", **TINY)
     first = train(explorer, lr=0.02, lr_schedule="constant", lambda_schedule="sigmoid", seed=5,
@@ -437,21 +436,6 @@ def test_in_colab_start_trains_in_the_foreground_until_an_interrupt(tmp_path, co
     press(explorer, "Start")  # returns when it is done
     straight = hl.run(explorer.experiment(), tmp_path / "straight", progress=False)
     assert numbers(explorer.history) == numbers(straight)
-
-
-@pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
-def test_an_executed_copy_has_figures_and_no_widget_state(tmp_path, monkeypatch):
-    monkeypatch.setenv("BROWSER_PATH", os.devnull)  # no images of figures: saves seconds
-    executed = papermill.execute_notebook(
-        ROOT / "notebooks" / "09_explorer.ipynb", tmp_path / "out.ipynb",
-        {"runs": str(tmp_path / "runs"), "epochs": 2, "width": 2}, progress_bar=False,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert "widgets" not in executed.metadata
-    kinds = [kind for cell in executed.cells for out in cell.get("outputs", [])
-             for kind in out.get("data", {})]  # fmt: skip
-    assert "application/vnd.plotly.v1+json" in kinds
-    assert not any("widget" in kind for kind in kinds)
 
 
 def test_every_control_has_a_label_and_colab_can_show_and_save_the_view(open_explorer):
