@@ -250,7 +250,7 @@ FAULTY = [
     (at_dog(lambda file: file.write_bytes(b"GIF? no")), UNREADABLE),
     (at_dog(lambda file: file.write_bytes(b"")), UNREADABLE),
     (at_dog(lambda file: file.write_bytes(file.read_bytes()[:-60])), UNREADABLE),
-    (moved("test", "validation"), r"expected images as .*test/CLASS.*train: cat, dog, test: none"),
+    (moved("test", "validation"), r"expected images in .*test/CLASS.*train: cat, dog, test: none"),
     (moved("test/dog", "test/wolf"), r"train: cat, dog, test: cat, wolf"),
     (moved("train/dog", "dogs", "test/dog", "more"), r"two or more classes.*train: cat, test: cat"),
     (moved("train", "x", "test", "y"), r"train: none, test: none"),

@@ -372,7 +372,7 @@ REFUSED = [  # arguments of hybrid-study, and the line that refuses them
     ("--only adma", r"'adma'.*did you mean adam\?"), ("--only ../sgd", r"'\.\./sgd'"),
     ("--dataset cifar", r"dataset='cifar'.*cifar10"), ("--dataset folder:", r"folder"),
     ("--dataset folder:nowhere", r"folder:nowhere: no such folder"),
-    ("--dataset folder:{empty}", r"expected images as .*train: none"),
+    ("--dataset folder:{empty}", r"expected images in .*train: none"),
     ("--dataset folder:{small}", r"(batch_size|train_limit)=.* 20 "),
     ("--dataset mnist", r"MNIST is not complete.*network"),
     ("--epochs 0", r"epochs=0"), ("--epochs many", r"--epochs.*many"),
