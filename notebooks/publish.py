@@ -27,7 +27,7 @@ SITE = ROOT / "build" / "site"
 STUDY = {"out": "../data/results/cpu-scale/clean", "seeds": "0-3", "train": False}
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "data/README.md",
          "data/results/README.md", "data/results/cpu-scale/TABLES.md",
-         "data/results/paper/TABLES.md")  # fmt: skip
+         "data/results/cpu-long/TABLES.md", "data/results/paper/TABLES.md")  # fmt: skip
 FILES = ("notebooks/*.gif", "notebooks/[0-9]*.ipynb", "data/results/**/*.png")
 
 
