@@ -172,7 +172,7 @@ def _data(
     digest = hashlib.sha256()
     for tensor in (train_images, train_labels, *test, *validation):
         digest.update(tensor.numpy().tobytes())
-    # In float64, one channel at a time: 50,000 images at once would need half a gigabyte.
+    # In float64, one channel at a time: 50,000 colour images at once would need 1.2 GB.
     channels = train_images.transpose(0, 1)
     std, mean = zip(*(torch.std_mean(c.double() / 255, correction=0) for c in channels))
     std, mean = torch.stack(std).float(), torch.stack(mean).float()
