@@ -54,7 +54,8 @@ def main() -> None:
         }  # fmt: skip
         rows.append(row)
         if chosen.json:
-            print(json.dumps(row), flush=True)
+            # JSON has no NaN, the margin of one seed.
+            print(json.dumps({k: None if v != v else v for k, v in row.items()}), flush=True)
     if chosen.json:
         return
     print(f"{machine()}\n{chosen.method}, handwritten digits, {chosen.epochs} epochs, "

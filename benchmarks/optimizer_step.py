@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--eager", action="store_true", help="skip what has to be compiled")
+    parser.add_argument("--eager", action="store_true", help="skip compiled optimizers")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     chosen = parser.parse_args()
     n = sum(p.numel() for p in parameters(chosen.width))

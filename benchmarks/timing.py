@@ -21,12 +21,14 @@ def interleaved(
     Args:
         candidates: what to time, by name.
         reference: the candidate whose time in a round counts as 1, or one per candidate.
-        rounds: counted rounds; two warm-up rounds come first.
+        rounds: counted rounds, at least 2; two warm-up rounds come first.
 
     Returns:
         A row per candidate: ``name``, ``ratio`` (median over rounds), ``low`` and ``high`` (its
         quartiles) and ``ms`` (median).
     """
+    if rounds < 2:
+        raise ValueError(f"rounds={rounds}: quartiles need at least 2")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 2):
         for name, run in candidates.items():

@@ -11,7 +11,7 @@ import pandas as pd
 from hybrid_lib import Experiment
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training import data
-from hybrid_lib.training.history import FILE, History
+from hybrid_lib.training.history import FILE, History, write_atomically
 
 PUBLISHED = Path(__file__).with_name("fair")
 Batches = Iterable[tuple[str, list[Experiment]]]  # (folder below --out, experiments)
@@ -45,7 +45,7 @@ def command(
     if chosen.publish:
         for file, table in tables(chosen).items():
             file.parent.mkdir(exist_ok=True)
-            table.to_csv(file, index=False, float_format="%.5g")
+            write_atomically(file, table.to_csv(index=False, float_format="%.5g").encode())
         return 0
     failed = []
     compile = chosen.compile if chosen.device == "cpu" else None

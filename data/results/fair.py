@@ -79,7 +79,7 @@ CONTESTANTS = {  # row with its base settings, range of the learning rate, sched
 FIRST_ORDER = ("sgd", "adam", "padam", "atmo", "padam_sgd", "hedge_atmo")
 SCALES = {  # tasks, schedules, studies, contestants
     "cpu": (("digits", "python-docs"), SCHEDULES, STUDIES, tuple(CONTESTANTS)),
-    # On real images all of it would take two cores most of a day; this, a few hours (estimates).
+    # On real images all of it would take two cores most of a day; this, an hour and a half.
     "images": (("cifar10-jpeg",), ("cosine",), 2, FIRST_ORDER),
     "paper": (("cifar10",), SCHEDULES, STUDIES, tuple(CONTESTANTS)),  # on a GPU, at full width
 }

@@ -22,7 +22,7 @@ import plotly.graph_objects as go
 
 from hybrid_lib import EXPERIMENTS, History
 from hybrid_lib.study import claims, figures, statistics, tables
-from hybrid_lib.training.history import load_all
+from hybrid_lib.training.history import load_all, write_atomically
 
 PROTOCOLS = ("released", "clean")
 
@@ -51,15 +51,17 @@ def publish(source: Path, target: Path) -> None:
 def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataFrame:
     """Compare each audit with the row that it changes: the setting, and both last accuracies.
 
-    Values are means over the seeds that both have; the difference is seed by seed, with its ±.
+    Values are means over the seeds in which both are complete; the difference is seed by seed,
+    with its ±.
     """
-    row_of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h for h in rows}
+    row_of = {(h.experiment.protocol, h.experiment.name, h.experiment.seed): h
+              for h in rows if h.status == "complete"}  # fmt: skip
     table = []
     for h in audited:
         e = h.experiment
         name = e.name.partition("-")[0]
         row = row_of.get((e.protocol, name, e.seed))
-        if row is None:
+        if row is None or h.status != "complete":
             continue
         before, after = asdict(row.experiment), asdict(e)
         changed = [f"{k}: {before[k]} → {v}" for k, v in after.items()
@@ -72,6 +74,8 @@ def audit_table(audited: Sequence[History], rows: Sequence[History]) -> pd.DataF
                 "row's best": row.best["test_accuracy"], "audit's best": h.best["test_accuracy"],
             }
         )  # fmt: skip
+    if not table:
+        return pd.DataFrame()
     each = pd.DataFrame(table)
     each.insert(6, "difference", each["audit"] - each["row"])
     by_setting = each.groupby(["method", "protocol", "changed"], sort=False)
@@ -174,7 +178,7 @@ def render(folder: Path) -> list[Path]:
     if not all(_is_full_size(h) for h in everything):
         head += " These runs are smaller than the report's, which explains most of final − report."
     page = folder / "TABLES.md"
-    page.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
+    write_atomically(page, ("\n\n".join([head, *sections]) + "\n").encode())
     return [page, *written]
 
 

@@ -8,9 +8,9 @@
 Runs are trained into ``OUT/PROTOCOL/RUN/`` in the order of :func:`matrix`, the most informative
 first. Completed runs are skipped; interrupted runs resume after their last finished epoch, here or
 on another machine that is given the same folder. With ``--minutes 10`` the command stops in time
-and exits with 75 while runs are left: repeat it until it exits with 0. Every slice saves its
-histories. Two copies of the command, or ``--jobs 2``, share the work: neither touches a run that
-the other is training. ``publish.py`` turns OUT into what is kept in git.
+and exits with 75 while runs are left: repeat it until it exits with 0, or with 1 if a run failed.
+Every slice saves its histories. Two copies of the command, or ``--jobs 2``, share the work: neither
+touches a run that the other is training. ``publish.py`` turns OUT into what is kept in git.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SCALES = {
 # Second-order rows and rows with a jump first: the claims rest on them.
 ORDER = ("padam_sgd", "dyn_padam_sgd", "adahessian", "adasgd", "sgd", "dyn_atmo", "atmo", "adam")
 OVER = ("complete", "diverged")
-MORE_TO_DO = 75  # exit status, like sendmail's "try again later"
+FAILED, MORE_TO_DO = 1, 75  # exit status; 75 is sendmail's "try again later"
 
 
 def matrix(
@@ -103,16 +103,21 @@ def unpacked(archive: Path, where: Path) -> Path:
 
     Raises:
         FileNotFoundError: if there is neither the archive nor an unpacked copy.
+        FileExistsError: if the copy was unpacked from another archive.
     """
     folder = where / "cifar10-jpeg"
     done = folder / ".complete"
-    if not done.exists():
-        if not archive.is_file():
-            raise FileNotFoundError(f"{archive}: no such archive, and {folder} is not complete")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        done.touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):  # another copy of the command may be at it
+        if not done.exists():
+            if not archive.is_file():
+                raise FileNotFoundError(f"{archive}: no such archive, and {folder} is not complete")
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            done.write_text(f"{archive.name}, {archive.stat().st_size} bytes", encoding="utf-8")
+    source = done.read_text("utf-8")
+    if archive.is_file() and source not in ("", f"{archive.name}, {archive.stat().st_size} bytes"):
+        raise FileExistsError(f"{folder} has the images of {source}; remove it to use {archive}")
     # An archive may wrap train/ and test/ in a folder of its own.
     (train,) = sorted(folder.rglob("train"))[:1] or [folder / "train"]
     return train.parent
@@ -210,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = [(folder, experiment) for folder, experiment
             in matrix(chosen.scale, dataset, chosen.precision, chosen.seeds)
             if is_chosen(folder, chosen)]  # fmt: skip
+    failed = False
     for folder, experiment in runs:
         if chosen.list:
             status, done = state(out / folder)
@@ -229,12 +235,12 @@ def main(arguments: list[str] | None = None) -> int:
             continue  # another job has claimed it
         except RuntimeError as error:  # in this run; go on with the others
             print(f"{folder}: {error}", file=sys.stderr)
-    for other in others:
-        other.wait()
+            failed = True
+    failed |= FAILED in [other.wait() for other in others]
     left = sum(state(out / folder)[0] not in OVER for folder, _ in runs)
     if left and not chosen.list:
         print(f"{left} runs are left; repeat the command to continue")
-    return MORE_TO_DO if left and not chosen.list else 0
+    return FAILED if failed else MORE_TO_DO if left and not chosen.list else 0
 
 
 if __name__ == "__main__":

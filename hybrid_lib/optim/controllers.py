@@ -6,7 +6,7 @@ rule, with
 
 - ``start(group)``: returns its memory between steps, a dict of numbers; raises ValueError for a
   group that it cannot control,
-- ``init(w, rules)``: returns its buffers for one parameter, a dict of tensors,
+- ``init(w, rules)``: returns its buffers for one parameter, a dict of tensors of its shape,
 - ``observe(seen, step_sizes, directions, buffers)``: updates the buffers in place and returns
   0-dimensional tensors, to be summed over the parameters. Write it like a rule's ``propose``,
 - ``update(group, states, sums)``: called once per step, after the weights have moved; sets
@@ -90,7 +90,7 @@ class Hedge:
 class SWATS:
     r"""Switch once from Adam to SGD, at a rate found from Adam's steps (Keskar and Socher 2017).
 
-    Projecting Adam's step p on the gradient gives the rate at which SGD would have gone as far:
+    SGD's step at this rate, projected on Adam's step p, equals p:
 
     .. math:: \gamma_t = \frac{\langle p_t, p_t \rangle}{-\langle p_t, g_t \rangle}, \quad
               s_t = \beta_2 s_{t-1} + (1 - \beta_2) \gamma_t, \quad
@@ -98,10 +98,11 @@ class SWATS:
 
     Once :math:`|\Lambda_t - \gamma_t| < \epsilon` (and :math:`\Lambda_t > 0`), SGD takes over at
     the rate :math:`\Lambda_t`: λ becomes :math:`(0, \Lambda_t / \eta)`, so that a schedule of η
-    continues, and SGD's momentum starts at zero. Needs ``merge="sum"`` and two rules, the first
-    with ``betas``, the second :class:`~hybrid_lib.optim.rules.SGD`, whose momentum and dampening
-    are :math:`\beta_1` in the paper. g includes SGD's weight decay. ``memory["switched_at"]`` is
-    the step of the switch, or 0 before it.
+    continues, and SGD's momentum starts at zero (but as usual for a parameter whose first gradient
+    comes later). Needs ``merge="sum"`` and two rules, the first with ``betas``, the second
+    :class:`~hybrid_lib.optim.rules.SGD`, whose momentum and dampening are :math:`\beta_1` in the
+    paper. g includes SGD's weight decay. ``memory["switched_at"]`` is the step of the switch, or 0
+    before it.
 
     Args:
         tolerance: :math:`\epsilon > 0`, a difference of learning rates.

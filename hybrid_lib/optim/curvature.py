@@ -43,8 +43,8 @@ def hessian_diagonal(
         function, ``(grads, diag, other)``, with a gradient of 0 instead of None.
 
     Raises:
-        ValueError: if ``n_samples`` is below 1, the loss is not a scalar or depends on none of the
-            parameters, or ``params`` is empty or contains frozen parameters.
+        ValueError: if ``n_samples`` is below 1 or ``params`` is empty; for a loss that is a tensor,
+            also if it is not a scalar or depends on none of ``params``, or if some are frozen.
         TypeError: if ``params`` is a single tensor.
         RuntimeError, NotImplementedError: if torch cannot differentiate the loss twice (fused
             attention, compiled models) or a function in forward mode (LSTM), with a remedy.
@@ -89,8 +89,8 @@ def hessian_diagonal(
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}, or "
-            "use the model before torch.compile"
+            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}, "
+            "use the model before torch.compile, or compute the loss anew if backward() freed it"
         ) from error
 
 

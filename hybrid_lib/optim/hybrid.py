@@ -37,7 +37,8 @@ def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
     sum of all step lengths (Agarwal et al. 2020 for λ = (0, 1))."""
     lengths = [each(torch.linalg.vector_norm, di) for di in d]
     length = _weighted_sum(_weighted_step_sizes(λ, η), lengths)
-    unit = d[0].div(lengths[0].clamp_min(torch.finfo(torch.float32).tiny))
+    # A norm below the root of the smallest number has lost its digits, as squares are summed.
+    unit = d[0].div(lengths[0].clamp_min(torch.finfo(torch.float32).tiny ** 0.5))
     return None if length is None else unit.mul_(length)
 
 
@@ -67,7 +68,7 @@ def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge, cont
         raise TypeError("a rule must update its buffers in place, as in buffers['m'].mul_(0.9)")
 
     step = MERGES[merge](λ, step_sizes, d)
-    if isinstance(γ, Tensor) or γ != 0:
+    if not _is_zero(γ):
         x.mul_(1 - η * γ)
     if step is not None:
         x.sub_(step)
@@ -195,8 +196,6 @@ class Hybrid(Optimizer):
         for r in group["rules"]:
             if isinstance(r, type) or not is_dataclass(r) or not all(hasattr(r, n) for n in needed):
                 raise TypeError(f"rules: {r!r} is not a rule; pass instances, as in rules.SGD()")
-        if group["merge"] not in MERGES:
-            raise ValueError(f"merge={group['merge']!r}: must be one of {', '.join(MERGES)}")
         _check_rates(group)
         if not group["lr"] > 0:
             raise ValueError(f"lr={group['lr']!r}: must be a finite number above 0")
@@ -272,8 +271,8 @@ class Hybrid(Optimizer):
                 observed.append(self._move(group, *zip(*part), t, device, dtype))
                 for _, state in part if not _capturing() else ():  # a capture moves nothing yet
                     state["step"] = t
-            # A step with lr = 0 only allocates buffers.
-            if group["controller"] is not None and states and _value_if_on_cpu(group["lr"]) != 0:
+            # A step with lr = 0 moves nothing, so it tells a controller nothing.
+            if group["controller"] is not None and states and not _is_zero(_read(group["lr"])):
                 numbers = [torch.stack(part).tolist() for part in observed]  # waits for the device
                 known = (self.state.get(p, {}) for p in group["params"])
                 started = [state for state in known if "rules" in state]
@@ -312,7 +311,7 @@ class Hybrid(Optimizer):
 
     def _move(self, group: dict, params, states, t: int, device, dtype) -> list[Tensor]:
         """Take step t for parameters of one device and dtype; return the observed sums."""
-        η, λ, γ = group["lr"], group["lambdas"], group["decoupled_weight_decay"]
+        η, *λ, γ = map(_read, (group["lr"], *group["lambdas"], group["decoupled_weight_decay"]))
         rules, corrections = group["rules"], _corrections(group, t)
         settings = rules, group["maximize"], group["merge"], group["controller"]
         grads, diagonals = [p.grad for p in params], [None] * len(params)
@@ -320,7 +319,7 @@ class Hybrid(Optimizer):
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
         if self.capturable:
-            graph_numbers = self._graph_numbers(group, params, states, corrections)
+            graph_numbers = self._graph_numbers(group, λ, params, states, corrections)
             η, λ, corrections = graph_numbers if _capturing() else (η, λ, corrections)
         foreach = group["foreach"]
         if foreach is None:
@@ -339,22 +338,24 @@ class Hybrid(Optimizer):
         number = functools.partial(_on, device, torch.promote_types(dtype, torch.float32))
         lists = [b for of_rule in buffers for b in of_rule.values()]
         kept = list(itertools.chain(params, diagonals, *lists))  # so that their ids stay unique
-        key = (*settings, γ == 0, *map(id, kept))  # everything the compiled step does not check
+        distinct = len(set(map(id, grads)))  # parameters may share one tensor
+        # Everything that the compiled step does not check:
+        key = (*settings, _is_zero(γ), distinct, *map(id, kept))
         if key not in self._compiled:
             options = {"only": "grads", "size_asserts": False}
             self._compiled[key] = kept, compiled(move_each, "the optimizer's step", **options)
         _, fused = self._compiled[key]
         numbers = number(η), [number(λi) for λi in λ], [tuple(map(number, c)) for c in corrections]
-        decay = number(γ) if γ != 0 else 0
+        decay = 0 if _is_zero(γ) else number(γ)
         return fused(params, grads, diagonals, buffers, *numbers, decay, *settings)
 
-    def _graph_numbers(self, group: dict, params, states, corrections) -> tuple:
+    def _graph_numbers(self, group: dict, λ, params, states, corrections) -> tuple:
         """Return η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
 
         A step before the capture allocates them: memory of the graph's own pool may have belonged
         to another tensor, dead by the time the optimizer runs.
         """
-        λ, together = group["lambdas"], tuple(map(id, params))
+        together = tuple(map(id, params))
         if together not in self._cells:
             if _capturing():
                 raise RuntimeError("take a step with capturable set before capturing one")
@@ -364,7 +365,7 @@ class Hybrid(Optimizer):
         if _capturing():
             self._captured.add(together)
         cell = iter(self._cells[together][-1].unbind())
-        η, λ = next(cell), [c if λi != 0 else 0.0 for λi, c in zip(λ, cell)]
+        η, λ = next(cell), [0.0 if _is_zero(λi) else c for λi, c in zip(λ, cell)]
         return η, λ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
 
     def _states(self, group: dict, params: list[Tensor]) -> list[dict]:
@@ -406,8 +407,8 @@ class Hybrid(Optimizer):
         """Return a group's parameters that move, after checking that they can."""
         _check_rates(group)
         moving = [p for p in group["params"] if p.grad is not None]
-        # A step with lr = 0 only allocates buffers; torch.distributed.checkpoint takes one.
-        must_have_diagonal = _needs_hessian(group) and _value_if_on_cpu(group["lr"]) != 0
+        # torch.distributed.checkpoint takes a step with lr = 0, just to allocate buffers.
+        must_have_diagonal = _needs_hessian(group) and not _is_zero(_read(group["lr"]))
         for p in moving:
             state = self.state.get(p, {})
             if p.grad.layout is not torch.strided:
@@ -510,19 +511,20 @@ def _summed(observed: list[list[Tensor]]) -> list[Tensor]:
 def _weighted_sum(weights: Sequence[Number], terms: Sequence):
     """Return the weighted sum in a new tensor, or None if all weights are 0.
 
-    Terms of weight 0 are left out, so that their directions need not be finite.
+    Terms of weight 0 are left out, so that their directions need not be finite; but not from
+    ``Tensors`` if the weight is a tensor, which nobody has read.
     """
     weighted = [
         _times(λ, x) if isinstance(λ, Tensor) and isinstance(x, Tensor) else x.mul(λ)
         for λ, x in zip(weights, terms)
-        if isinstance(λ, Tensor) or λ != 0
+        if not _is_zero(λ)
     ]
     return functools.reduce(lambda total, term: total.add_(term), weighted) if weighted else None
 
 
 def _weighted_step_sizes(λ: Sequence[Number], η: Sequence[Number]) -> list[Number]:
     """λᵢ ηᵢ, but the number 0 where λᵢ is 0, so that a rule without weight is left out."""
-    return [λi * ηi if isinstance(λi, Tensor) or λi != 0 else 0.0 for λi, ηi in zip(λ, η)]
+    return [0.0 if _is_zero(λi) else λi * ηi for λi, ηi in zip(λ, η)]
 
 
 def _times(λ: Tensor, x: Tensor) -> Tensor:
@@ -563,7 +565,7 @@ def _needs_hessian(group: dict) -> bool:
 
 
 def _check_rates(group: dict) -> None:
-    """Check lr, weight decay and lambdas, which may be changed between steps."""
+    """Check lr, weight decay, lambdas and merge, which may be changed between steps."""
     for name in ("lr", "decoupled_weight_decay"):
         if not _is_weight(group[name]):
             raise ValueError(f"{name}={group[name]!r}: must be a finite number, at least 0")
@@ -572,27 +574,32 @@ def _check_rates(group: dict) -> None:
         raise ValueError(f"lambdas={lambdas!r} for {len(group['rules'])} rules: pass one for each")
     if not all(map(_is_weight, lambdas)):
         raise ValueError(f"lambdas={lambdas!r}: weights must be finite and at least 0")
+    if group["merge"] not in MERGES:
+        raise ValueError(f"merge={group['merge']!r}: must be one of {', '.join(MERGES)}")
 
 
 def _is_weight(number) -> bool:
-    number = _value_if_on_cpu(number)
+    number = _read(number)
+    if isinstance(number, Tensor):  # not read
+        return number.dim() == 0 and number.device.type != "cpu"
     return isinstance(number, numbers.Real) and math.isfinite(number) and number >= 0
 
 
-def _value_if_on_cpu(number: Number) -> float:
-    """Return the value, or 1.0 for a tensor on another device, where reading it would block."""
-    on_device = isinstance(number, Tensor) and number.device.type != "cpu"
-    return 1.0 if on_device else _value(number)
+def _is_zero(number: Number) -> bool:
+    """Whether a number is zero; a tensor might be anything."""
+    return not isinstance(number, Tensor) and number == 0
+
+
+def _read(number: Number) -> Number:
+    """Return a CPU tensor's value, but other tensors as they are: reading them would block."""
+    read = isinstance(number, Tensor) and number.device.type == "cpu" and number.dim() == 0
+    return number.item() if read else number
 
 
 def _weights(lambdas) -> tuple | Tensor:
     if not isinstance(lambdas, Iterable):
         raise ValueError(f"lambdas={lambdas!r}: must be a sequence of numbers, one per rule")
     return lambdas if isinstance(lambdas, Tensor) else tuple(lambdas)
-
-
-def _value(number: Number) -> float:
-    return number.item() if isinstance(number, Tensor) else number
 
 
 def _on(device: torch.device, dtype: torch.dtype, number: Number) -> Tensor:
@@ -618,4 +625,4 @@ def _plain(value):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(_plain(v) for v in value)
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -31,7 +31,7 @@ class Method:
     """A named optimizer: one rule, or a hybrid of several."""
 
     label: str  # shown in figures and tables
-    rules: tuple[type, ...]  # adaptive ones first; SGD is the last of a hybrid
+    rules: tuple[type, ...]  # adaptive ones first
     summary: str  # opens the constructor's docstring
     defaults: Mapping = field(default_factory=dict)  # where they differ from the rules' own
     colour: str = BLUE
@@ -84,11 +84,13 @@ class Method:
         decay, where = given["weight_decay"], given.get("weight_decay_in", "both")
         if where not in ("both", "sgd"):
             raise ValueError(f'weight_decay_in={where!r}: must be "both" or "sgd"')
+        if where == "sgd" and rules.SGD not in self.rules:
+            raise ValueError(f'weight_decay_in="sgd": {self.label} has no SGD; use "both"')
         made, decoupled = [], 0.0
         for rule in self.rules:
             names = {f.name for f in dataclasses.fields(rule)}
             fields = {name: given[name] for name in names & given.keys()}  # else the rule's default
-            rule_decay = decay if where == "both" or rule is self.rules[-1] else 0.0
+            rule_decay = decay if where == "both" or rule is rules.SGD else 0.0
             if "weight_decay" in names:
                 fields["weight_decay"] = rule_decay
             else:
@@ -186,7 +188,7 @@ METHODS = {
         {"lr": 1e-4, "weight_decay": 0.0}, GREEN, "dot",
     ),
     "lion_sgd": Method(
-        "Lion + SGD", (rules.Lion, rules.SGD),
+        "Lion-SGD", (rules.Lion, rules.SGD),
         """Lion + SGD, merged as in Algorithm 2; not in the report, and its defaults are not tuned.
 
     Weight decay is decoupled for Lion and an L2 term for SGD.""",
@@ -221,13 +223,15 @@ def get_method(name: str) -> Method:
 def label(name: str) -> str:
     """Return the name of a method, or of its dynamic form, in figures.
 
-    >>> label("dyn_padam_sgd"), label("my run")
-    ('Dyn. PADAM-SGD', 'my run')
+    >>> label("dyn_padam_sgd"), label("adam-lion"), label("my run")
+    ('Dyn. PADAM-SGD', 'Adam + Lion', 'my run')
     """
     base = name.removeprefix("dyn_")
-    if base not in METHODS:
+    try:
+        found = get_method(base if base in METHODS else base.replace("-", "+")).label
+    except ValueError:
         return name
-    return f"Dyn. {METHODS[base].label}" if name != base else METHODS[base].label
+    return f"Dyn. {found}" if name != base else found
 
 
 def look(name: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ weights moved, only in :mod:`hybrid_lib.optim.hybrid`. A rule is a frozen datacl
 hyper-parameters, which raises ValueError for one outside its range, with
 
 - ``needs_hessian``: whether it needs the diagonal of the Hessian,
-- ``init(w)``: returns its buffers for one parameter, a dict of tensors,
+- ``init(w)``: returns its buffers for one parameter, a dict of tensors of its shape,
 - ``corrections(t)``: returns, as Python floats, what depends only on the step count t = 1, 2, …,
 - ``propose(seen, buffers, lr, corrections)``: updates the buffers in place and returns
   (direction, step size).

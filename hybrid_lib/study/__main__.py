@@ -10,6 +10,7 @@ from hybrid_lib.study import planning  # slow modules are imported where used
 from hybrid_lib.study.parameters import reason, seed_list
 from hybrid_lib.study.running import run_many
 from hybrid_lib.training import data
+from hybrid_lib.training.history import write_atomically
 from hybrid_lib.training.tasks import load_task
 
 
@@ -30,7 +31,8 @@ def study(arguments: list[str] | None = None) -> int:
         how = {"epochs": args.epochs, "protocol": args.protocol}
         experiments = planning.plan(args.scale, args.dataset, only, seeds, **how)
         for experiment in {e.batch_size: e for e in experiments}.values():
-            load_task(experiment, args.device)  # report faulty data before training starts
+            # Report faulty data before training starts; a cluster's login node may have no GPU.
+            load_task(experiment, "cpu" if args.cluster else args.device)
         return experiments, [], planning.default_out(args.scale, args.dataset, args.protocol)
 
     def results(args, found, out: Path) -> tuple:
@@ -61,7 +63,7 @@ def sweep(arguments: list[str] | None = None) -> int:
 
     def results(args, found, out: Path) -> tuple:
         runs = sweeps.table(found)
-        runs.to_csv(out / "table.csv")
+        write_atomically(out / "table.csv", runs.to_csv().encode())
         print(f"table: {out / 'table.csv'}")
         source = notebooks.NOTEBOOKS / f"{notebooks.SWEEP}.ipynb"
         jobs = {source: {"space": args.space, "out": str(out), "train": False}}

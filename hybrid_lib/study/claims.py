@@ -210,7 +210,7 @@ def highest(runs: Runs, names: Iterable[str], measure=last) -> str:
 
 
 def slow_start(runs: Runs, _):
-    """Compare early accuracies with the average of the others, seed by seed, in the same epochs."""
+    """Compare early accuracies with the average of the others in the same epochs."""
     for name in PADAM_SGD:
         first = milestone(runs[name][0], 1)
         starts = {n: pd.Series({h.experiment.seed: mean(h, first, first) for h in runs[n]})

@@ -82,7 +82,8 @@ def _add_lines(figure, name, group, column, legend: bool, where: dict) -> None:
     seeds = pd.concat(done, axis=1)
     mean, half, label = seeds.mean(axis=1), statistics.margin(seeds.T), group[0].label
     if half.notna().any():
-        low, high = (mean - half).dropna(), (mean + half).dropna()
+        # Losses and accuracies are above 0, and a logarithmic axis shows nothing else.
+        low, high = (mean - half).clip(lower=mean / 100).dropna(), (mean + half).dropna()
         figure.add_scatter(
             x=[*low.index, *low.index[::-1]], y=[*high, *low[::-1]],
             fill="toself", fillcolor=colour, opacity=0.15, line={"width": 0}, mode="lines",
@@ -160,9 +161,11 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
                 hovertemplate="epoch %{x}: " + label + " = %{y:.3g}<extra></extra>",
                 row=row, col=col,
             )  # fmt: skip
-    # A fixed range: a cosine ends near 0, far below what matters. Powers need a smaller font.
+    # A cosine ends near 0, far below what matters. Powers need a smaller font.
+    highest = np.log10([max(e.learning_rates()) for e in distinct])
+    rates = [min(-5.3, highest.min() - 0.3), max(0, highest.max() + 0.1)]
     powers = {"exponentformat": "power", "tickfont_size": 10}
-    figure.update_yaxes(type="log", range=[-5.3, 0], dtick=1, **powers, row=1)
+    figure.update_yaxes(type="log", range=rates, dtick=1, **powers, row=1)
     figure.update_yaxes(range=[-0.05, 1.05], row=2)
     figure.update_yaxes(title_text="learning rate η", row=1, col=1)
     figure.update_yaxes(title_text="weight λ of SGD", row=2, col=1)
@@ -207,11 +210,12 @@ def _light(figure: go.Figure) -> go.Figure:
     """
     light = go.Figure(figure)
     for trace in light.select_traces({"type": "scatter"}):
-        for axis in ("x", "y"):
-            values = np.asarray(() if trace[axis] is None else trace[axis])
-            if values.dtype.kind not in "iuf" or not len(values):
-                continue  # empty, or names on a category axis
-            if trace.mode == "lines" and trace.customdata is None and len(values) > 60:
+        axes = {axis: np.asarray(trace[axis]) for axis in "xy" if trace[axis] is not None}
+        # Without those that are empty or hold names, on a category axis:
+        axes = {axis: v for axis, v in axes.items() if v.dtype.kind in "iuf" and len(v)}
+        plain = len(axes) == 2 and trace.mode == "lines" and trace.customdata is None
+        for axis, values in axes.items():
+            if plain and len(values) > 60:
                 values = values[np.linspace(0, len(values) - 1, 60).round().astype(int)]
             trace[axis] = None  # else an equal tuple stays, and is written number by number
             small = values.dtype.kind != "f" and abs(values).max() < 2**15
@@ -221,8 +225,11 @@ def _light(figure: go.Figure) -> go.Figure:
 
 def caption(histories: Sequence[History], what: str = "mean and 95 % interval (Student)") -> str:
     """What is drawn, and over how many seeds."""
-    counts = sorted({len(group) for group in group_by_method(histories).values()})
-    return "one seed" if counts == [1] else f"{what}, {' or '.join(map(str, counts))} seeds"
+    drawn = [h for h in histories if h.rows]
+    counts = sorted({len(group) for group in group_by_method(drawn).values()}) or [0]
+    text = "one seed" if counts == [1] else f"{what}, {' or '.join(map(str, counts))} seeds"
+    incomplete = sum(h.status != "complete" for h in drawn)
+    return f"{text}; incomplete runs: {incomplete}" if incomplete else text
 
 
 def apply_style(figure, title: str, caption: str = "", height: int = 460):

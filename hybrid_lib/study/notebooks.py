@@ -98,7 +98,7 @@ def execute(jobs: dict[Path, dict], out: Path) -> tuple[list[Path], list[str]]:
         pool.shutdown(wait=False, cancel_futures=True)
         for manager in PrivateKernelManager.started:  # some run on after an interrupt
             if manager.has_kernel and manager.provisioner.pid:
-                os.kill(manager.provisioner.pid, signal.SIGKILL)
+                os.kill(manager.provisioner.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
         pool.shutdown()
     return [f for s in jobs if (f := folder / s.name).exists()], sorted(failures)
 
@@ -111,7 +111,7 @@ def _execute(source: Path, folder: Path, given: dict) -> None:
         with contextlib.suppress(RuntimeError):  # there may be no loop yet
             asyncio.get_event_loop().close()  # papermill made it for this thread
     text = json.dumps(nbformat.read(executed, 4), ensure_ascii=False, separators=(",", ":"))
-    executed.write_text(text, encoding="utf-8")  # nbformat's indentation would be a sixth of it
+    write_atomically(executed, text.encode())  # nbformat's indentation would be a sixth of it
     write_page(executed.with_suffix(".html"), source.stem, executed, "../plotly.min.js")
 
 

@@ -85,13 +85,12 @@ def seed_list(text: str) -> list[int]:
     [0, 1, 2, 7]
     """
     try:
-        ranges = [part.split("-") for part in text.split(",")]
-        seeds = [s for r in ranges for s in range(int(r[0]), int(r[-1]) + 1)]
+        ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+        if any(len(pair) > 2 or pair[0] > pair[-1] for pair in ends):
+            raise ValueError
     except ValueError:
-        seeds = []
-    if not seeds:
-        raise ValueError(f"seeds={text!r}: give numbers, as in 0,3 or 0-4")
-    return seeds
+        raise ValueError(f"seeds={text!r}: give numbers, as in 0,3 or 0-4") from None
+    return [seed for pair in ends for seed in range(pair[0], pair[-1] + 1)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -163,6 +163,8 @@ def histories(
     found = {e: History.load(f) for e, f in zip(experiments, folders) if (f / FILE).exists()}
     if not found:
         raise FileNotFoundError(f"{out}: found none of these runs; set train = True")
+    if missing := [f.name for f in folders if not (f / FILE).exists()]:
+        print(f"{out}: not found: {', '.join(missing)}")
     if any(h.experiment != e for e, h in found.items()):
         print(f"{out}: shown as they were run; some settings differ from those given")
     if out.resolve().is_relative_to(RESULTS):

@@ -62,7 +62,7 @@ def run_many(
     try:
         for i in over if cluster or at_once > 1 else (*over, *order):  # over: only read
             progress(i, train(jobs[i], functools.partial(progress, i), settings))
-        if cluster:
+        if cluster and order:
             from hybrid_lib.study.cluster import train_all
 
             train_all(jobs, order, progress, cluster, workers or 1, settings)
@@ -84,7 +84,7 @@ def _is_over(folder: Path) -> bool:
 
 def cores(device: str | None = "cpu", threads: int | None = None) -> int:
     """How many runs fit on this machine at once, with ``threads`` threads each."""
-    if device.startswith("cuda") if device else torch.cuda.is_available():
+    if device != "cpu" and (device or torch.cuda.is_available()):
         return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (usable or 1) // (threads or 1))

@@ -73,7 +73,7 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
     Returns:
         A row per other method. "difference": the mean, with "±". "effect size": that mean over the
         standard deviation (Cohen's d for pairs). "p": Student's paired test, NaN if nothing varies;
-        "p (Holm)": corrected for as many questions as rows. "wins": the share of seeds with the
+        "p (Holm)": corrected for as many questions as have a p. "wins": the share of seeds with the
         higher accuracy; a tie counts half. "seeds": those in which both methods finished.
         "diverged": those in which one did not; they enter "wins" only.
     """

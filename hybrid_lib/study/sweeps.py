@@ -130,11 +130,13 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
 
         ValueError if every point is impossible.
         """
-        planned, refused = {}, []
+        planned, refused, named = {}, [], {}
         for point in self.points():
             settings = {"optimizer": self.optimizer, **self.fixed, **point}
-            optimizer = settings.pop("optimizer")
+            optimizer = str(settings.pop("optimizer"))
             name = _name(optimizer, point)
+            if named.setdefault(name, point) != point:  # numbers that agree to six digits, say
+                name = f"{name[:71]}-{crc32(repr(point).encode()):08x}"
             try:
                 if "lambda_sgd" in settings:
                     sgd = float(settings.pop("lambda_sgd"))
@@ -176,11 +178,13 @@ def sweep_from(params: SimpleNamespace) -> Sweep:
     return read(params.space, **given)
 
 
-def default_out(space: str | Path) -> Path:
-    """The default folder of a sweep: runs/sweep-FILE, or runs/sweep-CHECKSUM of its text."""
+def default_out(space: str | Path, *overrides) -> Path:
+    """The default folder of a sweep: runs/sweep-FILE, or runs/sweep-CHECKSUM of its text, followed
+    by what overrides it, if not None."""
     is_file = str(space).endswith((".yaml", ".yml"))
     name = Path(space).stem if is_file else f"{crc32(space.encode()):08x}"
-    return data.PROJECT / "runs" / f"sweep-{name}"
+    given = [re.sub(r"[^A-Za-z0-9._]+", "_", str(word)) for word in overrides if word is not None]
+    return data.PROJECT / "runs" / "-".join(["sweep", name, *given])
 
 
 def table(histories: Iterable[History]) -> pd.DataFrame:

@@ -53,9 +53,10 @@ def accuracies(histories: Sequence[History]) -> pd.DataFrame:
     """Table III, redone: the report's accuracy beside final and best ones.
 
     Columns are mean test accuracies over the seeds; "±" belongs to "final" and needs two seeds.
-    "best" takes each run's best epoch on the test set: it flatters, so it never stands alone. Means
-    are over complete runs, counted in "seeds"; "status" tells the state of the others. A method
-    without a complete run shows the last good epochs of the runs it has.
+    "best" is :attr:`~hybrid_lib.History.best`: without a validation set each run's best epoch on
+    the test set, which flatters, so it never stands alone. Means are over complete runs, counted in
+    "seeds"; "status" tells the state of the others. A method without a complete run shows the last
+    good epochs of the runs it has.
     """
     report, rows = paper("table3")["test_accuracy"], {}
     for name, group in statistics.group_by_method(histories).items():

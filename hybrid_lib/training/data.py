@@ -98,6 +98,10 @@ def load(
         FileNotFoundError: if files are missing and cannot be downloaded.
     """
     check_name(dataset)
+    if dataset == "python-docs":
+        raise ValueError(
+            "dataset='python-docs' is text, not images: hybrid_lib.training.text loads it"
+        )
     if dataset.startswith("folder:"):
         return _folder(dataset, train_limit, test_limit, validation_limit)
     classes, *parts = _digits() if dataset == "digits" else _torchvision(dataset)
@@ -211,11 +215,12 @@ def _torchvision(dataset: str):
     root = Path(os.environ.get("HYBRID_DATA", PROJECT / "data"))
     try:
         train, test = (cls(root, train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError, tarfile.TarError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
         raise FileNotFoundError(
             f"{title(dataset)} is not complete in {root / folder} and could not be downloaded "
             f"({_first_line(error)}). Run again with network access, or unpack the original files "
-            "there (HYBRID_DATA sets another root), or use dataset=folder:PATH or digits"
+            "there (HYBRID_DATA sets another root), or use dataset=folder:PATH or digits. Delete "
+            "damaged files first"
         ) from error
     tensors = []
     for part in (train, test):

@@ -303,10 +303,10 @@ class Experiment:
         # On very short runs milestones would collide: keep those that still increase.
         milestones = sorted({max(1, round(m * share)) for m in self.lr_milestones})
         horizon = self.lambda_epochs and max(1, round(self.lambda_epochs * share))
-        restart = self.restart_epoch and max(2, round(self.restart_epoch * share))
+        restart = epochs > 1 and self.restart_epoch and max(2, round(self.restart_epoch * share))
         return dataclasses.replace(
             self, epochs=epochs, lr_milestones=tuple(milestones), lambda_epochs=horizon,
-            restart_epoch=restart, lr_warmup=min(round(self.lr_warmup * share), epochs - 1),
+            restart_epoch=restart or None, lr_warmup=min(round(self.lr_warmup * share), epochs - 1),
         )  # fmt: skip
 
 
@@ -343,8 +343,10 @@ def error_messages(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
         message = fault["msg"].removeprefix("Value error, ")
-        path = ".".join(str(part) for part in fault["loc"] if isinstance(part, str))
-        lines.append(f"{path}={fault['input']!r}: {message}" if path else message)
+        name = next((part for part in fault["loc"] if isinstance(part, str)), "")
+        absent = fault["type"] == "missing" and len(fault["loc"]) == 1
+        given = "" if absent else f"={fault['input']!r}"
+        lines.append(f"{name}{given}: {message}" if name else message)
     return list(dict.fromkeys(lines))
 
 

@@ -164,8 +164,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise RuntimeError(
-                f"{folder}: {error.strerror or error}; the epochs listed in {FILE} are safe, "
-                "fix the problem and run again to continue"
+                f"{folder}: {error.strerror or error}; fix the problem and run again to continue "
+                "from the last checkpoint"
             ) from error
 
 
@@ -197,12 +197,13 @@ def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -
     for file in (folder / "last.pt", folder / "prev.pt"):
         if not file.exists():
             continue
+        content = file.read_bytes()  # a file that cannot be read now may be intact
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             # torch checks none; version 0.1 wrote a different one, outside the state.
             if state.pop("checksum", None) not in (None, _checksum(state)):
                 raise ValueError("its checksum does not match")
-        except Exception as error:  # torch raises anything for a file it cannot read
+        except Exception as error:  # torch raises anything for a damaged file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"{file} is damaged ({reason}); trying the previous one")
             os.replace(file, file.with_suffix(".damaged"))  # it must not become prev.pt

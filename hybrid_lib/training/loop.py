@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import math
 import platform
 import time
@@ -78,25 +79,28 @@ def run(
         on_epoch: called with the history so far, once it is on disk: at the start of the call
             (with the rows of a checkpoint, if any) and after every epoch.
         compile: whether to fuse the training step with ``torch.compile``: the same numbers up to
-            rounding. None: as the run began; if new, where it saves time (:func:`should_compile`).
+            rounding. None: as before; if new, where it saves time (:func:`should_compile`).
         capture: whether to replay the step as a CUDA graph, one launch instead of hundreds. None:
-            as the run began; if new, on NVIDIA GPUs.
+            as before; if new, on NVIDIA GPUs.
         threads: CPU threads. Another number rounds sums in another order and changes a seed's
-            result. None: as the run began; if new, one: the same numbers on every machine.
+            result. None: as before; if new, one on a CPU: the same numbers on every machine.
         checkpoint_every: epochs between checkpoints. More than one saves time if an epoch takes no
             longer than writing the state. The state is also written when the call ends, so that
             only a killed process has to repeat the epochs since the last checkpoint.
         watch: called with model and optimizer before training, as :func:`look_inside` is. It
-            returns a function that is called after every epoch and returns what to add to the row.
-            It may hook into the optimizer's steps, so it rules out CUDA graphs.
+            returns a function that is called after every epoch and returns what to add to the row,
+            a dict that JSON can hold. It may hook into the optimizer's steps, so it rules out CUDA
+            graphs.
 
     Returns:
         The history, with status "complete", "stopped", or "diverged" if a loss was not finite. A
         diverged run is a result: it is kept up to the last good epoch and not tried again.
-        ``environment`` records how it ran.
+        ``environment`` records how it ran; of a run that went on elsewhere, the last call, with the
+        others in a list ``earlier``.
 
     Raises:
-        ValueError: for settings that do not fit the data or the device.
+        ValueError: for settings that do not fit the data or the device, and for a column that
+            ``watch`` returns and JSON cannot hold.
         FileNotFoundError: if the data are missing.
         CannotCompile: a RuntimeError, if ``compile=True`` and there is no compiler.
         RuntimeError: if the folder holds another experiment or another process writes to it.
@@ -106,7 +110,7 @@ def run(
         if n is not None and n < 1:
             raise ValueError(f"{name}={n!r}: must be at least 1")
     if folder is not None and (folder / FILE).exists():
-        history = History.load(folder)
+        history = History.load(folder / FILE)
         _check_same(experiment, history, folder)
         if history.status in ("complete", "diverged"):
             return history
@@ -134,7 +138,11 @@ def run(
     default = 1 if task.device.type == "cpu" else torch.get_num_threads()
     threads = threads or earlier.get("cpu_threads", default)
     with contextlib.nullcontext() if folder is None else only_writer(folder), _cpu_threads(threads):
-        history = History(experiment, environment=_environment(task, compile, capture))
+        environment = _environment(task, compile, capture)
+        others = [*earlier.pop("earlier", []), *([earlier] if earlier else [])]
+        if others := [other for other in others if other != environment]:
+            environment["earlier"] = others
+        history = History(experiment, environment=environment)
         _train_until_done(history, task, folder, progress, on_epoch, how)
     return history
 
@@ -199,13 +207,14 @@ def epochs(
                 if experiment.validation_limit is not None:
                     measured = _test(evaluate, task, epoch, layout, "validation")
                     row["validation_loss"], row["validation_accuracy"] = measured
-            row |= _controller_columns(optimizer) | watch_columns()
+            row |= _controller_columns(optimizer) | _as_json(watch_columns())
             rows.append({**row, "train_seconds": trained - start, "test_seconds": tested - trained})
             state = model.state_dict(), optimizer.state_dict(), rows
             due = (epoch + 1) % checkpoint_every == 0 or epoch + 1 == experiment.epochs
-            unsaved = None if due else copy.deepcopy(state)
+            unsaved = state if due else copy.deepcopy(state)
             if due and folder is not None:
                 save_checkpoint(folder, experiment, *state)
+                unsaved = None
             yield rows
     finally:
         if unsaved is not None and folder is not None:
@@ -248,6 +257,15 @@ def _controller_columns(optimizer) -> dict:
     return {"lambdas": mean} | ({"switched_at": switched} if switched else {})
 
 
+def _as_json(columns: dict) -> dict:
+    """The columns as a history that is read back has them."""
+    try:
+        return json.loads(json.dumps(columns, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        allowed = "only text, finite numbers, lists and dicts of these can be saved"
+        raise ValueError(f"watch returned {columns!r} ({error}): {allowed}") from error
+
+
 def _evaluation(model, task) -> Callable:
     def evaluate(x, y, probes=None):
         outputs = model(x)
@@ -288,8 +306,10 @@ def _train_until_done(history: History, task, folder, progress, on_epoch, how: d
     try:
         for i, rows in enumerate(epochs(experiment, task, folder, **how)):
             history.rows = list(rows)
+            if not rows:  # nothing was resumed
+                history.environment.pop("earlier", None)
             if rows and folder is not None:
-                history.save(folder)
+                history.save(folder / FILE)
             if i:  # the first rows are a checkpoint's
                 say(f"{history.label} {len(rows)}/{experiment.epochs} {_line(rows[-1])}")
             on_epoch(history)
@@ -302,14 +322,14 @@ def _train_until_done(history: History, task, folder, progress, on_epoch, how: d
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             f"{task.device} is out of memory: lower batch_size or width (another experiment), or "
-            "free memory on the device; finished epochs are kept, run again to continue"
+            "free memory on the device; run again to continue from the last checkpoint, if any"
         ) from error
     finally:
         if folder is not None and (history.rows or history.status == "diverged"):
             with contextlib.suppress(OSError):  # a full disk has been reported already
-                history.save(folder)
+                history.save(folder / FILE)
         if history.status in ("stopped", "diverged"):
-            again = "; run again to continue" if history.status == "stopped" else ""
+            again = "; run again to continue" if history.status == "stopped" and folder else ""
             say(f"{history.label}: {history.status}, {history.note}; "
                 f"epochs kept: {len(history.rows)}{again}")  # fmt: skip
 

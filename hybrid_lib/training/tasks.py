@@ -6,8 +6,8 @@ The loop and its engines use only these members of a task:
 - ``build_model()``: the network with its initial weights, called as ``model(x, statistics=None)``.
   Given a list, it appends the statistics that it would write into its buffers, and
   ``model.absorb(list)`` writes them later (does nothing for a network without such buffers);
-- ``training_batches(epoch, layout)``, ``validation_batches(layout)`` (empty without a validation
-  set) and ``test_batches(layout)``: batches (x, y), with 4-D tensors in that memory layout;
+- ``training_batches(epoch, layout)``, ``validation_batches(layout)`` and ``test_batches(layout)``:
+  batches (x, y), with 4-D tensors in that memory layout;
 - ``loss(outputs, y, reduction)`` and ``right(outputs, y)``: cross entropy, and how many of the
   ``y.numel()`` predictions are right.
 

@@ -135,7 +135,8 @@ class CharacterPrediction:
 
 def load_text(experiment: Experiment, device: torch.device) -> CharacterPrediction:
     """Load the task. Limits count windows: the first ones for training, the last of these for
-    validation, and the first ones of the test text for tests.
+    validation (which costs training one more, where the text is cut), and the first ones of the
+    test text for tests.
 
     Raises:
         ValueError: for settings that only images have, or that do not fit the text.
@@ -156,9 +157,11 @@ def load_text(experiment: Experiment, device: torch.device) -> CharacterPredicti
     cut = len(codes) * 9 // 10
     train = _first(codes[:cut], e.train_limit, "train")
     test = _first(codes[cut:], e.test_limit, "test")
-    kept = train if e.validation_limit is None else train[: -(e.validation_limit + 1) * WINDOW]
-    if e.batch_size > windows(len(kept)):
-        raise ValueError(f"batch_size={e.batch_size}: there are only {windows(len(kept))} windows")
+    held = 0 if e.validation_limit is None else (e.validation_limit + 1) * WINDOW
+    kept = train[: max(0, len(train) - held)]
+    if e.batch_size > (n := windows(len(kept))):
+        left = f" left by validation_limit={e.validation_limit}" * bool(held)
+        raise ValueError(f"batch_size={e.batch_size}: there are only {n} windows{left}")
     parts = kept, train[len(kept) :], test
     return CharacterPrediction(e, *(part.to(device) for part in parts), symbols)
 

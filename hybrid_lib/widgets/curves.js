@@ -54,7 +54,8 @@ function logTicks([low, high]) {
   const digits = ratio > 300 ? [1] : ratio > 4 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
   for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++)
     for (const digit of digits) found.push(+(digit * 10 ** power).toPrecision(3));
-  return found.filter((value) => value >= low && value <= high);
+  const inside = found.filter((value) => value >= low && value <= high);
+  return inside.length > 1 ? inside : ticks([low, high], 4);
 }
 
 /** The range of the values with a small margin. */
@@ -78,8 +79,10 @@ function linesOf(data, hidden) {
         lines[row].push({ ...run, points: kept, part, width });
       }
   }
-  if (data.report && !hidden.has(data.report.name))
-    lines[1].push({ points: points(data.report.epoch, data.report.test_accuracy), part: "report" });
+  if (data.report && !hidden.has(data.report.name)) {
+    const known = points(data.report.epoch, data.report.test_accuracy);
+    lines[1].push({ points: known.filter(([epoch]) => epoch <= data.epochs), part: "report" });
+  }
   const { epoch, lr, lambdas } = data.planned, shared = { part: "planned", width: 2 };
   lines[2].push({ ...shared, points: points(epoch, lr), colour: GREEN, dash: "" });
   Object.values(lambdas).forEach((values, i) => {

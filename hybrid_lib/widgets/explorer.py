@@ -48,8 +48,8 @@ WEIGHTS = {
 }  # fmt: skip
 RUN = {
     "dataset": ("Data set",), "train_limit": ("Training images", "all"),
-    "width": ("Network width",), "epochs": ("Epochs",), "batch_size": ("Batch size",),
-    "seed": ("Seed",), "protocol": ("Protocol",),
+    "test_limit": ("Test images", "all"), "width": ("Network width",), "epochs": ("Epochs",),
+    "batch_size": ("Batch size",), "seed": ("Seed",), "protocol": ("Protocol",),
 }  # fmt: skip
 FIELDS, HINTS = STEP | WEIGHTS | RUN, typing.get_type_hints(Experiment)
 # Settings of some schedules of λ; hidden for the others.
@@ -90,7 +90,7 @@ class Explorer:
         self._lock = threading.RLock()  # controls and the training thread both draw
         self._filling, self._proposed = False, ""
         self._fixed = {field: value for field, value in start.items() if field not in FIELDS}
-        self._valid = planning.plan("demo", only=[method], **start)[0]  # last valid choice
+        self._valid = _planned(method, **start)  # the last valid choice
         self._make_widgets(method)
         self._fill({field: getattr(self._valid, field) for field in FIELDS})
         self._propose_name()
@@ -122,6 +122,8 @@ class Explorer:
     def start(self) -> None:
         """Train or resume the experiment; queue it if another one is training."""
         with self._lock:
+            if self.folder in self._jobs:  # a second click, before the button is disabled
+                return
             self._jobs[self.folder] = self.experiment(), self.look.value
             queued = len(self._jobs) > 1
         self._check()
@@ -370,11 +372,15 @@ def explore(runs: str | Path, method: str = "dyn_padam_sgd", **start) -> Explore
     if not is_interactive():
         from hybrid_lib.study import figures  # imported here, to open quickly
 
-        figures.show(figures.schedules(planning.plan("demo", only=[method], **start)))
+        figures.show(figures.schedules([_planned(method, **start)]))
         return None
     explorer = Explorer(runs, method, **start)
     display(explorer.view)
     return explorer
+
+
+def _planned(method: str, seed: int = 0, **start) -> Experiment:
+    return planning.plan("demo", only=[method], seeds=[seed], **start)[0]
 
 
 def _control(field: str, label: str, placeholder: str = "") -> widgets.Widget:
@@ -398,7 +404,8 @@ def _outcome(history: History) -> str:
         resume = "; Start resumes" if history.status == "stopped" else ""
         return f"{history.status}, {history.note}; {kept}{resume}"
     final, best = history.final["test_accuracy"], history.best
-    highest = f"highest: {best['test_accuracy']:.4f}, epoch {best['epoch']}"
+    which = "best by validation" if "validation_accuracy" in best else "highest"
+    highest = f"{which}: {best['test_accuracy']:.4f}, epoch {best['epoch']}"
     return f"complete: test accuracy {final:.4f} in the last epoch ({highest})"
 
 

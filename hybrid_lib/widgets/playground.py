@@ -114,7 +114,8 @@ def still(**settings):
         figure.add_scatter(
             x=path[:, 0], y=path[:, 1], name=f"{METHODS[name].label}: {fate}", **line
         )
-        figure.add_scatter(y=path[:, 2], **line, showlegend=False, xaxis="x2", yaxis="y2")
+        steps = np.arange(len(path))
+        figure.add_scatter(x=steps, y=path[:, 2], **line, showlegend=False, xaxis="x2", yaxis="y2")
     x, y = zip(*surface.minima)
     star = {"symbol": "star", "size": 12, "color": "#808080"}
     figure.add_scatter(x=x, y=y, mode="markers", marker=star, name="lowest loss")

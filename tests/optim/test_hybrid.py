@@ -124,14 +124,29 @@ def test_rules_without_weight_still_move_their_buffers(lambdas):
         assert all(buffers for buffers in ours.state[p]["rules"])
 
 
+@pytest.mark.parametrize("lambdas", [(0.0, 1.0), torch.tensor([0.0, 1.0])], ids=str)
 @pytest.mark.parametrize("how", [{}, {"foreach": True}, {"compile": True}], ids=str)
-def test_a_rule_without_weight_cannot_spoil_the_step(how):
+def test_a_rule_without_weight_cannot_spoil_the_step(how, lambdas):
     """On flat curvature AdaHessian with eps = 0 proposes nan and inf, and 0 * nan is nan."""
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = Hybrid([w], (AdaHessian(eps=0.0), SGD()), 0.1, (0.0, 1.0), **how)
+    optimizer = Hybrid([w], (AdaHessian(eps=0.0), SGD()), 0.1, lambdas, **how)
     w.grad = torch.tensor([0.0, 1.0])
     optimizer.step(hess_diag=[torch.zeros(2)])
     torch.testing.assert_close(w.detach(), torch.tensor([1.0, 1.9]))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_graft_is_never_longer_than_its_rules_steps(foreach):
+    """The norm of so short a direction is lost: its square is 0."""
+    w = torch.nn.Parameter(torch.zeros(100))
+    rules = SGD(), Lion()
+    optimizer = Hybrid([w], rules, 1e-3, (0, 1), merge="graft", foreach=foreach)
+    for size in (1e-24, 1e-21, 1e-18, 1.0):
+        w.grad = torch.full((100,), size)
+        before = w.detach().clone()
+        optimizer.step()
+        assert (w - before).norm() < 1.001 * 1e-3 * 100**0.5
+    assert (w - before).norm() > 0.999 * 1e-3 * 100**0.5
 
 
 @every_optimizer
@@ -483,6 +498,32 @@ def test_impossible_rates_are_refused_at_construction_and_at_the_step(lr, lambda
     assert fine or (unmoved and not optimizer.state)
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(
+    "changed", [{"merge": "mean"}, {"lr": torch.tensor([0.1])}, {"lr": torch.tensor([0.1, 0.2])}]
+)
+def test_a_setting_that_became_impossible_is_refused_before_anything_moves(changed, foreach):
+    optimizer = Hybrid([new()], (Adam(), SGD()), 0.1, (1, 1), foreach=foreach)
+    (w,) = parameters_of(optimizer)
+    w.grad = torch.ones(2)
+    optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0].update(changed)
+    with pytest.raises(ValueError, match=r"merge='mean'|lr=tensor"):
+        optimizer.step()
+    optimizer.param_groups[0].update(merge="product", lr=0.1)
+    assert same(snapshot(optimizer), before)
+
+
+def test_weight_decay_in_sgd_is_sgd_s_wherever_it_stands():
+    for name in ("adam+sgd", "sgd+adam"):
+        optimizer = methods.get_method(name)([new()], weight_decay=0.1, weight_decay_in="sgd")
+        decays = {type(r): r.weight_decay for r in optimizer.param_groups[0]["rules"]}
+        assert decays == {SGD: 0.1, Adam: 0.0}
+    with pytest.raises(ValueError, match=r"weight_decay_in.*no SGD"):
+        methods.get_method("adam+lion")([new()], weight_decay=0.1, weight_decay_in="sgd")
+
+
 # --- Checkpoints and copies. ---
 
 
@@ -612,9 +653,10 @@ def test_numpy_numbers_are_saved_as_python_numbers():
     """Weights and settings often come from np.linspace; torch.load would refuse its scalars."""
     ramp = np.linspace(0, 1, 5)
     optimizer = methods.atmo(parameters(), momentum=ramp[3], eps=ramp[1])
-    optimizer.param_groups[0].update(lambdas=(ramp[1], ramp[3]), lr=ramp[1])
+    optimizer.param_groups[0].update(lambdas=(ramp[1], ramp[3]), lr=ramp[1], note=ramp[:2])
     saved = saved_and_loaded(train(optimizer, range(2)).state_dict())
     assert saved["param_groups"][0]["lambdas"] == (0.25, 0.75)
+    assert saved["param_groups"][0]["note"] == [0.0, 0.25]
 
 
 OTHERS = {

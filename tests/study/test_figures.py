@@ -134,7 +134,10 @@ def test_curves_are_means_with_bands_of_student_s_interval():
     below = [a - b for a, b in zip(adam.y, half)]
     assert list(band.y) == pytest.approx([*above, *below[::-1]], rel=1e-3)
     assert list(sgd.y) == [0.2, 0.2, 0.3]
-    assert figures.curves(runs).layout.title.subtitle.text.endswith("1 or 4 seeds")
+    caption = figures.curves(runs).layout.title.subtitle.text
+    assert caption.endswith("1 or 4 seeds; incomplete runs: 2")
+    unsteady = [history("adam", seed, train_loss=[x] * 3) for seed, x in enumerate((0.1, 1))]
+    assert min(figures.curves(unsteady, "train_loss").data[0].y) > 0, "for a logarithmic axis"
     clip = figures.curves(runs).layout.yaxis.autorangeoptions
     assert clip.clipmin < 0.1 < 0.9 < clip.clipmax < 1, "the panel fits the runs"
 
@@ -292,6 +295,9 @@ def test_figures_kept_in_notebooks_are_small_and_as_drawn(displayed, n):
     figures.show(go.Figure(go.Scatter(x=[0.5, 0.25], y=["ATMO", "SGD"], mode="markers")))
     (kept,) = displayed[1]["application/vnd.plotly.v1+json"]["data"]
     assert kept["y"] == ["ATMO", "SGD"], "names on an axis of categories are kept"
+    figures.show(go.Figure(go.Scatter(y=list(range(100)), mode="lines")))
+    (kept,) = displayed[2]["application/vnd.plotly.v1+json"]["data"]
+    assert len(base64.b64decode(kept["y"]["bdata"])) == 2 * 100, "without x, places number points"
 
 
 NO_BROWSER = """

@@ -67,7 +67,7 @@ def test_an_impossible_plan_is_refused(arguments, message):
         plan(**{"scale": "toy", **arguments})
 
 
-@pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "-1", "1.5", "0-"])
+@pytest.mark.parametrize("text", ["", ",", "a", "1,", "3-1", "3-1,7", "1-2-9", "-1", "1.5", "0-"])
 def test_seeds_are_numbers_and_ranges(text):
     assert seed_list("7, 1-2") == [7, 1, 2]
     with pytest.raises(ValueError, match=rf"seeds='{text}': .*0,3 or 0-4"):
@@ -124,7 +124,8 @@ def test_published_runs_are_read_whatever_the_scale(no_training, train, capsys):
                       methods="sgd,padam,adasgd")  # fmt: skip
     assert [len(h.rows) for h in found] == [10, 10]
     assert tables.subject(found) == "CIFAR-10 (JPEG copy), published runs"
-    (line,) = capsys.readouterr().out.splitlines()
+    missing, line = capsys.readouterr().out.splitlines()
+    assert missing == f"{DEMO}: not found: padam-seed0"
     assert line == f"{DEMO}: shown as they were run; some settings differ from those given"
 
 

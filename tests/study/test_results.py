@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import shutil
 import tarfile
 from dataclasses import asdict, replace
 
@@ -192,6 +193,10 @@ def test_slices_complete_the_matrix_on_several_machines(monkeypatch, tmp_path, a
     } | {"audit/adasgd-decay-in-both-seed0": ("complete", 2)}
     assert {h.dataset for h in written.values()} == {"CIFAR-10 (JPEG copy)"}
     check_published(tmp_path, monkeypatch)
+    assert train.main([*command, "--precision", "bfloat16"]) == train.FAILED, "other experiments"
+    other = shutil.copy(archive, tmp_path / "other.tar.xz")
+    with pytest.raises(FileExistsError, match=r"pictures\.tar\.xz.*remove it"):
+        train.main(["--archive", str(other), "--list"])
     archive.unlink()  # unpacked once is enough
     assert train.main([*command, "--list"]) == 0
     assert capsys.readouterr().out.count("complete ") == 5
@@ -247,12 +252,14 @@ def check_published(tmp_path, monkeypatch):
 def test_an_audit_is_compared_with_its_row_seed_by_seed_after_the_last_epoch():
     def trained(seed, last, **changes):
         rows = [{"epoch": i, "test_accuracy": a} for i, a in ((1, last + 0.1 * seed), (2, last))]
-        return History(replace(EXPERIMENTS["sgd"], seed=seed, **changes), rows)
+        e = replace(EXPERIMENTS["sgd"], seed=seed, **changes)
+        return History(e, rows, status="complete")
 
     rows = [trained(seed, 0.5 + 0.1 * seed) for seed in range(4)]
     changes = {"name": "sgd-nesterov", "nesterov": True}
     audited = [trained(i, last, **changes) for i, last in ((2, 0.73), (0, 0.52), (1, 0.62))]
-    (row,) = publish.audit_table(audited, rows[::-1]).to_dict("records")
+    unfinished = replace(trained(3, 0.1, **changes), status="stopped")
+    (row,) = publish.audit_table([*audited, unfinished], rows[::-1]).to_dict("records")
     assert (row["method"], row["changed"], row["seeds"]) == ("SGD", "nesterov: None → True", 3)
     found = [row[k] for k in ("row", "audit", "difference", "±", "row's best", "report")]
     margin = 4.303 * 0.0057735 / 3**0.5  # of .02, .02 and .03

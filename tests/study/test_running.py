@@ -169,7 +169,7 @@ def test_runs_stop_cleanly_when_their_parent_is_interrupted_or_killed(number, wh
 def test_the_number_of_parallel_runs_is_cores_divided_by_threads(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     assert [running.cores("cpu", threads) for threads in (None, 1, 2, 4, 9)] == [6, 6, 3, 1, 1]
-    assert running.cores("cuda:1") == 1
+    assert running.cores("cuda:1") == running.cores("mps") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert (running.cores(None), running.cores("cpu")) == (1, 6)
 
@@ -182,6 +182,8 @@ def test_the_longest_run_begins_first_and_complete_runs_are_only_read(tmp_path, 
     found, _ = run_many(experiments, tmp_path, "cpu", workers=1)
     assert begun == ["sgd", "adasgd", "adam", "padam_sgd"]  # sgd is complete and only read
     assert [h.experiment for h in found] == experiments
+    again, failed = run_many(experiments, tmp_path, cluster="tcp://not-needed:1")
+    assert (again, failed) == (found, [])
 
 
 def test_progress_names_the_run_its_seed_its_epoch_and_the_time_left(monkeypatch, capsys):

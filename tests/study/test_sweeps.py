@@ -86,6 +86,10 @@ def test_names_of_points_are_unique_and_valid_for_folders():
     names = {e.name for e in Sweep(optimizer="adam", grid=many).plan()[0]}
     assert len(names) == 16
     assert all(re.fullmatch(r"[\w.-]{1,80}", name) for name in names)
+    alike = {"optimizer": ["lion_sgd", "lion+sgd"], "lr": [0.1, 0.1 + 1e-9]}
+    assert len({e.name for e in Sweep(grid=alike).plan()[0]}) == 4
+    twice = Sweep(random={"width": [4]}, draws=3).plan()[0]
+    assert [e.name for e in twice] == ["sgd-width4"], "one run for points that are equal"
 
 
 def test_impossible_points_are_named_and_the_others_run():
@@ -94,6 +98,8 @@ def test_impossible_points_are_named_and_the_others_run():
     assert [line.count("refused, ") for line in refused] == [1, 1, 1]
     why = "refused, batch_size=500 is larger than train_limit=160"
     assert f"sgd-batch_size500-lr0.1: {why}" in refused[1]
+    (line,) = read("{grid: {optimizer: [sgd, null]}}").plan()[1]
+    assert line.startswith("None: refused")
 
 
 @pytest.mark.parametrize(

@@ -342,4 +342,4 @@ def test_the_padam_experiment_follows_padam_s_own_paper():
 
 def test_scaled_keeps_a_restart_at_its_share_of_the_run():
     whole = replace(EXPERIMENTS["adahessian"], restart_epoch=146)
-    assert [whole.scaled(epochs).restart_epoch for epochs in (160, 16, 2)] == [146, 15, 2]
+    assert [whole.scaled(epochs).restart_epoch for epochs in (160, 16, 2, 1)] == [146, 15, 2, None]

@@ -131,6 +131,67 @@ def test_with_rarer_checkpoints_a_run_resumes_from_the_last_one(tmp_path):
     assert saved == [False, False, False, True, True, True]
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+def test_a_fault_in_a_rarer_checkpoint_costs_no_epoch(tmp_path, straight, monkeypatch, fault):
+    e, write, left = toy(epochs=5), loop.save_checkpoint, iter([None])
+
+    def failing(folder, experiment, model, optimizer, rows):
+        write(folder, experiment, model, optimizer, rows)
+        if len(rows) == 4 and next(left, 0) is None:  # once: the new file is lost
+            os.replace(folder / "prev.pt", folder / "last.pt")
+            raise fault
+
+    monkeypatch.setattr(loop, "save_checkpoint", failing)
+    with pytest.raises((fault, RuntimeError)):
+        trained(e, tmp_path, checkpoint_every=2)
+    begun = []
+    trained(e, tmp_path, checkpoint_every=2, on_epoch=lambda h: begun.append(len(h.rows)))
+    assert begun == [4, 5]
+    assert outcome(tmp_path) == straight(e)
+
+
+def test_columns_of_watch_are_read_back_as_they_were_written(tmp_path):
+    def watch(value):
+        return lambda model, optimizer: lambda: {"seen": value}
+
+    cut = trained(toy(), tmp_path, watch=watch((np.float64(0.5), 1)), should_stop=after(4))
+    assert cut.rows[0]["seen"] == [0.5, 1]
+    for value in (float("nan"), torch.zeros(2), np.float32(1)):
+        with pytest.raises(ValueError, match=r"watch returned \{'seen': .*finite numbers"):
+            trained(toy(), tmp_path, watch=watch(value))
+    resumed = trained(toy(), tmp_path, watch=watch(1))
+    assert [row["seen"] for row in resumed.rows] == [[0.5, 1], 1, 1]
+    assert History.load(tmp_path) == resumed
+
+
+def test_a_history_names_every_machine_that_trained_it(tmp_path, monkeypatch):
+    trained(toy(), tmp_path, should_stop=after(1))
+    assert not (tmp_path / "history.json").exists(), "no epoch, no machine"
+    for steps, machine in ((4, "one"), (8, "two"), (5, "two")):
+        monkeypatch.setattr(loop, "cpu_name", lambda machine=machine: machine)
+        h = trained(toy(epochs=9), tmp_path / "run", should_stop=after(steps))
+        assert h.status == "stopped"
+    assert h.environment["device_name"] == "two"
+    assert [other["device_name"] for other in h.environment["earlier"]] == ["one"]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(stopped, monkeypatch):
+    e, folder, straight = stopped
+    before = sorted(f.name for f in folder.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", lambda file: open(file / "nowhere"))  # noqa: SIM115
+        with pytest.raises((OSError, RuntimeError)):
+            trained(e, folder)
+    assert sorted(f.name for f in folder.iterdir()) == before
+    trained(e, folder)
+    assert outcome(folder) == straight
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    assert trained(toy(), tmp_path / "a.json").status == "complete"
+    assert len(History.load(tmp_path / "a.json" / "history.json").rows) == 3
+
+
 # --- The two protocols. ---
 
 
@@ -470,3 +531,5 @@ def test_a_run_prints_a_line_per_epoch_or_nothing(capsys, tmp_path):
     assert capsys.readouterr().out.startswith("ATMO 3/3 ")  # earlier epochs are not printed again
     run(toy("atmo"), None, "cpu", progress=False)
     assert capsys.readouterr() == ("", "")
+    run(toy("atmo"), None, "cpu", should_stop=after(1))
+    assert "again" not in capsys.readouterr().out, "nothing was saved"

@@ -123,7 +123,8 @@ def test_the_compiled_engine_agrees_on_text(name):
     [({"protocol": "released"}, "protocol='released'"), ({"stem": "imagenet"}, "stem='imagenet'"),
      ({"precision": "float16"}, "float16"), ({"width": 6}, "width=6.*multiple of the 4 heads"),
      ({"train_limit": 10**6}, r"train_limit=1000000: there are \d+ windows"),
-     ({"validation_limit": 33}, "batch_size=8")],
+     ({"validation_limit": 33}, "batch_size=8"),
+     ({"validation_limit": 10**6, "train_limit": None}, "0 windows left by validation_limit=1")],
 )  # fmt: skip
 def test_settings_that_text_does_not_have_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

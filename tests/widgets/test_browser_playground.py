@@ -228,6 +228,10 @@ def test_a_click_on_the_map_sets_the_start_and_a_link_restores_the_state(visit):
     other = visit("#" + link.partition("#")[2])
     assert other.evaluate("playground.state") == page.evaluate("playground.state")
     assert other.inner_html("#map svg") == page.inner_html("#map svg")
+    page = visit("#surface=himmelblau&lr=0.01")  # another surface's own rate
+    page.get_by_role("button", name="Copy link").click()
+    link = page.get_by_label("Link to this state").input_value()
+    assert visit("#" + link.partition("#")[2]).evaluate("playground.state.lr") == 0.01
     wrong = visit("#surface=hill&sgd_weight=2&seed=3&step=1.5&constructor=1")
     for fault in ("surface=hill (rosenbrock", "sgd_weight=2 (0 to 1)", "step=1.5", "constructor=1"):
         assert fault in wrong.inner_text("#note")

@@ -183,11 +183,14 @@ def test_curves_grow_during_a_run_and_stop_empties_the_queue(open_explorer):
         time.sleep(0.005)
     assert turns > 20
     assert "of 400, step " in explorer.status.value
+    explorer.start()  # a second click, before the browser has disabled the button
     set_to(explorer, seed=1)
     press(explorer, "Start")
     press(explorer, "Stop")
     explorer.wait(30)
     assert explorer.history.status == "stopped"
+    assert "already" not in explorer.status.value
+    assert "is training" not in explorer.status.value
     assert not (explorer.runs / "padam_sgd-2").exists()
     kept = len(explorer.history.rows)
     set_to(explorer, seed=0, run_name="padam_sgd-1")
@@ -505,6 +508,13 @@ def test_a_long_run_is_shown_in_at_most_a_hundred_columns(open_explorer):
     assert shown["epoch"] == [*range(1, 351, 4)]
     (measure,) = shown["measures"]  # a single rule has neither shares nor cosines
     assert {len(values) for values in measure["values"]} == {88}
+
+
+def test_initial_settings_may_be_any_field_of_an_experiment(open_explorer):
+    explorer = open_explorer("sgd", seed=3, test_limit=50, nesterov=True, momentum=0.5)
+    e = explorer.experiment()
+    assert (e.seed, e.test_limit, e.nesterov, e.momentum) == (3, 50, True, 0.5)
+    assert len(set(dict(METHODS))) == len(METHODS), "no two methods look the same"
 
 
 def test_a_hybrid_of_three_rules_with_adaptive_weights_can_be_opened(open_explorer):

@@ -85,6 +85,8 @@ def test_without_an_interactive_reader_a_picture_is_shown(monkeypatch):
         "ATMO: within 0.01 after 169 steps",
     ]
     assert "Beale" in shown[0].layout.title.text
+    steps = [len(trace.x) for trace in shown[0].data if trace.xaxis == "x2"]
+    assert steps[:2] == [37, 251], "the losses are drawn over their steps"
     with pytest.raises(ValueError, match="hill"):
         playground.show(surface="hill")
 
