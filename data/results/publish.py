@@ -162,11 +162,11 @@ def render(folder: Path) -> list[Path]:
             sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
             written.append(picture)
     audits = load_all(folder / "audit") if (folder / "audit").is_dir() else []
-    if audits:
-        sections += ["## Audit: one hidden setting changed at a time",
-                     markdown(audit_table(audits, everything))]  # fmt: skip
-    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}"
-                for h in everything}  # fmt: skip
+    table = audit_table(audits, everything)
+    if len(table):
+        sections += ["## Audit: one hidden setting changed at a time", markdown(table)]
+    machines = {f"{e['device_name']}, torch {e['torch']}"
+                for h in everything for e in h.environments}  # fmt: skip
     head = (
         f"# {tables.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "

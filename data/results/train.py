@@ -8,7 +8,7 @@
 Runs are trained into ``OUT/PROTOCOL/RUN/`` in the order of :func:`matrix`, the most informative
 first. Completed runs are skipped; interrupted runs resume after their last finished epoch, here or
 on another machine that is given the same folder. With ``--minutes 10`` the command stops in time
-and exits with 75 while runs are left: repeat it until it exits with 0, or with 1 if a run failed.
+and exits with 75 while runs are left: repeat it until it exits with 0, or with 1 if runs failed.
 Every slice saves its histories. Two copies of the command, or ``--jobs 2``, share the work: neither
 touches a run that the other is training. ``publish.py`` turns OUT into what is kept in git.
 """
@@ -107,17 +107,20 @@ def unpacked(archive: Path, where: Path) -> Path:
     """
     folder = where / "cifar10-jpeg"
     done = folder / ".complete"
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):  # another copy of the command may be at it
-        if not done.exists():
-            if not archive.is_file():
-                raise FileNotFoundError(f"{archive}: no such archive, and {folder} is not complete")
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-            done.write_text(f"{archive.name}, {archive.stat().st_size} bytes", encoding="utf-8")
-    source = done.read_text("utf-8")
-    if archive.is_file() and source not in ("", f"{archive.name}, {archive.stat().st_size} bytes"):
-        raise FileExistsError(f"{folder} has the images of {source}; remove it to use {archive}")
+    size = f"{archive.stat().st_size} bytes" if archive.is_file() else ""
+    if not done.exists():
+        if not size:
+            raise FileNotFoundError(f"{archive}: no such archive, and {folder} is not complete")
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock"):
+            if not done.exists():  # another copy of the command may have made it meanwhile
+                with tarfile.open(archive) as tar:
+                    tar.extractall(folder, filter="data")
+                done.write_text(size, encoding="utf-8")
+    before = done.read_text("utf-8")
+    if size and before not in ("", size):
+        raise FileExistsError(f"{folder} is from an archive of {before}, {archive} has {size}: "
+                              "remove the folder to use this one")  # fmt: skip
     # An archive may wrap train/ and test/ in a folder of its own.
     (train,) = sorted(folder.rglob("train"))[:1] or [folder / "train"]
     return train.parent
@@ -236,11 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
         except RuntimeError as error:  # in this run; go on with the others
             print(f"{folder}: {error}", file=sys.stderr)
             failed = True
-    failed |= FAILED in [other.wait() for other in others]
+    statuses = [other.wait() for other in others]
+    failed |= FAILED in statuses
     left = sum(state(out / folder)[0] not in OVER for folder, _ in runs)
-    if left and not chosen.list:
-        print(f"{left} runs are left; repeat the command to continue")
-    return FAILED if failed else MORE_TO_DO if left and not chosen.list else 0
+    in_time = time.monotonic() <= end and MORE_TO_DO not in statuses
+    if not left or chosen.list or (failed and in_time):  # what is left has failed
+        return FAILED if failed else 0
+    print(f"{left} runs are left; repeat the command to continue")
+    return MORE_TO_DO
 
 
 if __name__ == "__main__":

@@ -98,11 +98,11 @@ class SWATS:
 
     Once :math:`|\Lambda_t - \gamma_t| < \epsilon` (and :math:`\Lambda_t > 0`), SGD takes over at
     the rate :math:`\Lambda_t`: λ becomes :math:`(0, \Lambda_t / \eta)`, so that a schedule of η
-    continues, and SGD's momentum starts at zero (but as usual for a parameter whose first gradient
-    comes later). Needs ``merge="sum"`` and two rules, the first with ``betas``, the second
-    :class:`~hybrid_lib.optim.rules.SGD`, whose momentum and dampening are :math:`\beta_1` in the
-    paper. g includes SGD's weight decay. ``memory["switched_at"]`` is the step of the switch, or 0
-    before it.
+    continues, and SGD's momentum starts at zero (a parameter whose first gradient comes after the
+    switch begins as SGD usually does). Needs ``merge="sum"`` and two rules, the first with
+    ``betas``, the second :class:`~hybrid_lib.optim.rules.SGD`, whose momentum and dampening are
+    :math:`\beta_1` in the paper. g includes SGD's weight decay. ``memory["switched_at"]`` is the
+    step of the switch, or 0 before it.
 
     Args:
         tolerance: :math:`\epsilon > 0`, a difference of learning rates.

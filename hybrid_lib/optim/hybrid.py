@@ -38,7 +38,8 @@ def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
     lengths = [each(torch.linalg.vector_norm, di) for di in d]
     length = _weighted_sum(_weighted_step_sizes(λ, η), lengths)
     # A norm below the root of the smallest number has lost its digits, as squares are summed.
-    unit = d[0].div(lengths[0].clamp_min(torch.finfo(torch.float32).tiny ** 0.5))
+    least = each(lambda n: n.clamp_min(torch.finfo(n.dtype).tiny ** 0.5), lengths[0])
+    unit = d[0].div(least)
     return None if length is None else unit.mul_(length)
 
 
@@ -338,9 +339,10 @@ class Hybrid(Optimizer):
         number = functools.partial(_on, device, torch.promote_types(dtype, torch.float32))
         lists = [b for of_rule in buffers for b in of_rule.values()]
         kept = list(itertools.chain(params, diagonals, *lists))  # so that their ids stay unique
-        distinct = len(set(map(id, grads)))  # parameters may share one tensor
+        first = {}  # parameters may share one gradient
+        shared = tuple(first.setdefault(id(g), i) for i, g in enumerate(grads))
         # Everything that the compiled step does not check:
-        key = (*settings, _is_zero(γ), distinct, *map(id, kept))
+        key = (*settings, _is_zero(γ), shared, *map(id, kept))
         if key not in self._compiled:
             options = {"only": "grads", "size_asserts": False}
             self._compiled[key] = kept, compiled(move_each, "the optimizer's step", **options)
@@ -511,8 +513,8 @@ def _summed(observed: list[list[Tensor]]) -> list[Tensor]:
 def _weighted_sum(weights: Sequence[Number], terms: Sequence):
     """Return the weighted sum in a new tensor, or None if all weights are 0.
 
-    Terms of weight 0 are left out, so that their directions need not be finite; but not from
-    ``Tensors`` if the weight is a tensor, which nobody has read.
+    Terms of weight 0 are left out, so that their directions need not be finite; except ``Tensors``
+    under a weight on another device, whose value is unknown.
     """
     weighted = [
         _times(λ, x) if isinstance(λ, Tensor) and isinstance(x, Tensor) else x.mul(λ)
@@ -568,7 +570,8 @@ def _check_rates(group: dict) -> None:
     """Check lr, weight decay, lambdas and merge, which may be changed between steps."""
     for name in ("lr", "decoupled_weight_decay"):
         if not _is_weight(group[name]):
-            raise ValueError(f"{name}={group[name]!r}: must be a finite number, at least 0")
+            allowed = "a finite number or a 0-dimensional tensor, at least 0"
+            raise ValueError(f"{name}={group[name]!r}: must be {allowed}")
     lambdas = tuple(group["lambdas"])
     if len(group["rules"]) == 0 or len(lambdas) != len(group["rules"]):
         raise ValueError(f"lambdas={lambdas!r} for {len(group['rules'])} rules: pass one for each")

@@ -134,8 +134,8 @@ def epoch_seconds(histories: Sequence[History]):
     figure.update_xaxes(range=[0, longest * 1.45], title_text="seconds per epoch (median)")
     figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True, title_text=None)
     figure.update_layout(legend={"title_text": None, "traceorder": "normal"})
-    device = ", ".join(sorted({h.environment.get("device_name", "?") for h in histories}))
-    title = f"Time per epoch on {device}, {subject(histories)}"
+    devices = {e.get("device_name", "?") for h in histories for e in h.environments}
+    title = f"Time per epoch on {', '.join(sorted(devices))}, {subject(histories)}"
     return apply_style(figure, title, caption(histories, "median"))
 
 

@@ -123,7 +123,7 @@ def report(out, title, jobs, main: str, found: Sequence[History], failures) -> l
     executed, failed = execute(jobs, out)
     items = "".join(f"<li>{html.escape(line)}</li>" for line in [*failures, *failed])
     head = f'<div class="failed"><h2>What failed</h2><ul>{items}</ul></div>' if items else ""
-    machines = {f"{h.environment['device_name']}, torch {h.environment['torch']}" for h in found}
+    machines = {f"{e['device_name']}, torch {e['torch']}" for h in found for e in h.environments}
     links = [f'<a href="notebooks/{f.stem}.html">{f.stem}</a>' for f in executed]
     head += (f"<p>Runs: {len(found)}, on {html.escape('; '.join(sorted(machines)))}. Notebooks "
              f"executed on them: {', '.join(links) or 'none'}.</p>")  # fmt: skip

@@ -164,7 +164,8 @@ def histories(
     if not found:
         raise FileNotFoundError(f"{out}: found none of these runs; set train = True")
     if missing := [f.name for f in folders if not (f / FILE).exists()]:
-        print(f"{out}: not found: {', '.join(missing)}")
+        more = f" and {len(missing) - 10} more" * (len(missing) > 10)
+        print(f"{out}: not found: {', '.join(missing[:10])}{more}")
     if any(h.experiment != e for e, h in found.items()):
         print(f"{out}: shown as they were run; some settings differ from those given")
     if out.resolve().is_relative_to(RESULTS):

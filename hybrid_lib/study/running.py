@@ -84,7 +84,7 @@ def _is_over(folder: Path) -> bool:
 
 def cores(device: str | None = "cpu", threads: int | None = None) -> int:
     """How many runs fit on this machine at once, with ``threads`` threads each."""
-    if device != "cpu" and (device or torch.cuda.is_available()):
+    if not device.startswith("cpu") if device else torch.cuda.is_available():
         return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (usable or 1) // (threads or 1))

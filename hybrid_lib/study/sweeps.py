@@ -15,6 +15,7 @@ Command line: ``hybrid-sweep FILE.yaml`` or ``hybrid-sweep '{grid: {momentum: [0
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,13 +131,15 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
 
         ValueError if every point is impossible.
         """
-        planned, refused, named = {}, [], {}
-        for point in self.points():
-            settings = {"optimizer": self.optimizer, **self.fixed, **point}
-            optimizer = str(settings.pop("optimizer"))
-            name = _name(optimizer, point)
-            if named.setdefault(name, point) != point:  # numbers that agree to six digits, say
+        planned, refused, points = {}, [], self.points()
+        usual = {"optimizer": self.optimizer, **self.fixed}
+        names = [_name(str((usual | point)["optimizer"]), point) for point in points]
+        distinct = Counter(name for name, _ in set(zip(names, map(repr, points))))
+        for name, point in zip(names, points):
+            if distinct[name] > 1:  # numbers that agree to six digits, say
                 name = f"{name[:71]}-{crc32(repr(point).encode()):08x}"
+            settings = usual | point
+            optimizer = str(settings.pop("optimizer"))
             try:
                 if "lambda_sgd" in settings:
                     sgd = float(settings.pop("lambda_sgd"))

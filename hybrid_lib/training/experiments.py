@@ -10,6 +10,7 @@ An :class:`Experiment` is a frozen dataclass of scalars that validates itself. V
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import difflib
 from typing import Annotated, Literal
@@ -176,7 +177,10 @@ class Experiment:
     def label(self) -> str:
         """The method's name in the report, or ``name`` for a custom experiment."""
         is_plain = self.name == self.optimizer.replace("+", "-")
-        return self.method.label if is_plain else methods.label(self.name)
+        if is_plain:
+            return self.method.label
+        known = self.name.removeprefix("dyn_") in methods.METHODS
+        return methods.label(self.name) if known else self.name
 
     @property
     def is_hybrid(self) -> bool:
@@ -343,10 +347,11 @@ def error_messages(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
         message = fault["msg"].removeprefix("Value error, ")
-        name = next((part for part in fault["loc"] if isinstance(part, str)), "")
+        # Without the alternatives of a union, which pydantic names after types.
+        parts = [p for p in fault["loc"] if isinstance(p, str) and not hasattr(builtins, p)]
         absent = fault["type"] == "missing" and len(fault["loc"]) == 1
         given = "" if absent else f"={fault['input']!r}"
-        lines.append(f"{name}{given}: {message}" if name else message)
+        lines.append(f"{'.'.join(parts)}{given}: {message}" if parts else message)
     return list(dict.fromkeys(lines))
 
 

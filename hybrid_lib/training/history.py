@@ -58,6 +58,11 @@ class History:
         return self.environment.get("dataset", self.experiment.dataset)
 
     @property
+    def environments(self) -> list[dict]:
+        """How the last call ran, then earlier calls that ran differently."""
+        return [self.environment, *self.environment.get("earlier", [])]
+
+    @property
     def final(self) -> dict:
         """The row of the last epoch."""
         return self.rows[-1]
@@ -163,9 +168,10 @@ def only_writer(folder: Path) -> Iterator[None]:
             write_atomically(owner, f"process {os.getpid()} on {platform.node()}".encode())
             yield
         except OSError as error:
+            file = f" ({Path(error.filename).name})" if error.filename else ""
             raise RuntimeError(
-                f"{folder}: {error.strerror or error}; fix the problem and run again to continue "
-                "from the last checkpoint"
+                f"{folder}: {error.strerror or error}{file}; fix the problem and run again to "
+                "continue from the last checkpoint"
             ) from error
 
 
@@ -251,4 +257,4 @@ def _matches(experiment: Experiment, settings: dict) -> bool:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix == ".json" else path / FILE
+    return path if path.suffix == ".json" and not path.is_dir() else path / FILE

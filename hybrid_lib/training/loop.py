@@ -79,11 +79,13 @@ def run(
         on_epoch: called with the history so far, once it is on disk: at the start of the call
             (with the rows of a checkpoint, if any) and after every epoch.
         compile: whether to fuse the training step with ``torch.compile``: the same numbers up to
-            rounding. None: as before; if new, where it saves time (:func:`should_compile`).
+            rounding. None: as in the previous call; if new, where it saves time
+            (:func:`should_compile`).
         capture: whether to replay the step as a CUDA graph, one launch instead of hundreds. None:
-            as before; if new, on NVIDIA GPUs.
+            as in the previous call; if new, on NVIDIA GPUs.
         threads: CPU threads. Another number rounds sums in another order and changes a seed's
-            result. None: as before; if new, one on a CPU: the same numbers on every machine.
+            result. None: as in the previous call; if new, one on a CPU: the same numbers on every
+            machine.
         checkpoint_every: epochs between checkpoints. More than one saves time if an epoch takes no
             longer than writing the state. The state is also written when the call ends, so that
             only a killed process has to repeat the epochs since the last checkpoint.
@@ -95,8 +97,8 @@ def run(
     Returns:
         The history, with status "complete", "stopped", or "diverged" if a loss was not finite. A
         diverged run is a result: it is kept up to the last good epoch and not tried again.
-        ``environment`` records how it ran; of a run that went on elsewhere, the last call, with the
-        others in a list ``earlier``.
+        ``environment`` records how the last call ran; ``environment["earlier"]`` lists earlier
+        calls that ran differently.
 
     Raises:
         ValueError: for settings that do not fit the data or the device, and for a column that
@@ -110,7 +112,7 @@ def run(
         if n is not None and n < 1:
             raise ValueError(f"{name}={n!r}: must be at least 1")
     if folder is not None and (folder / FILE).exists():
-        history = History.load(folder / FILE)
+        history = History.load(folder)
         _check_same(experiment, history, folder)
         if history.status in ("complete", "diverged"):
             return history
@@ -258,11 +260,11 @@ def _controller_columns(optimizer) -> dict:
 
 
 def _as_json(columns: dict) -> dict:
-    """The columns as a history that is read back has them."""
+    """The columns as they will be read back from the file."""
     try:
         return json.loads(json.dumps(columns, allow_nan=False))
     except (TypeError, ValueError) as error:
-        allowed = "only text, finite numbers, lists and dicts of these can be saved"
+        allowed = "only text, finite numbers, booleans, None, lists and dicts of these can be saved"
         raise ValueError(f"watch returned {columns!r} ({error}): {allowed}") from error
 
 
@@ -309,7 +311,7 @@ def _train_until_done(history: History, task, folder, progress, on_epoch, how: d
             if not rows:  # nothing was resumed
                 history.environment.pop("earlier", None)
             if rows and folder is not None:
-                history.save(folder / FILE)
+                history.save(folder)
             if i:  # the first rows are a checkpoint's
                 say(f"{history.label} {len(rows)}/{experiment.epochs} {_line(rows[-1])}")
             on_epoch(history)
@@ -327,7 +329,7 @@ def _train_until_done(history: History, task, folder, progress, on_epoch, how: d
     finally:
         if folder is not None and (history.rows or history.status == "diverged"):
             with contextlib.suppress(OSError):  # a full disk has been reported already
-                history.save(folder / FILE)
+                history.save(folder)
         if history.status in ("stopped", "diverged"):
             again = "; run again to continue" if history.status == "stopped" and folder else ""
             say(f"{history.label}: {history.status}, {history.note}; "

@@ -334,6 +334,17 @@ def test_many_groups_and_a_scheduled_decay_compile():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
 
 
+def test_parameters_may_share_a_gradient_one_moment_and_not_the_next():
+    both = [hl.sgd(parameters(shapes=[(4,)] * 3), momentum=0, compile=c) for c in (False, True)]
+    for pattern in ((0, 0, 1), (0, 1, 1)):
+        for optimizer in both:
+            grads = [torch.full((4,), value, dtype=torch.float64) for value in (1, 3)]
+            for p, i in zip(parameters_of(optimizer), pattern):
+                p.grad = grads[i]
+            optimizer.step()
+        assert_twins_agree(*both)
+
+
 def test_rates_and_weights_may_be_tensors():
     eager, fast = twins(hl.atmo)
     plain, _ = twins(hl.atmo)

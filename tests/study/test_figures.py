@@ -196,6 +196,8 @@ def test_the_figure_of_schedules_shows_those_of_the_experiment():
     assert list(rates.x) == list(range(1, 9))
     assert list(rates.y) == e.learning_rates()
     assert list(weights.y) == [e.lambdas()(epoch)[1] for epoch in range(8)]
+    fast = figures.schedules([replace(e, lr=20.0)])
+    assert 10 ** fast.layout.yaxis.range[1] > 20, "no line is cut off"
     without_hybrids = figures.schedules([EXPERIMENTS["sgd"], EXPERIMENTS["adam"]]).data
     assert {trace.y[0] for trace in without_hybrids if trace.yaxis in ("y3", "y4")} == {1.0, 0.0}
 

@@ -285,3 +285,14 @@ def test_impossible_numbers_are_refused(words, tmp_path, capsys):
     assert study(["--scale", "toy", "--out", str(tmp_path / "new"), *words.split()]) == 2
     assert ": at least 1" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_cluster_s_device_need_not_exist_here(monkeypatch, tmp_path, call):
+    def reached(*_, **how):
+        raise RuntimeError(f"on {how['device']} of {how['cluster']}")
+
+    monkeypatch.setattr("hybrid_lib.study.__main__.run_many", reached)
+    command = ("--scale", "toy", "--device", "cuda", "--cluster", "slurm:x.yaml", "--out", tmp_path)
+    code, _, errors = call(*command)
+    assert code == 2
+    assert "on cuda of slurm:x.yaml" in errors

@@ -87,7 +87,10 @@ def test_names_of_points_are_unique_and_valid_for_folders():
     assert len(names) == 16
     assert all(re.fullmatch(r"[\w.-]{1,80}", name) for name in names)
     alike = {"optimizer": ["lion_sgd", "lion+sgd"], "lr": [0.1, 0.1 + 1e-9]}
-    assert len({e.name for e in Sweep(grid=alike).plan()[0]}) == 4
+    names = [e.name for e in Sweep(grid=alike).plan()[0]]
+    assert len(set(names)) == 4
+    alike = {"lr": [0.1 + 1e-9, 0.1], "optimizer": ["lion+sgd", "lion_sgd"]}
+    assert {*names} == {e.name for e in Sweep(grid=alike).plan()[0]}, "whatever their order"
     twice = Sweep(random={"width": [4]}, draws=3).plan()[0]
     assert [e.name for e in twice] == ["sgd-width4"], "one run for points that are equal"
 
@@ -111,6 +114,8 @@ def test_impossible_points_are_named_and_the_others_run():
         ("{random: {lr: {low: 1, high: 0.1}}}", "low < high"),
         ("{random: {lr: {low: 0, high: 0.1, log: true}}}", "above 0 for log"),
         ("{grid: {lr: [1]}, random: {lr: [1]}}", "lr is given more than once"),
+        ("{grid: {lr: [0.1], width: 4}}", r"grid\.width.*=4: "),
+        ("{random: {lr: {low: 1}}}", r"random\.lr\..*high="),
         ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
         ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
         (
@@ -135,6 +140,8 @@ def test_a_notebook_s_parameters_override_the_file_unless_they_are_none(tmp_path
     file.write_text("{scale: toy, fixed: {width: 3}, grid: {lr: [0.1]}}")
     params = SimpleNamespace(space=str(file), scale=None, dataset=None, epochs=None)
     assert sweeps.sweep_from(params) == read(file)
+    assert sweeps.default_out(file, None, None, None).name == "sweep-x"
+    assert sweeps.default_out(file, "toy", None, 3).name == "sweep-x-toy-3"
     params = SimpleNamespace(space=str(file), scale="demo", dataset="mnist", epochs=5)
     ((e,), _) = sweeps.sweep_from(params).plan()
     assert (e.width, e.epochs, e.dataset, e.batch_size) == (3, 5, "mnist", 64)

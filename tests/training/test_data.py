@@ -288,6 +288,8 @@ def test_an_unknown_data_set_is_refused_with_what_is_allowed(name):
     with pytest.raises(ValueError, match=r"folder:\w+") as caught:
         load(name)
     assert str(caught.value).startswith(f"dataset={name!r}: ")
+    with pytest.raises(ValueError, match=r"python-docs.* is text"):
+        load("python-docs")
 
 
 @pytest.mark.skipif(not JPEG_COPY.is_dir(), reason="data/cifar10-jpeg is not unpacked")

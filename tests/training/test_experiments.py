@@ -109,7 +109,8 @@ def test_settings_that_the_tables_omit_are_as_released(name):
 
 
 def test_custom_experiments_are_labelled_by_their_name():
-    assert replace(EXPERIMENTS["sgd"], name="sgd-large").label == "sgd-large"
+    for name in ("sgd-large", "adam-sgd"):
+        assert replace(EXPERIMENTS["sgd"], name=name).label == name
 
 
 # --- Values: frozen, checked, readable from text. ---

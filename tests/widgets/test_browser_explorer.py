@@ -118,6 +118,11 @@ def test_start_watch_stop_compare_and_repeat(opened, shots, tmp_path, request): 
     page.get_by_label("Earlier runs", exact=True).select_option(index=[0, 1])
     page.wait_for_function(f"{CURVES}.length === 6")  # training and test of three runs
     _legend_and_cross_hair(page)
+    page.get_by_label(re.compile("the report's accuracies")).check()
+    page.locator("path[data-part=report]").wait_for()
+    right_ends = page.evaluate("""() => ['path[data-part=report]', '.hybrid-curves > svg'].map(
+        (name) => document.querySelector(name).getBoundingClientRect().right)""")
+    assert right_ends[0] <= right_ends[1], "the report's later epochs are left out"
     rate = _control(page, "Learning rate η")
     right = rate.input_value()
     rate.fill("-1")
