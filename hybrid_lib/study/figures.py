@@ -54,7 +54,7 @@ def panels(histories: Sequence[History]):
 def _over_epochs(histories, columns: list[list[str]], title: str, height: int = 460) -> go.Figure:
     """One panel per column of the rows, with one legend."""
     title = f"{title}, {subject(histories)}"
-    figure = make_subplots(len(columns), len(columns[0]), shared_xaxes=True,
+    figure = make_subplots(len(columns), len(columns[0]), shared_xaxes="all",
                            vertical_spacing=0.06, horizontal_spacing=0.13)  # fmt: skip
     for row, row_columns in enumerate(columns, start=1):
         for col, column in enumerate(row_columns, start=1):
