@@ -277,7 +277,7 @@ FAULTS = [
     Row("a folder without write permission", read_only_folder, 1,
         r"run: cannot write there \(Permission denied\)", writable_again),
     Row("the folder vanishes", lambda place: place.script(children.vanishes, place.folder), 1,
-        r"run: No such file or directory; ", found_again),
+        r"run: No such file or directory \(.*last\.pt.*\); ", found_again),
     Row("CUDA is out of memory", lambda place: place.script(children.out_of_memory), 1,
         "out of memory: lower batch_size or width .*run again to continue", resumes(1)),
     Row("the clock is set back", lambda place: place.script(children.clock_goes_back), 0,
