@@ -96,17 +96,17 @@ def linked(text: str) -> str:
     here = (ROOT / text).parent
 
     def link(found: re.Match) -> str:
-        words, target = found.groups()
+        words, target, heading = found.groups()
         there = os.path.relpath(here / target, ROOT).replace(os.sep, "/")
         if "://" in target or (SITE / there).is_file():
             return found[0]
         copy = SITE / "notebooks" / f"{Path(there).stem}.html"
         if there in TEXTS or copy.is_file():
             there = page(there) if there in TEXTS else f"notebooks/{copy.name}"
-            return f"[{words}]({os.path.relpath(ROOT / there, here)})"
+            return f"[{words}]({os.path.relpath(ROOT / there, here)}{heading or ''})"
         return words
 
-    return re.sub(r"\[([^][]*)\]\(([^)#]+)\)", link, (ROOT / text).read_text("utf-8"))
+    return re.sub(r"\[([^][]*)\]\(([^)#]+)(#[^)]*)?\)", link, (ROOT / text).read_text("utf-8"))
 
 
 def write(name: str, title: str, notebook: Path) -> None:
@@ -116,7 +116,10 @@ def write(name: str, title: str, notebook: Path) -> None:
     head = " · ".join(f'<a href="{up}{k}.html">{label}</a>' for k, label in links.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     notebooks.write_page(file, title, notebook, f"{up}plotly.min.js", f"<nav>{head}</nav>")
-    file.write_text(with_formulas(file.read_text("utf-8")), "utf-8")
+    text = with_formulas(file.read_text("utf-8"))
+    as_id = lambda found: f'<h2 id="{found[1].lower().replace(" ", "-")}">{found[1]}'  # noqa: E731
+    text = re.sub("<h2>([^<]+)", as_id, text)  # for links, as on GitHub
+    file.write_text(text, "utf-8")
 
 
 def with_formulas(page: str) -> str:

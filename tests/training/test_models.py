@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hybrid_lib.training.models import resnet18
+from hybrid_lib.training.models import Convolution, resnet18
 
 stems = pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 
@@ -43,6 +45,44 @@ def test_any_image_of_8_to_64_pixels_becomes_one_row_of_logits(stem, pixels, in_
 def test_the_cifar_stem_keeps_the_resolution(stem, maps):
     model = resnet18(width=2, stem=stem)
     assert model.blocks(model.stem(torch.zeros(2, 3, 32, 32))).shape == (2, 16, maps, maps)
+
+
+class Strides(TorchDispatchMode):
+    """Record the kernel size and stride of every convolution, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.seen.add((args[1].shape[-1], *args[3]))
+        if function is torch.ops.aten.convolution_backward.default:
+            self.seen.add((args[2].shape[-1], *args[4]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_cpu_never_meets_the_strided_1x1_convolution_that_corrupts_its_memory():
+    # oneDNN issue 6035: channels last, fewer channels than a vector has numbers.
+    model = resnet18(num_classes=3, in_channels=1, width=2).to(memory_format=torch.channels_last)
+    with Strides() as strides:
+        model(torch.randn(8, 1, 8, 8)).sum().backward()
+    assert strides.seen == {(3, 1, 1), (3, 2, 2), (1, 1, 1)}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pixels", [7, 8])
+def test_a_strided_1x1_convolution_is_torch_s(layout, pixels):
+    ours = Convolution(4, 6, 1, 2, 0).to(memory_format=layout)
+    x = torch.randn(5, 4, pixels, pixels).contiguous(memory_format=layout).requires_grad_()
+    y = ours(x)
+    ours_grads = torch.autograd.grad(y.sin().sum(), (x, ours.weight))
+    x, weight = x.detach().double().requires_grad_(), ours.weight.detach().double()
+    reference = F.conv2d(x, weight.requires_grad_(), stride=2)
+    assert y.shape == reference.shape
+    theirs = reference, *torch.autograd.grad(reference.sin().sum(), (x, weight))
+    for one, other in zip((y, *ours_grads), theirs):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
 BAD = [(name, bad) for name in ("num_classes", "in_channels", "width") for bad in (0, -1)]

@@ -28,7 +28,7 @@ def site(tmp_path_factory):
 
 
 def test_the_site_is_complete_without_a_network(site, browser, shots):  # noqa: F811
-    pages, links, complaints = sorted(site.rglob("*.html")), set(), []
+    pages, links, places, complaints = sorted(site.rglob("*.html")), set(), set(), []
     context = browser.new_context(offline=True)
     page = context.new_page()
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
@@ -37,13 +37,18 @@ def test_the_site_is_complete_without_a_network(site, browser, shots):  # noqa: 
     page.on("request", lambda r: complaints.append(r.url) if r.url.startswith("http") else None)
     for file in pages:
         page.goto(file.as_uri())
-        links |= set(page.evaluate("[...document.links].map(a => a.href.split('#')[0])"))
+        links |= set(page.evaluate("[...document.links].map(a => decodeURI(a.href))"))
+        ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+        places |= {f"{file.as_uri()}#{i}" for i in ids}
         figures = page.locator(".js-plotly-plot")
         if file.parent.name == "notebooks" and file.stem != "01_playground":
             assert figures.count() + page.locator("img").count() > 0, file
         assert "$$" not in page.locator("body").inner_text(), file
     assert complaints == []
-    ours = {link.removeprefix("file://") for link in links if link.startswith("file:")}
+    to_headings = {link for link in links if link.startswith("file:") and "#" in link}
+    assert {link for link in to_headings - places if "/reference/" not in link} == set()
+    ours = {link.split("#")[0] for link in links if link.startswith("file:")}
+    ours = {link.removeprefix("file://") for link in ours}
     assert {link for link in ours if not Path(link).is_file()} == set()
     assert {str(file) for file in pages} - ours == set(), "pages that no link leads to"
     for name in ("index", "notebooks/02_optimizers", "notebooks/08_results", "data/results/index",
