@@ -6,6 +6,7 @@ The report's merge (Algorithms 2 and 4) is a product of sums, not a sum of the r
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import numbers
@@ -44,6 +45,11 @@ def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
 
 
 MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
+
+# Torch's methods without the decorator whose first call imports the whole compiler: seconds.
+_add_param_group, _state_dict, _load_state_dict = map(
+    inspect.unwrap, (Optimizer.add_param_group, Optimizer.state_dict, Optimizer.load_state_dict)
+)
 
 
 def move(w, g, D, buffers, η, λ, corrections, γ, rules, maximize, merge, controller) -> list:
@@ -201,7 +207,7 @@ class Hybrid(Optimizer):
         if not group["lr"] > 0:
             raise ValueError(f"lr={group['lr']!r}: must be a finite number above 0")
         group["memory"] = {} if group["controller"] is None else group["controller"].start(group)
-        super().add_param_group(group)
+        _add_param_group(self, group)
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 self.param_groups.pop()
@@ -439,7 +445,7 @@ class Hybrid(Optimizer):
         The result holds only tensors and primitives, so that ``torch.load(..., weights_only=True)``
         can read it.
         """
-        packed = super().state_dict()
+        packed = _state_dict(self)
         for group in packed["param_groups"]:
             group["rules"] = [_packed(r) for r in group["rules"]]
             group["controller"] = group["controller"] and _packed(group["controller"])
@@ -469,7 +475,7 @@ class Hybrid(Optimizer):
         hooks = [self.register_load_state_dict_pre_hook(checked),
                  self.register_load_state_dict_post_hook(copy, prepend=True)]  # fmt: skip
         try:
-            super().load_state_dict(state_dict)
+            _load_state_dict(self, state_dict)
         finally:
             for hook in hooks:
                 hook.remove()

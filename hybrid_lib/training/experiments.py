@@ -281,7 +281,7 @@ class Experiment:
 
         Computed in advance: like λ, a function of the epoch, so resuming restores nothing.
         """
-        clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.lr)
+        clock = methods.METHODS["sgd"]([torch.zeros(1, requires_grad=True)], lr=self.lr)
         torchs = torch.optim.lr_scheduler
         scheduler = {
             "constant": lambda: torchs.ConstantLR(clock, factor=1.0),

@@ -125,6 +125,7 @@ def long_and_short(tmp_path: Path) -> list:
     return [(long, tmp_path / "long"), (short, tmp_path / "short")]
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_waiting_process_stops_the_runs(tmp_path, joined):
     def report(number, event):
         if number == 0 and event == 3:

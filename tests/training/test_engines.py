@@ -4,6 +4,7 @@ The compiled engine's function is checked uncompiled on whole networks in float6
 agree to 1e-10, and compiled on a network of one convolution; ``-m slow`` compiles all of ResNet18.
 """
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -30,10 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 class OneConvolution(nn.Module):
     """The smallest network that has all a pass needs."""
 
-    def __init__(self):
+    def __init__(self, classes=3):
         super().__init__()
         self.convolution, self.norm = Convolution(1, 2, 3, 1, 1), BatchNorm(2)
-        self.head = nn.Linear(2, 3)
+        self.head = nn.Linear(2, classes)
 
     def forward(self, x, statistics=None):
         x = torch.tanh(self.norm(self.convolution(x), statistics))
@@ -133,7 +134,14 @@ def test_the_compiled_engine_agrees_on_a_whole_network(changes):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_matches_the_eager_one_up_to_rounding_and_resumes_to_the_bit(tmp_path):
+@pytest.mark.parametrize("small", [True, pytest.param(False, id="whole_network")])
+def test_a_compiled_run_matches_the_eager_one_up_to_rounding_and_resumes_to_the_bit(
+    small, tmp_path, monkeypatch
+):
+    if small:  # compiles in seconds instead of minutes
+        torch.manual_seed(0)
+        weights = OneConvolution(10)
+        monkeypatch.setattr(ImageClassification, "build_model", lambda _: copy.deepcopy(weights))
     # A low rate: at a high one, rounding changes the course within a few steps.
     e = experiment("adasgd", epochs=3, width=2, train_limit=48, test_limit=40, lr=1e-4)
     eager = hl.run(e, progress=False, compile=False)
