@@ -316,12 +316,29 @@ def checked_notebook(file: Path):
     return notebook
 
 
-@pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
-@pytest.mark.parametrize(  # the commands execute the other two: test_study.py
-    "source",
-    [n for n in NOTEBOOKS if n.stem not in ("08_results", "11_sweep")],
+# A kernel of its own takes each notebook as long as ten without one.
+IN_A_KERNEL = ("03_schedules", "09_explorer", "10_train_one")
+BY_COMMANDS = ("08_results", "11_sweep")  # in test_study.py
+
+
+@pytest.mark.parametrize(
+    "source", [n for n in NOTEBOOKS if n.stem not in IN_A_KERNEL + BY_COMMANDS],
     ids=lambda n: n.stem,
-)
+)  # fmt: skip
+def test_a_notebook_runs_from_top_to_bottom(source, tmp_path, toy_study, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    shown = []
+    monkeypatch.setattr(figures, "show", shown.append)
+    execute(source, toy_parameters(source, tmp_path, toy_study))
+    assert shown or source.stem == "01_playground"
+
+
+@pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(n, id=n.stem, marks=[] if n.stem in IN_A_KERNEL else pytest.mark.slow)
+     for n in NOTEBOOKS],
+)  # fmt: skip
 def test_a_notebook_runs_unattended(source, tmp_path, toy_study, monkeypatch):
     monkeypatch.setenv("BROWSER_PATH", os.devnull)  # no images of figures: saves seconds
     before = {f: f.stat().st_mtime_ns for f in source.parent.iterdir()}

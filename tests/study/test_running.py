@@ -93,7 +93,7 @@ def check_resumed(out: Path, before: History) -> None:
 
 
 def test_parallel_runs_match_serial_ones_even_if_one_is_killed_and_two_fail(tmp_path):
-    experiments, killed = with_failures(6), {}
+    experiments, killed = with_failures(4), {}
     experiments[0] = experiments[0].scaled(40)
     expected, failed_there = run_many(experiments, tmp_path / "alone", "cpu", workers=1)
     killer = killing(tmp_path / "out" / "runs", killed)
