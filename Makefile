@@ -50,7 +50,7 @@ clean:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "Python 3.10 or newer is needed; name it with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@if command -v uv >/dev/null; then \
-	  { test -x $(BIN)/python || uv venv --quiet --python "$(PYTHON)" .venv; } && \
+	  { test -x $(BIN)/python || uv venv --quiet --seed --python "$(PYTHON)" .venv; } && \
 	  uv pip install --quiet --python $(BIN)/python --editable '.[$*]'; \
 	elif "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then \
 	  { test -x $(BIN)/python || "$(PYTHON)" -m venv .venv; } && \

@@ -98,9 +98,12 @@ def test_a_toy_study_trains_and_writes_its_report(toy):
     assert [f.name for f in out.rglob("*.js")] == ["plotly.min.js"]
 
 
+@may_warn
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium")
-def test_the_pages_are_interactive_in_a_browser_without_a_network(toy):
+def test_the_pages_are_interactive_in_a_browser_without_a_network(tmp_path, call, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", os.devnull)
+    assert call("--scale", "toy", "--only", "sgd,adasgd", "--out", tmp_path)[0] == 0
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"),
@@ -111,7 +114,7 @@ def test_the_pages_are_interactive_in_a_browser_without_a_network(toy):
             page.on("request", lambda request, urls=requested: urls.append(request.url))
             page.on("console", lambda message, errors=errors: errors.append(message.text))
             page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
-            page.goto((toy[0] / name).as_uri())
+            page.goto((tmp_path / name).as_uri())
             figures = page.locator(".plotly-graph-div")
             page.wait_for_function("document.querySelectorAll('.main-svg').length > 2")
             drawn = page.locator(".plotly-graph-div:has(.main-svg)")

@@ -42,6 +42,7 @@ def alone(monkeypatch) -> dict:
     return runpy.run_path(str(EXAMPLE))["main"]()
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path, alone):
     assert next(iter(alone.values())).dtype == torch.float64
     assert distance(weights(2, tmp_path / "weights"), alone) < 1e-12
