@@ -104,6 +104,7 @@ def execute(python, folder, setup, exit_code=0):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "message"),
     [(SETUP, "AssertionError: No hybrid_lib: .*pip wheel . --no-deps.* make colab\n"),
@@ -114,6 +115,7 @@ def test_a_failed_setup_says_why_in_one_sentence(python, tmp_path, setup, messag
     assert re.search(message, execute(python, tmp_path / "content", setup, exit_code=1))
 
 
+@pytest.mark.slow
 def test_a_stamped_notebook_installs_from_its_repository(python, tmp_path):
     output = execute(python, tmp_path / "content", STAMPED)
     assert str(tmp_path / "python") in re.search("home (.*)", output)[1]

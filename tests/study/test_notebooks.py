@@ -317,7 +317,7 @@ def checked_notebook(file: Path):
 
 
 # A kernel of its own takes each notebook as long as ten without one.
-IN_A_KERNEL = ("03_schedules", "09_explorer", "10_train_one")
+IN_A_KERNEL = ("09_explorer", "10_train_one")
 BY_COMMANDS = ("08_results", "11_sweep")  # in test_study.py
 
 

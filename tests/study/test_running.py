@@ -139,12 +139,11 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 @pytest.mark.parametrize(
-    ("number", "whom"),
-    [pytest.param(signal.SIGINT, "all", id="Ctrl-C", marks=pytest.mark.slow),
-     pytest.param(signal.SIGKILL, "first", id="kill")],
-)  # fmt: skip
+    ("number", "whom"), [(signal.SIGINT, "all"), (signal.SIGKILL, "first")], ids=["Ctrl-C", "kill"]
+)
 def test_runs_stop_cleanly_when_their_parent_is_interrupted_or_killed(number, whom, tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
