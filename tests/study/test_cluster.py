@@ -142,6 +142,7 @@ def test_an_interrupt_of_the_waiting_process_stops_the_runs(tmp_path, joined):
     assert History.load(tmp_path / "short").status == "complete"
 
 
+@pytest.mark.slow
 def test_the_end_of_the_scheduler_is_reported_and_loses_nothing(tmp_path, joined):
     """It kills the scheduler, so it must be the last test with it."""
 

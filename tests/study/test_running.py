@@ -92,6 +92,7 @@ def check_resumed(out: Path, before: History) -> None:
     assert after.rows[: len(before.rows)] == before.rows, "it started again instead of going on"
 
 
+@pytest.mark.slow
 def test_parallel_runs_match_serial_ones_even_if_one_is_killed_and_two_fail(tmp_path):
     experiments, killed = with_failures(4), {}
     experiments[0] = experiments[0].scaled(40)
