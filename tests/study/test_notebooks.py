@@ -1,7 +1,7 @@
 """Notebooks are committed clean, run from top to bottom, and refuse unknown parameters.
 
-Papermill executes each one at toy size. The cells that read a study are also executed in this
-process, for every kind of study: one method, none of the report's methods, a failed run.
+Each runs at toy size in this process, two by papermill, all by papermill with -m slow. The cells
+that read a study also run for every kind of study: one method, none of the report's methods, a failed run.
 """
 
 import ast
@@ -316,7 +316,7 @@ def checked_notebook(file: Path):
     return notebook
 
 
-# A kernel of its own takes each notebook as long as ten without one.
+# A kernel of its own costs each notebook some ten seconds of imports.
 IN_A_KERNEL = ("09_explorer", "10_train_one")
 BY_COMMANDS = ("08_results", "11_sweep")  # in test_study.py
 
