@@ -1,7 +1,8 @@
 """Notebooks are committed clean, run from top to bottom, and refuse unknown parameters.
 
 Each runs at toy size in this process, two by papermill, all by papermill with -m slow. The cells
-that read a study also run for every kind of study: one method, none of the report's methods, a failed run.
+that read a study also run for every kind of study: one method, none of the report's methods, a
+failed run.
 """
 
 import ast
