@@ -1,4 +1,7 @@
-"""Compiled and foreach steps match the plain loop, whatever changes between the steps."""
+"""Compiled and foreach steps match the plain loop, whatever changes between the steps.
+
+Where many compilations are needed, they stop before code is generated; ``-m slow`` generates it.
+"""
 
 import copy
 import dataclasses
@@ -92,16 +95,14 @@ def hybrid_of_many_rules(merge, **how):
     return hl.Hybrid(params, rules, 0.01, λ, 0.1, maximize=True, merge=merge, **how)
 
 
-COMPILED, FOREACH = {"compile": True}, {"foreach": True}
-
-
+@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
 @pytest.mark.parametrize(
-    ("merge", "how"),
-    [("product", COMPILED), ("product", FOREACH), ("sum", FOREACH), ("graft", FOREACH),
-     pytest.param("sum", COMPILED, marks=pytest.mark.slow),
-     pytest.param("graft", COMPILED, marks=pytest.mark.slow)],
-)  # fmt: skip
-def test_every_rule_and_every_merge_matches_the_loop(merge, how):
+    "way", ["foreach", "traced", pytest.param("compiled", marks=pytest.mark.slow)]
+)
+def test_every_rule_and_every_merge_matches_the_loop(merge, way, request):
+    if way == "traced":
+        request.getfixturevalue("traced")
+    how = {"foreach": True} if way == "foreach" else {"compile": True}
     both = hybrid_of_many_rules(merge), hybrid_of_many_rules(merge, **how)
     n = len(both[0].param_groups[0]["rules"])
 
@@ -225,6 +226,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(("make", "changes"), [(m, c) for m, *c in CHANGES.values()], ids=CHANGES)
 def test_a_compiled_step_follows_changes_between_steps(make, changes):
     both = twins(make)

@@ -25,10 +25,11 @@ from hybrid_lib.optim.controllers import SWATS, Hedge
 from hybrid_lib.optim.rules import SGD, AdaHessian, Adam
 
 HOW = {"eager": {"foreach": False}, "foreach": {"foreach": True}, "compiled": {"compile": True}}
+pytestmark = pytest.mark.usefixtures("traced")
 
 
 def every_way(names, values, compiled):
-    """Test all values eagerly and with foreach, but only one compiled, which takes seconds."""
+    """Test all values eagerly and with foreach, but only one compiled, which takes longer."""
     cases = [*itertools.product(("eager", "foreach"), values), ("compiled", compiled)]
     return pytest.mark.parametrize(("way", names), cases)
 

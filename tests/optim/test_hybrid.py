@@ -124,6 +124,7 @@ def test_rules_without_weight_still_move_their_buffers(lambdas):
         assert all(buffers for buffers in ours.state[p]["rules"])
 
 
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("lambdas", [(0.0, 1.0), torch.tensor([0.0, 1.0])], ids=str)
 @pytest.mark.parametrize("how", [{}, {"foreach": True}, {"compile": True}], ids=str)
 def test_a_rule_without_weight_cannot_spoil_the_step(how, lambdas):

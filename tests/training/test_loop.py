@@ -26,7 +26,6 @@ from hybrid_lib.training import data, engines, history, loop, tasks
 from hybrid_lib.training.experiments import EXPERIMENTS, Experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import epochs, run
-from hybrid_lib.training.tasks import image_model
 
 
 def interrupt_after(steps: int):
@@ -375,18 +374,27 @@ def damages(content: bytes) -> dict[str, bytes]:
     return made
 
 
-def test_from_damaged_checkpoints_the_last_or_the_previous_state_is_restored(stopped, capsys):
-    e, folder, _ = stopped
+def test_from_damaged_checkpoints_the_last_or_the_previous_state_is_restored(tmp_path, capsys):
+    e = toy("atmo")
+
+    def fresh():
+        model = torch.nn.Linear(3, 2)
+        return model, e.build_optimizer(model.parameters())
 
     def restored():
-        model = image_model(e, 10, 1)
-        optimizer = e.build_optimizer(model.parameters())
-        rows = history.restore_checkpoint(folder, e, model, optimizer)
+        model, optimizer = fresh()
+        rows = history.restore_checkpoint(tmp_path, e, model, optimizer)
         state = io.BytesIO()
         torch.save([model.state_dict(), optimizer.state_dict(), rows], state)
         return len(rows), state.getvalue()
 
-    last = folder / "last.pt"
+    model, optimizer = fresh()
+    for n in (1, 2):
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        states = model.state_dict(), optimizer.state_dict()
+        history.save_checkpoint(tmp_path, e, *states, [{}] * n)
+    last = tmp_path / "last.pt"
     content, states = last.read_bytes(), {restored()}
     last.unlink()
     states.add(restored())
