@@ -78,7 +78,7 @@ def _command(parser: argparse.ArgumentParser, arguments, plan, results) -> int:
     option("--device", help="cpu, cuda, …; default: a GPU if there is one")
     option("--workers", **number, help="runs at once; default: one per core, one on a GPU")
     option("--threads", **number, help="CPU threads per run; default: 1")
-    option("--cluster", help="tcp://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
+    option("--cluster", help="tcp://… or tls://HOST:PORT of a Dask scheduler, or slurm:FILE.yaml")
     compiling = "fuse the training step with torch.compile; default: if a run is long enough"
     option("--compile", action=argparse.BooleanOptionalAction, help=compiling)
     args = parser.parse_args(arguments)
