@@ -56,10 +56,14 @@ def compiled(function: Callable, what: str, only: str = "", **options) -> Callab
             if fast and not module.startswith(("torch._dynamo", "torch._inductor")):
                 raise  # not a compiler error, e.g. out of memory
             cause = getattr(error, "inner_exception", error)
-            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            reason = f"{type(cause).__name__}: {lines[0] if lines else 'no reason given'}"
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
             raise CannotCompile(
                 f"{what} cannot be compiled here ({reason}): fix that or run without compiling"
             ) from error
 
     return call
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

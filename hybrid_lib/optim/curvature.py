@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from hybrid_lib.optim.compiled import first_line
+
+DEVICE_ERRORS = "allocate memory|CUDA error|cuDNN error"
 ATTENTION = "compute attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 
 
@@ -73,7 +77,7 @@ def hessian_diagonal(
                 return forward_over_reverse(loss, [p.detach() for p in params], probes)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"this loss cannot be differentiated in forward mode ({_first_line(error)}): pass "
+                f"this loss cannot be differentiated in forward mode ({first_line(error)}): pass "
                 f"the loss itself instead of a function, or {ATTENTION}"
             ) from error
     if loss.numel() != 1:
@@ -85,17 +89,13 @@ def hessian_diagonal(
         raise ValueError(f"params at {frozen} require no gradient: omit frozen parameters")
     try:
         return _reverse_over_reverse(loss, params, n_samples, generator)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or re.search(DEVICE_ERRORS, str(error)):
+            raise
         raise RuntimeError(
-            f"this loss cannot be differentiated twice ({_first_line(error)}): {ATTENTION}, "
+            f"this loss cannot be differentiated twice ({first_line(error)}): {ATTENTION}, "
             "use the model before torch.compile, or compute the loss anew if backward() freed it"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _reverse_over_reverse(loss: Tensor, params: list[Tensor], n_samples: int, generator) -> tuple:

@@ -86,6 +86,7 @@ class Method:
             raise ValueError(f'weight_decay_in={where!r}: must be "both" or "sgd"')
         if where == "sgd" and rules.SGD not in self.rules:
             raise ValueError(f'weight_decay_in="sgd": {self.label} has no SGD; use "both"')
+        rules.check_at_least_zero(weight_decay=decay)
         made, decoupled = [], 0.0
         for rule in self.rules:
             names = {f.name for f in dataclasses.fields(rule)}

@@ -21,6 +21,7 @@ from hybrid_lib.study.progress import Event, Job, Progress, epoch_cost, one_line
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.history import History
 from hybrid_lib.training.loop import run
+from hybrid_lib.training.tasks import load_task
 
 ATTEMPTS = 3  # for a run whose process is killed
 
@@ -67,6 +68,10 @@ def run_many(
 
             train_all(jobs, order, progress, cluster, workers or 1, settings)
         elif at_once > 1:
+            for e in {jobs[i][0].dataset: jobs[i][0] for i in order}.values():
+                if not e.dataset.startswith("folder:"):  # download once, not in every process
+                    with contextlib.suppress(Exception):  # the runs will report it
+                        load_task(e, "cpu")
             _in_processes(jobs, order, progress, settings, at_once)
     finally:
         progress.line.close()
@@ -155,6 +160,12 @@ def _serve(pipe: connection.Connection, settings: dict) -> None:
         with contextlib.suppress(OSError):  # the parent has gone
             pipe.send(event)
 
+    def parent_closed_it() -> bool:
+        try:
+            return pipe.poll()
+        except OSError:  # on Windows
+            return True
+
     with contextlib.suppress(EOFError, OSError):
         while True:
-            report(train(pipe.recv(), report, settings, should_stop=pipe.poll))
+            report(train(pipe.recv(), report, settings, should_stop=parent_closed_it))

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from hybrid_lib.optim.compiled import first_line
+
 TITLES = {
     "digits": "handwritten digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
     "mnist": "MNIST", "fashion-mnist": "Fashion-MNIST",
@@ -218,7 +220,7 @@ def _torchvision(dataset: str):
     except (OSError, RuntimeError, ValueError, AssertionError, tarfile.TarError) as error:
         raise FileNotFoundError(
             f"{title(dataset)} is not complete in {root / folder} and could not be downloaded "
-            f"({_first_line(error)}). Run again with network access, or unpack the original files "
+            f"({first_line(error)}). Run again with network access, or unpack the original files "
             "there (HYBRID_DATA sets another root), or use dataset=folder:PATH or digits. Delete "
             "damaged files first"
         ) from error
@@ -291,7 +293,7 @@ def _decoded(files: list[Path]) -> Tensor:
                 grey = (np.asarray(image) >> 8).astype(np.uint8)  # PIL's own conversion clips
                 return np.stack([grey] * 3, axis=-1)
         except Exception as error:  # decoders raise anything, even SyntaxError
-            raise ValueError(f"{file}: not a readable image ({_first_line(error)})") from error
+            raise ValueError(f"{file}: not a readable image ({first_line(error)})") from error
 
     images = np.empty((len(files), *decode(files[0]).shape), np.uint8)
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
@@ -322,7 +324,3 @@ def _balanced(labels: Tensor, limit: int | None, name: str) -> Tensor:
 def _shortened(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:5]) + ("" if len(names) <= 5 else ", …") or "none"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

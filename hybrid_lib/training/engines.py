@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hybrid_lib.optim.compiled import CannotCompile, compiled
+from hybrid_lib.optim.compiled import CannotCompile, compiled, first_line
 from hybrid_lib.optim.curvature import forward_over_reverse, hessian_diagonal, random_bits, signs
 from hybrid_lib.optim.hybrid import Hybrid
 from hybrid_lib.training.experiments import Experiment
@@ -39,17 +39,17 @@ def should_compile(experiment: Experiment, task, begun_with: str | None = None) 
     wanted = steps >= (2_000 if experiment.needs_hessian else 20_000)
     if begun_with is not None:
         wanted = begun_with == "compiled"
-    why_not = why_not_compile(task.device.type) if wanted else ""
+    why_not = why_not_compile(str(task.device)) if wanted else ""
     if why_not:
         print(f"{experiment.label}: training eagerly, since {why_not}")
     return wanted and not why_not
 
 
 @functools.lru_cache
-def why_not_compile(device_type: str) -> str:
-    """Why this type of device cannot compile; empty if it can. The first call takes seconds."""
+def why_not_compile(device: str) -> str:
+    """Why this device cannot compile; empty if it can. The first call takes seconds."""
     try:
-        compiled(lambda x: x.sin() + 1, "a test function")(torch.zeros(8, device=device_type))
+        compiled(lambda x: x.sin() + 1, "a test function")(torch.zeros(8, device=device))
     except CannotCompile as error:
         return str(error)
     return ""
@@ -177,8 +177,8 @@ def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> 
                         failed = error
             except RuntimeError as error:
                 reason = "capturing a CUDA graph failed; run again with capture=False"
-                raise RuntimeError(f"{reason} ({_first_line(failed or error)})") from error
-        reason = f"this step cannot be captured ({_first_line(failed)})"
+                raise RuntimeError(f"{reason} ({first_line(failed or error)})") from error
+        reason = f"this step cannot be captured ({first_line(failed)})"
         print(f"continuing without a CUDA graph: {reason}")
         return None
 
@@ -205,10 +205,6 @@ def captured(function: Callable, optimizer: Hybrid | None = None, pool=None) -> 
     if optimizer is not None:
         optimizer.capturable = True
     return call
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unscaled(grads, scale: float) -> list[Tensor]:

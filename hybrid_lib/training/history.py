@@ -21,6 +21,7 @@ import filelock
 import torch
 from pydantic import ValidationError
 
+from hybrid_lib.optim.compiled import first_line
 from hybrid_lib.training.experiments import Experiment, error_messages
 
 FILE = "history.json"
@@ -210,8 +211,9 @@ def restore_checkpoint(folder: Path, experiment: Experiment, model, optimizer) -
             if state.pop("checksum", None) not in (None, _checksum(state)):
                 raise ValueError("its checksum does not match")
         except Exception as error:  # torch raises anything for a damaged file
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"{file} is damaged ({reason}); trying the previous one")
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise
+            print(f"{file} is damaged ({first_line(error)}); trying the previous one")
             os.replace(file, file.with_suffix(".damaged"))  # it must not become prev.pt
             continue
         if state["format"] > FORMAT:

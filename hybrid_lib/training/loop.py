@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -351,19 +352,43 @@ def fast_layout(device: torch.device, compile: bool) -> torch.memory_format:
     return torch.channels_last if fast else torch.contiguous_format
 
 
+# Names of the same switches: all versions of torch have the first, 2.9 and newer have both.
+_TF32 = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
+_FP32_PRECISION = tuple(
+    f"{place}.fp32_precision"
+    for place in ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn")
+)
+
+
 @contextlib.contextmanager
 def gpu_settings(experiment: Experiment) -> Iterator[None]:
     """On NVIDIA GPUs, allow or forbid TF32 (torch allows it in convolutions) and let cuDNN try
     algorithms to find the fastest convolutions, so two runs may differ by rounding. Undone on exit.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+
+    def write(values: dict) -> None:
+        for name, value in values.items():
+            where, _, last = name.rpartition(".")
+            setattr(operator.attrgetter(where)(torch.backends), last, value)
+
+    before, overall = {}, None
+    for name in (*_TF32, *_FP32_PRECISION, "cudnn.benchmark"):
+        # Torch without a name, or set by a newer name such that the older one has no value.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            before[name] = operator.attrgetter(name)(torch.backends)
+    with contextlib.suppress(RuntimeError):
+        overall = torch.get_float32_matmul_precision()
     allowed = experiment.precision == "tf32"
+    newer = {name: "tf32" if allowed else "ieee" for name in _FP32_PRECISION if name in before}
     try:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = allowed, allowed, True
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        write({"cudnn.allow_tf32": allowed, "cudnn.benchmark": True, **newer})
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        write({name: before.pop(name) for name in _TF32 if name in before})
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        write(before)
 
 
 @contextlib.contextmanager

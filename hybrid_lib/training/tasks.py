@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid_lib.optim.compiled import first_line
 from hybrid_lib.training import data
 from hybrid_lib.training.experiments import Experiment
 from hybrid_lib.training.models import ResNet18, resnet18, seeded
@@ -133,8 +134,8 @@ def load_task(experiment: Experiment, device: str | torch.device | None = None):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # fails if the device is missing or unusable
     except (RuntimeError, AssertionError, ImportError) as error:  # varies by backend
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device={str(device)!r}: use cpu, cuda or cuda:N ({reason})") from None
+        reason = f"use cpu, cuda or cuda:N ({first_line(error)})"
+        raise ValueError(f"device={str(device)!r}: {reason}") from None
     if experiment.precision == "tf32" and device.type != "cuda":
         raise ValueError(f"precision='tf32' needs an NVIDIA GPU, not {device.type!r}; use float32")
     if experiment.dataset == "python-docs":

@@ -292,7 +292,7 @@ class Explorer:
         self._filling = True
         for field, value in values.items():
             if isinstance(value, tuple):
-                value = ", ".join(f"{v:g}" for v in value)
+                value = ", ".join(map(_in_full, value))
             if isinstance(self.controls[field], widgets.Text):  # a Combobox is one
                 value = "" if value is None else str(value)
             self.controls[field].value = value
@@ -396,6 +396,11 @@ def _control(field: str, label: str, placeholder: str = "") -> widgets.Widget:
 def _labelled(kind, label: str, **options) -> widgets.Widget:
     looks = {"style": {"description_width": "110px"}, "layout": {"width": "98%"}}
     return kind(description=label, **looks, **options)
+
+
+def _in_full(number: float) -> str:
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _outcome(history: History) -> str:

@@ -336,6 +336,23 @@ def test_a_refusal_says_what_to_do_instead(attempt, advice):
     assert "\n" not in str(refused.value)
 
 
+class OutOfMemory(torch.autograd.Function):
+    """Multiplication by two; its backward pass runs out of memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+
+def test_a_lack_of_memory_is_not_explained_by_the_loss():
+    with pytest.raises(RuntimeError, match=r"^DefaultCPUAllocator"):
+        hessian_diagonal(OutOfMemory.apply(w := leaf(3)).sum(), [w])
+
+
 def test_what_the_refusals_suggest_works():
     with sdpa_kernel(SDPBackend.MATH):
         _, (D,) = diagonal_of_attention()

@@ -525,6 +525,12 @@ def test_weight_decay_in_sgd_is_sgd_s_wherever_it_stands():
         methods.get_method("adam+lion")([new()], weight_decay=0.1, weight_decay_in="sgd")
 
 
+@pytest.mark.parametrize("make", [methods.sgd, methods.adahessian, methods.lion])
+def test_an_impossible_decay_is_refused_by_the_name_that_was_given(make):
+    with pytest.raises(ValueError, match=r"^weight_decay=-1"):
+        make(parameters(), weight_decay=-1)
+
+
 # --- Checkpoints and copies. ---
 
 

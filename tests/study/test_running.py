@@ -186,6 +186,18 @@ def test_the_longest_run_begins_first_and_complete_runs_are_only_read(tmp_path, 
     assert (again, failed) == (found, [])
 
 
+def test_parallel_runs_load_what_may_be_a_download_once_before_they_start(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(running, "load_task", lambda e, device: done.append(e.dataset) or 1 / 0)
+    monkeypatch.setattr(running, "_in_processes", lambda *_: done.append("started"))
+    sets = ("cifar10", "digits", "folder:nowhere")
+    runs = [replace(e, dataset=d, name=f"{e.name}-{i}")
+            for i, d in enumerate(sets) for e in toy_runs(2)]  # fmt: skip
+    run_many(runs, tmp_path, "cpu", workers=2)
+    assert sorted(done[:2]) == ["cifar10", "digits"]
+    assert done[2:] == ["started"]
+
+
 def test_progress_names_the_run_its_seed_its_epoch_and_the_time_left(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -4,6 +4,7 @@ The comparison is always the same: the rows except their seconds, and the weight
 optimizer state of the last checkpoint, against those of an undisturbed run.
 """
 
+import contextlib
 import errno
 import functools
 import io
@@ -14,6 +15,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,11 +105,52 @@ def test_the_caller_s_random_states_are_left_alone(tmp_path):
     assert states() == before
 
 
-def test_a_user_s_settings_of_torch_are_left_alone(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
-    with loop.gpu_settings(toy()):
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
+BACKENDS = torch.backends
+SETTINGS = {
+    "torch's own": lambda: None,
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "TF32 everywhere": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "TF32 nowhere": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
+    # torch 2.9 and newer; the older names have no value then
+    "TF32, newer name": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "no TF32 in convolutions": lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+    "TF32 unless told otherwise": lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
+}
+
+
+def readable_settings() -> list:
+    found = []
+    for read in (
+        lambda: BACKENDS.cudnn.allow_tf32, lambda: BACKENDS.cudnn.conv.fp32_precision,
+        lambda: BACKENDS.cuda.matmul.allow_tf32, lambda: BACKENDS.cuda.matmul.fp32_precision,
+        lambda: BACKENDS.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision,
+        lambda: BACKENDS.cudnn.benchmark,
+    ):  # fmt: skip
+        with contextlib.suppress(AttributeError, RuntimeError):
+            found.append((read, read()))
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_user_s_settings_of_torch_are_left_alone(setting):
+    newer = hasattr(BACKENDS.cuda.matmul, "fp32_precision")
+    if not newer and list(SETTINGS).index(setting) > 3:
+        pytest.skip("this torch has only the older names")
+    try:
+        SETTINGS[setting]()
+        before = readable_settings()
+        for precision in ("float32", "tf32"):
+            with loop.gpu_settings(SimpleNamespace(precision=precision)):
+                allowed = precision == "tf32"
+                assert BACKENDS.cudnn.allow_tf32 == BACKENDS.cuda.matmul.allow_tf32 == allowed
+                if newer:
+                    assert (BACKENDS.cudnn.conv.fp32_precision == "tf32") == allowed
+            assert [(read, read()) for read, _ in before] == before
+    finally:
+        if newer:
+            BACKENDS.fp32_precision = "none"
+        BACKENDS.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_with_rarer_checkpoints_a_run_resumes_from_the_last_one(tmp_path):
@@ -408,6 +451,25 @@ def test_from_damaged_checkpoints_the_last_or_the_previous_state_is_restored(tmp
         except Exception as error:
             wrong[damage] = repr(error)[:80]
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_without_memory_to_read_a_checkpoint_it_is_not_called_damaged(stopped, monkeypatch, error):
+    e, folder, straight = stopped
+    before = sorted(f.name for f in folder.iterdir())
+
+    def load(*_, **how):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", load)
+        with pytest.raises((MemoryError, RuntimeError)):
+            trained(e, folder)
+    assert sorted(f.name for f in folder.iterdir()) == before
+    trained(e, folder)
+    assert outcome(folder) == straight
 
 
 def test_a_damaged_checkpoint_never_replaces_a_good_one(stopped, monkeypatch):

@@ -522,6 +522,7 @@ def test_a_hybrid_of_three_rules_with_adaptive_weights_can_be_opened(open_explor
     explorer = open_explorer("adam+lion+sgd", **TINY, lambda_schedule="hedge", lambda_rate=2.0)
     assert explorer.controls["lambda_rate"].value == "2.0"
     assert explorer.figure.data["planned"]["lambdas"] == {}
+    assert explorer.experiment().lambda_start == (1 / 3,) * 3
     explorer.start()
     explorer.wait()
     assert explorer.history.status == "complete"
