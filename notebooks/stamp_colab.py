@@ -32,9 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     branch = chosen.branch or git("branch", "--show-current") or "main"
 
+    url = f"https://github.com/{slug}@{branch}" if slug else ""  # what pip calls a branch
+
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     for file in notebooks:
-        write(file, stamped(file.read_text("utf-8"), slug, badge(slug, branch, file.name)))
+        write(file, stamped(file.read_text("utf-8"), url, badge(slug, branch, file.name)))
     readme = ROOT / "README.md"
     lines = readme.read_text("utf-8").splitlines(keepends=True)
     for file in notebooks:
@@ -86,10 +88,9 @@ def badge(slug: str, branch: str, name: str) -> str:
     return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({target})" if slug else ""
 
 
-def stamped(text: str, slug: str, mark: str) -> str:
+def stamped(text: str, url: str, mark: str) -> str:
     """Return a notebook's text with the address in its setup cell, the badge below its title."""
     notebook, before = json.loads(text), json.loads(text)
-    url = f"https://github.com/{slug}" if slug else ""
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             source = REPO_URL.sub(f'REPO_URL = "{url}"', "".join(cell["source"]))

@@ -1,4 +1,4 @@
-"""Use one thread per process, child processes included: xdist already uses every core."""
+"""One thread and no GPU, for child processes too: xdist already uses every core."""
 
 import os
 import signal
@@ -20,6 +20,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 FRONT_END = ("notebook", "ipywidgets", "ipykernel", "ipython", "jupyter_client", "traitlets",
              "anywidget", "tornado", "pyzmq", "nbconvert", "numpy", "pandas")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(request, monkeypatch):
+    """Hide GPUs from all tests but those that are for them."""
+    if not request.node.get_closest_marker("cuda"):
+        import torch  # not before OMP_NUM_THREADS is set
+
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

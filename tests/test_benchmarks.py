@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import epoch, optimizer_step, step_cost
+from benchmarks import curves, data_feed, epoch, optimizer_step, step_cost
 
 
 @pytest.mark.parametrize("name", ["atmo", "adasgd"])
@@ -29,6 +29,31 @@ def test_the_epoch_benchmark_prints_a_row(monkeypatch, capsys):
     epoch.main()
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     assert "sgd" in row.values()
+
+
+def test_the_benchmark_of_curves_counts_seeds_that_diverge(monkeypatch, capsys):
+    diverging = {"lr": 1e30}
+    monkeypatch.setattr(curves, "VARIANTS", {"eager": ({}, False), "too fast": (diverging, False)})
+    monkeypatch.setattr(
+        sys, "argv", ["curves", "--seeds", "1", "--epochs", "1", "--method", "sgd", "--json"]
+    )
+    curves.main()
+    one, other = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["diverged"], one["difference"]) == (0, 0.0)
+    assert (other["diverged"], other["accuracy"]) == (1, None)
+    monkeypatch.setattr(sys, "argv", ["curves", "--seeds", "1", "--epochs", "1", "--method", "sgd"])
+    curves.main()
+    assert "diverged: 1" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_images_names_every_way(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["data_feed", "--images", "64", "--batch", "32", "--rounds", "2", "--json"]
+    )
+    data_feed.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["name"] for row in rows] == ["torchvision", "torchvision_2_workers", "hybrid_lib"]
+    assert all(row["images_per_second"] > 0 for row in rows)
 
 
 def test_every_rival_of_the_optimizer_step_runs():

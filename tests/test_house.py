@@ -65,8 +65,7 @@ def test_a_room_imports_only_from_itself_and_those_above(name):
 
 DASK = {"dask", "distributed", "dask_jobqueue"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-BROUGHT_BY = {"IPython": "ipykernel", "comm": "ipywidgets", "nbformat": "nbconvert",
-              "traitlets": "ipywidgets"}  # fmt: skip
+BROUGHT_BY = {"IPython": "ipykernel", "nbformat": "nbconvert", "traitlets": "ipywidgets"}
 BASE, STUDY = PROJECT["dependencies"], PROJECT["optional-dependencies"]["study"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -49,18 +50,22 @@ def command(
         return 0
     failed = []
     compile = chosen.compile if chosen.device == "cpu" else None
-    for stage in stages(chosen):
-        for folder, experiments in stage:
-            out = chosen.out / folder
-            if chosen.list:
-                for e in experiments:
-                    file = run_folder(out, e) / FILE
-                    status = History.load(file).status if file.exists() else "to do"
-                    print(f"{status:10s} {folder} {file.parent.name}")
-            else:
-                how = {"workers": chosen.workers, "compile": compile}
-                failed += run_many(experiments, out, chosen.device, **how)[1]
-        if chosen.list:  # later stages depend on the results of this one
-            break
+    for folder, experiments in batches(stages(chosen)):
+        out = chosen.out / folder
+        if chosen.list:
+            for e in experiments:
+                file = run_folder(out, e) / FILE
+                status = History.load(file).status if file.exists() else "to do"
+                print(f"{status:10s} {folder} {file.parent.name}")
+        else:
+            how = {"workers": chosen.workers, "compile": compile}
+            failed += run_many(experiments, out, chosen.device, **how)[1]
     print(*failed, sep="\n", end="\n" if failed else "")
     return int(bool(failed))
+
+
+def batches(stages: Iterable[Batches]) -> Batches:
+    """Yield all batches up to the first stage that chooses among runs which are not there yet."""
+    with contextlib.suppress(FileNotFoundError):
+        for stage in stages:
+            yield from stage

@@ -94,9 +94,18 @@ def pairs(histories: Sequence[History], baseline: str = "sgd") -> pd.DataFrame:
             "seeds": len(d), "diverged": len(one) - len(d),
         }  # fmt: skip
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
-    p = table["p"].dropna().sort_values()
-    table["p (Holm)"] = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    table["p (Holm)"] = holm(table["p"])
     return table
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's correction for asking several questions; NaN asks none.
+
+    >>> holm(pd.Series([0.01, 0.04, 0.03])).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    rising = p.dropna().sort_values()
+    return (rising * np.arange(len(rising), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
 def ranks(histories: Sequence[History]) -> pd.DataFrame:

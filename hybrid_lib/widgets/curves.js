@@ -217,7 +217,7 @@ function layerMap({ epoch, every, layers }, { low, high, values }, epochs, width
     y="24" text-anchor="${["start", "middle", "end"][i]}">${short(v, 2)}</text>`) : [];
   const here = layers[row] === undefined || epoch[column] === undefined ? "" : `${clean(layers[row])}, epoch ${epoch[column]}:
     ${values[row][column] === null ? "–" : short(values[row][column], 3)}`;
-  const name = `<text x="${width - RIGHT}" y="12" text-anchor="end">${here}</text>`;
+  const name = `<text data-here x="${width - RIGHT}" y="12" text-anchor="end">${here}</text>`;
   const middles = layers.length * CELL / 2 + KEY, up = `rotate(-90 34 ${middles})`;
   return `${steps.join("")}${key.join("")}${name}${cells.join("")}
     <text x="34" y="${middles}" text-anchor="middle" transform="${up}">layers, first on top</text>`;
@@ -226,7 +226,8 @@ function layerMap({ epoch, every, layers }, { low, high, values }, epochs, width
 function render({ model, el }) {
   el.innerHTML = `<div class="hybrid-curves"><style>${STYLE}</style><h4></h4><div></div>
     <svg tabindex="0" role="img" height="${HEIGHT}" data-lm-suppress-shortcuts="true"></svg>
-    <label hidden><b></b> <select></select></label><svg role="img" data-panel="inside"></svg></div>`;
+    <label hidden><b></b> <select></select></label><svg tabindex="0" role="img" data-panel="inside"
+    data-lm-suppress-shortcuts="true"></svg></div>`;
   const root = el.firstChild, [, title, table, svg, label, map] = root.children;
   const [heading, select] = label.children, hidden = new Set();
   let at = 0, cell = [], wanted, epochAt;
@@ -259,7 +260,8 @@ function render({ model, el }) {
     const measure = measures.find(({ name }) => name === select.value);
     heading.textContent = inside ? `inside ${inside.run}` : "";
     map.innerHTML = measure ? layerMap(inside, measure, epochs, width, cell) : "";
-    map.setAttribute("aria-label", measure ? `${measure.name}, by layer and epoch` : "");
+    const here = map.querySelector("[data-here]")?.textContent || "Arrow keys choose a cell.";
+    map.setAttribute("aria-label", measure ? `${measure.name}, by layer and epoch. ${here}` : "");
   }
   function point(epoch) { // 0: no cross-hair
     if (epoch === at) return;
@@ -283,6 +285,15 @@ function render({ model, el }) {
   map.addEventListener("pointermove", ({ target }) =>
     pointInside(target.dataset.layer, target.dataset.column));
   map.addEventListener("pointerleave", () => pointInside());
+  map.addEventListener("blur", () => pointInside());
+  map.addEventListener("keydown", (e) => {
+    const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+    if (!(e.key in moves)) return;
+    e.preventDefault();
+    const { layers, epoch } = model.get("data").inside;
+    pointInside(...[layers, epoch].map(({ length }, i) => cell[i] === undefined ? 0
+      : Math.max(0, Math.min(length - 1, +cell[i] + moves[e.key][i]))));
+  });
   table.addEventListener("click", (e) => {
     const name = e.target.closest("button")?.dataset.run;
     if (name === undefined) return;

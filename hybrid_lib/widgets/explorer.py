@@ -352,7 +352,7 @@ class Explorer:
         wrap, left, form = {"flex_flow": "row wrap"}, {"width": f"{LEFT}px"}, []
         sections = {"The step": STEP, "The weights λ": WEIGHTS, "The run": RUN}
         sections = {title: [self._cells[f] for f in fields] for title, fields in sections.items()}
-        copy = "Copy as code: click, Ctrl+A, Ctrl+C"
+        copy = "Copy as code: click, Ctrl+A, Ctrl+C (Mac: ⌘)"
         for title, cells in {**sections, copy: [self.papermill, self.python]}.items():
             heading = widgets.HTML(f'<div style="margin-top: 8px"><b>{title}</b></div>')
             form += [heading, widgets.Box(cells, layout=wrap)]

@@ -198,7 +198,7 @@ def test_stamping_is_idempotent_and_can_be_undone(tmp_path):
             assert title.startswith("# ")
             assert mark.count(f"/github/ada/notes/blob/main/notebooks/{name})") == 1
             assert text.count("Open in Colab") == 1
-            assert text.count(rf"REPO_URL = \"{ADDRESS}\"") == 1
+            assert text.count(rf"REPO_URL = \"{ADDRESS}@main\"") == 1
         rows = [line for line in readme.splitlines() if "[![Open in Colab]" in line]
         assert len(rows) == len(re.findall(r"^\| \[`\d\d_", readme, re.M)) > 0
         assert all(row.count("|") == 3 for row in rows)

@@ -332,6 +332,16 @@ def test_a_notebook_runs_from_top_to_bottom(source, tmp_path, toy_study, monkeyp
     assert shown or source.stem == "01_playground"
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+@pytest.mark.parametrize("stem", ["02_optimizers", "10_train_one", "14_inside_a_hybrid"])
+def test_a_notebook_that_trains_runs_on_a_gpu(stem, tmp_path, monkeypatch):
+    source = NOTEBOOKS[0].with_name(f"{stem}.ipynb")
+    monkeypatch.chdir(source.parent)
+    monkeypatch.setattr(figures, "show", lambda figure: None)
+    execute(source, toy_parameters(source, tmp_path, tmp_path))
+
+
 @pytest.mark.filterwarnings("default")  # of papermill and jupyter_client
 @pytest.mark.parametrize(
     "source",

@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -80,6 +81,33 @@ def test_every_contestant_has_the_same_budget_and_shares_its_draws():
         drawn = fair.trials("digits", "cosine", name, 0)
         assert len({getattr(e, setting) for e in drawn}) == 5
         assert all(e.chooses_lambdas for e in drawn)
+
+
+def test_trials_are_trained_listed_chosen_from_and_published(tmp_path, monkeypatch, capsys):
+    fair = script("fair")
+    small = {"epochs": 1, "width": 1, "batch_size": 32, "train_limit": 140, "validation_limit": 40}
+    monkeypatch.setattr(fair, "TASKS", {"digits": {**small, "test_limit": 50}})
+    monkeypatch.setattr(fair, "SCALES", {"cpu": (("digits",), ("cosine",), 1, ("sgd", "atmo"))})
+    monkeypatch.setattr(fair, "TRIALS", 2)
+    monkeypatch.setattr(fair, "FINAL_SEEDS", (1, 2))
+    monkeypatch.setattr(fair, "PUBLISHED", tmp_path / "fair")
+    command = ["--out", str(tmp_path), "--workers", "1"]
+    assert fair.main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("to do") == 4, "the runs with new seeds are not chosen yet"
+    assert fair.main(command) == 0
+    capsys.readouterr()
+    assert fair.main([*command, "--list"]) == 0
+    assert capsys.readouterr().out.count("complete") == 4 + 4
+    assert fair.main([*command, "--publish"]) == 0
+    runs = pd.read_csv(tmp_path / "fair" / "runs.csv")
+    for name, of_name in runs.groupby("contestant"):
+        trials, finals = (of_name[of_name["part"] == part] for part in ("cosine", "final"))
+        best = trials.loc[trials["validation"].idxmax()]
+        assert set(finals["lr"]) == {best["lr"]}, name
+        assert set(finals["seed"]) == {1, 2}
+    kept = History.load(tmp_path / "digits/final/runs/sgd-final-seed1")
+    (shown,) = runs[runs["run"] == "digits/final/sgd-final-seed1"]["test"]
+    assert shown == pytest.approx(kept.final["test_accuracy"], rel=1e-4)
 
 
 def test_merges_and_layers_differ_in_nothing_else():
