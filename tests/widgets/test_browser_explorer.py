@@ -181,7 +181,7 @@ def test_a_look_inside_is_a_map_of_layers(opened, shots):  # noqa: F811
     assert len(colours) > 1
     panel = page.locator("[data-panel=inside]")
     panel.focus()
-    for key, here in (("ArrowDown", "epoch 1"), ("ArrowRight", "epoch 2")):
+    for key, here in (("ArrowDown", "stem.1, epoch 2"), ("ArrowRight", "stem.1, epoch 3")):
         page.keyboard.press(key)
         assert here in panel.get_attribute("aria-label")
     page.locator(".hybrid-explorer").screenshot(path=shots / "explorer-inside.png")
