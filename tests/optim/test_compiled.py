@@ -226,9 +226,11 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize(("make", "changes"), [(m, c) for m, *c in CHANGES.values()], ids=CHANGES)
-def test_a_compiled_step_follows_changes_between_steps(make, changes):
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_compiled_step_follows_changes_between_steps(name, request):
+    if "strides" not in name:  # generated code alone depends on them
+        request.getfixturevalue("traced")
+    make, *changes = CHANGES[name]
     both = twins(make)
     take_steps(both, 3)
     for i, change in enumerate(changes, start=1):
