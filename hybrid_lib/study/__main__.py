@@ -24,7 +24,7 @@ def study(arguments: list[str] | None = None) -> int:
     option("--seeds", default="0", help="as in 0,3 or 0-4; default: 0")
     option("--protocol", default="clean", help="clean or released")
     option("--epochs", type=int, help="default: the scale's; schedules keep their shape")
-    option("--out", type=Path, help="default: runs/SCALE-DATASET-PROTOCOL without digits or clean")
+    option("--out", type=Path, help="default: runs/SCALE[-DATASET][-PROTOCOL]")
 
     def plan(args) -> tuple:
         only, seeds = args.only.split(","), seed_list(args.seeds)

@@ -113,8 +113,8 @@ def ranks(histories: Sequence[History]) -> pd.DataFrame:
 
     Returns:
         A row per method: "mean" of finished runs, with "±"; "rank" (ties share the better one), and
-        its interval: "rank from" comes after the methods better in pairs, "rank to" before those
-        worse, at p (Holm) ≤ .05. A method with a diverged run is never better than one that
+        its interval: "rank from" is 1 + the number of methods better in pairs, "rank to" all minus
+        those worse, at p (Holm) ≤ .05. A method with a diverged run is never better than one that
         finished. "seeds": finished runs; below two, no interval (NaN). "diverged": diverged runs.
     """
     ended = [h for h in histories if h.status in ("complete", "diverged")]

@@ -343,7 +343,7 @@ class Explorer:
         self.status, self.figure = widgets.HTML(), Curves()
         self.earlier = _labelled(widgets.SelectMultiple, "Earlier runs", rows=4)
         self.report = _labelled(
-            widgets.Checkbox, "the report's accuracies of this method (CIFAR-10)"
+            widgets.Checkbox, "the report's accuracies for this method (CIFAR-10)"
         )
         self.look = _labelled(widgets.Checkbox, "look inside: what the rules propose, by layer")
         self.papermill = _labelled(widgets.Textarea, "With papermill", rows=4)
