@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.timing import interleaved, show
+from benchmarks.timing import DEVICE, interleaved, show
 from hybrid_lib.training import data
 
 
@@ -54,20 +54,19 @@ def main() -> None:
     pixels = draw.integers(0, 256, (chosen.images, 32, 32, 3), dtype=np.uint8)
     labels = draw.integers(0, 10, chosen.images)
     pictures = Pictures(pixels, labels)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     part = (images, torch.from_numpy(labels))
-    resident = data._data("random images", [str(i) for i in range(10)], part, part).to(device)
+    resident = data._data("random images", [str(i) for i in range(10)], part, part).to(DEVICE)
 
     def ours():
-        generator = data.generator("augmentation", 0, 0, device)
+        generator = data.generator("augmentation", 0, 0, DEVICE)
         order = data.order(chosen.images, 0, 0)
         for x, _ in data.batches(resident.train_images, resident.train_labels, order, chosen.batch):
             data.normalised(data.augmented(x, generator), resident)
 
     def usual(workers):
         loader = DataLoader(pictures, chosen.batch, shuffle=True, num_workers=workers)
-        return lambda: [batch[0].to(device) for batch in loader]
+        return lambda: [batch[0].to(DEVICE) for batch in loader]
 
     # As in any training process: after a large block is freed, malloc keeps smaller ones.
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)

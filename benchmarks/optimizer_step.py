@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.timing import interleaved, show
+from benchmarks.timing import DEVICE, interleaved, show
 from hybrid_lib import resnet18
 from hybrid_lib.optim import methods
 from hybrid_lib.optim.compiled import compiled
@@ -28,8 +28,7 @@ STREAMS = {"sgd": (3, 2), "adam": (4, 3), "atmo": (5, 4), "adahessian": (5, 3), 
 
 def parameters(width: int) -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    params = list(resnet18(width=width).to(device).parameters())
+    params = list(resnet18(width=width).to(DEVICE).parameters())
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
     return params
@@ -37,8 +36,7 @@ def parameters(width: int) -> list[torch.nn.Parameter]:
 
 def floor(n: int, reads: int, writes: int) -> Callable[[], object]:
     """One pass over ``reads`` arrays of n numbers that writes ``writes`` of them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arrays = [torch.randn(n, device=device) for _ in range(reads)]
+    arrays = [torch.randn(n, device=DEVICE) for _ in range(reads)]
 
     def stream(arrays):
         total = sum(arrays)

@@ -23,9 +23,9 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import interleaved, show
+from benchmarks.timing import DEVICE, interleaved, show
 from hybrid_lib import EXPERIMENTS, resnet18
-from hybrid_lib.training.engines import compiled_pass, eager_pass
+from hybrid_lib.training.engines import compiled_pass, eager_pass, training_step
 from hybrid_lib.training.tasks import ImageClassification, image_model
 
 LAZY = {"hessian_every": 10, "hessian_fraction": 0.25}
@@ -43,20 +43,16 @@ def ours(name: str, width: int, x: torch.Tensor, y: torch.Tensor, compile: bool)
     layout = torch.channels_last if compile else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     model = image_model(experiment, 10, 3).to(x.device, memory_format=layout).train()
-    params = list(model.parameters())
-    optimizer = experiment.build_optimizer(params, compile)
+    optimizer = experiment.build_optimizer(model.parameters(), compile)
     one_pass = (compiled_pass if compile else eager_pass)(
         model, ImageClassification(experiment, None)
     )
+    step = training_step(model, one_pass, optimizer)
     probes = torch.Generator(x.device).manual_seed(0)
 
     def steps():
-        for step in range(experiment.hessian_every):
-            due = experiment.needs_hessian and step == 0
-            _, _, grads, diag = one_pass(x, y, probes if due else None)
-            for p, g in zip(params, grads):
-                p.grad = g
-            optimizer.step(hess_diag=diag)
+        for i in range(experiment.hessian_every):
+            step(x, y, probes if experiment.needs_hessian and i == 0 else None)
 
     return steps
 
@@ -107,10 +103,9 @@ def released_adahessian(width: int, x: torch.Tensor, y: torch.Tensor):
 
 
 def candidates(width: int, batch: int) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, 32, 32, generator=generator).to(device)
-    y = torch.randint(0, 10, (batch,), generator=generator).to(device)
+    x = torch.randn(batch, 3, 32, 32, generator=generator).to(DEVICE)
+    y = torch.randint(0, 10, (batch,), generator=generator).to(DEVICE)
     steps = {name: ours(name, width, x, y, compile=True) for name in COMPILED}
     for name in ("sgd", "adahessian"):
         steps[f"{name}_eager"] = ours(name, width, x, y, compile=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
-from hybrid_lib.training.loop import cpu_name
+from hybrid_lib.training.loop import cpu_name, now
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def interleaved(
@@ -32,12 +33,11 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 2):
         for name, run in candidates.items():
-            _wait()
-            start = time.perf_counter()
+            start = now(DEVICE)
             run()
-            _wait()
+            end = now(DEVICE)
             if round_ > 1:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(end - start)
     rows = []
     for name, taken in seconds.items():
         base = seconds[reference if isinstance(reference, str) else reference[name]]
@@ -65,8 +65,3 @@ def machine() -> str:
         f"{cpu_name()}, {torch.get_num_threads()} threads{gpu}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -268,10 +268,11 @@ def committed() -> dict[Path, str]:
     return {f: "" if b"\0" in b else b.decode("utf-8", "replace") for f, b in read.items()}
 
 
+HOME = str(Path.home()) if Path.home() != Path(Path.home().anchor) else str(ROOT)
 FORBIDDEN = {  # spelt so that this file does not contain them
     "a package registry's host": r"py[p]i\.org|pythonho[s]ted\.org|npm[j]s\.org|deb\.deb[i]an\.org"
     r"|conda\.anaco[n]da\.org|download\.pyto[r]ch\.org|cra[t]es\.io",
-    "a path of one machine": rf"{re.escape(str(ROOT))}\b|{re.escape(str(Path.home()))}/"
+    "a path of one machine": rf"(?<![\w.~$}}])(?:{re.escape(str(ROOT))}\b|{re.escape(HOME)}/)"
     r"|(?<![\w.~$}])/(?:ho[m]e|Us[e]rs|wo[r]k|mn[t])/(?!ada/|you/)\w+/|[A-Z]:\\Us[e]rs",
     "a mark of unfinished work": r"\b(?:TO[D]O|FIX[M]E|X[X]X)\b",
 }

@@ -72,10 +72,9 @@ def variants(task: str, method: str) -> Iterator[tuple[str, dict, list[float]]]:
 
 def tuning(task: str) -> Iterator[list[Experiment]]:
     """Yield each variant's runs with seed 0, one per rate."""
-    sizes = dict(TASKS[task])
-    fixed = {**sizes, "dataset": task, "lr_schedule": SCHEDULE[task], "lr_milestones": ()}
+    fixed = {**TASKS[task], "dataset": task, "lr_schedule": SCHEDULE[task], "lr_milestones": ()}
     for method in ADAPTIVE:
-        row = EXPERIMENTS[method].scaled(sizes["epochs"])
+        row = EXPERIMENTS[method].scaled(TASKS[task]["epochs"])
         for name, settings, rates in variants(task, method):
             if name == "nowhere" and method != "atmo":  # SGD alone again
                 continue

@@ -161,7 +161,7 @@ def render(folder: Path) -> list[Path]:
             figure.write_image(picture, width=1000, height=figure.layout.height)
             sections.append(f"![Figure {number}, protocol {protocol}]({picture.name})")
             written.append(picture)
-    audits = load_all(folder / "audit") if (folder / "audit").is_dir() else []
+    audits = load_all(folder / "audit")
     table = audit_table(audits, everything)
     if len(table):
         sections += ["## Audit: one hidden setting changed at a time", markdown(table)]

@@ -34,7 +34,6 @@ from hybrid_lib.training import data, loop
 from hybrid_lib.training.experiments import PAPER_METHODS
 from hybrid_lib.training.tasks import ImageClassification
 
-HERE = Path(__file__).resolve().parent
 # paper: full length as in Table II, also with narrower networks; cpu: a fifth of the images, and a
 # tenth of the epochs or all.
 SCALES = {
@@ -132,10 +131,8 @@ def seconds(experiment: Experiment, device: str | None) -> float:
     draw, size, n = torch.Generator().manual_seed(0), experiment.batch_size, 12
     images = torch.randint(0, 256, (n * size, 3, 32, 32), generator=draw, dtype=torch.uint8)
     labels = torch.randint(0, 10, (n * size,), generator=draw)
-    mean, std = torch.full((2, 3), 0.5)
     part = images[: 3 * size], labels[: 3 * size]
-    noise = data.Data("noise", tuple("0123456789"), images, labels, images[:0], labels[:0], *part,
-                      mean, std, "")  # fmt: skip
+    noise = data._data("noise", [*"0123456789"], (images, labels), part)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task = ImageClassification(experiment, noise.to(device))
     few = replace(experiment.scaled(3), train_limit=None, test_limit=None)

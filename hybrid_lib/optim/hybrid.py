@@ -175,10 +175,6 @@ class Hybrid(Optimizer):
         """Restore a copy or a loaded state: anything cached by buffer identity is now stale."""
         super().__setstate__(state)
         self._clear_caches()
-        for group in self.param_groups:
-            group.setdefault("foreach", None)  # missing in pickles from before these existed
-            group.setdefault("merge", "product")
-            group.setdefault("controller", None)
 
     def _clear_caches(self) -> None:
         self._compiled: dict[tuple, tuple] = {}  # keyed by all that torch does not check

@@ -233,6 +233,10 @@ def overtaking(runs: Runs, _):
 
 
 def slower(runs: Runs, _):
+    engines = {h.environment.get("engine") for n in (*FIRST_ORDER, *SECOND_ORDER) for h in runs[n]}
+    if len(engines) > 1:
+        yield Inequality("some runs were compiled, others were not", math.nan, math.nan)
+        return
     first_order = fmean(median(map(seconds, runs[name])) for name in FIRST_ORDER)
     for name in SECOND_ORDER:
         ratio = median(map(seconds, runs[name])) / first_order

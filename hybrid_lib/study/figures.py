@@ -19,6 +19,7 @@ from plotly.subplots import make_subplots
 
 from hybrid_lib.optim import methods
 from hybrid_lib.optim.methods import BLUE, GREEN, PURPLE, VERMILLION, look
+from hybrid_lib.optim.rules import SGD
 from hybrid_lib.study import statistics
 from hybrid_lib.study.progress import is_interactive
 from hybrid_lib.study.statistics import group_by_method
@@ -140,7 +141,7 @@ def epoch_seconds(histories: Sequence[History]):
 
 
 def schedules(experiments: Iterable[Experiment], title: str = ""):
-    """Learning rate and weight of SGD (or of another last rule) per epoch, one column per name.
+    """Learning rate and weight of SGD per epoch, one column per name.
 
     Self-adjusting weights are drawn at their starting value.
     """
@@ -152,8 +153,8 @@ def schedules(experiments: Iterable[Experiment], title: str = ""):
     figure.update_annotations(font_size=12)
     for col, e in enumerate(distinct, start=1):
         colour, dash = look(e.name)
-        alone = 1.0 if e.optimizer == "sgd" else 0.0
-        sgd = [e.lambdas()(i)[-1] if e.is_hybrid else alone for i in range(e.epochs)]
+        place = np.array([rule is SGD for rule in e.method.rules])
+        sgd = [place @ e.lambdas()(i) for i in range(e.epochs)]
         for row, values, label in ((1, e.learning_rates(), "η"), (2, sgd, "λ of SGD")):
             figure.add_scatter(
                 x=np.arange(1, e.epochs + 1), y=np.asarray(values), mode="lines", name=e.label,

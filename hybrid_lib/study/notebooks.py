@@ -121,6 +121,8 @@ def report(out, title, jobs, main: str, found: Sequence[History], failures) -> l
     Failures are listed at its top. Returns a line for each notebook that failed.
     """
     executed, failed = execute(jobs, out)
+    if not any(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        failed.append(f"no notebooks in {NOTEBOOKS}: run this in the project's folder for figures")
     items = "".join(f"<li>{html.escape(line)}</li>" for line in [*failures, *failed])
     head = f'<div class="failed"><h2>What failed</h2><ul>{items}</ul></div>' if items else ""
     machines = {f"{e['device_name']}, torch {e['torch']}" for h in found for e in h.environments}

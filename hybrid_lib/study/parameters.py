@@ -1,14 +1,13 @@
 """A notebook's parameters, checked before anything is computed."""
 
 import ast
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pydantic
 
-from hybrid_lib.training.experiments import error_messages
+from hybrid_lib.training.experiments import did_you_mean, error_messages
 
 INJECTED = "# Parameters\n"  # the first line of papermill's cell
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -36,6 +35,8 @@ def checked(namespace: dict, check: Callable[[SimpleNamespace], Any]) -> SimpleN
         raise ValueError("papermill's cell contains code, not only values: give declared names")
     given = [ast.unparse(target) for node in injected for target in node.targets]
     declared = next(filter(None, (_declared(body) for _, body in cells)), {})
+    if not declared:
+        raise ValueError("no cell declares parameters with types, as in seeds: str = '0-2'")
     messages = [f"{name} is not a parameter of this notebook{did_you_mean(name, declared)}"
                 for name in given if name not in declared]  # fmt: skip
     # Papermill turns the text 0 into a number, even where text is declared.
@@ -91,13 +92,3 @@ def seed_list(text: str) -> list[int]:
     except ValueError:
         raise ValueError(f"seeds={text!r}: give numbers, as in 0,3 or 0-4") from None
     return [seed for pair in ends for seed in range(pair[0], pair[-1] + 1)]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Suggest the most similar known name, if one is similar enough.
-
-    >>> did_you_mean("epoch", ["epochs", "seed"])
-    ' (did you mean epochs?)'
-    """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

@@ -6,10 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-from hybrid_lib.study.parameters import did_you_mean, seed_list
+from hybrid_lib.study.parameters import seed_list
 from hybrid_lib.study.running import run_folder, run_many
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import EXPERIMENTS, PAPER_METHODS, Experiment, get_experiment
+from hybrid_lib.training.experiments import (
+    EXPERIMENTS,
+    PAPER_METHODS,
+    Experiment,
+    did_you_mean,
+    get_experiment,
+)
 from hybrid_lib.training.history import FILE, History
 
 RESULTS = data.PROJECT / "data" / "results"  # published histories
@@ -63,11 +69,9 @@ def plan(
     planned, seeds = [], list(dict.fromkeys(seeds))
     for name in dict.fromkeys(only):
         experiment = get_experiment(name)
-        if shorter > 1 and epochs is None:
-            experiment = experiment.scaled(experiment.epochs // shorter)
-        if epochs is not None:
-            # replace() first: it refuses impossible numbers, which scaled() cannot handle.
-            experiment = experiment.scaled(dataclasses.replace(experiment, epochs=epochs).epochs)
+        n = experiment.epochs // shorter if epochs is None else epochs
+        # replace() first: it refuses impossible numbers, which scaled() cannot handle.
+        experiment = experiment.scaled(dataclasses.replace(experiment, epochs=n).epochs)
         planned += [dataclasses.replace(experiment, seed=s, **changes) for s in seeds]
     return planned
 
@@ -166,7 +170,9 @@ def histories(
     if missing := [f.name for f in folders if not (f / FILE).exists()]:
         more = f" and {len(missing) - 10} more" * (len(missing) > 10)
         print(f"{out}: not found: {', '.join(missing[:10])}{more}")
-    if any(h.experiment != e for e, h in found.items()):
+    # Notebooks have no parameter for the protocol.
+    if any(h.experiment != dataclasses.replace(e, protocol=h.experiment.protocol)
+           for e, h in found.items()):  # fmt: skip
         print(f"{out}: shown as they were run; some settings differ from those given")
     if out.resolve().is_relative_to(RESULTS):
         for h in found.values():

@@ -27,10 +27,11 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 from scipy.stats import qmc
 
+from hybrid_lib.optim.rules import SGD
 from hybrid_lib.study import planning, statistics
-from hybrid_lib.study.parameters import did_you_mean, reason, seed_list
+from hybrid_lib.study.parameters import reason, seed_list
 from hybrid_lib.training import data
-from hybrid_lib.training.experiments import Experiment
+from hybrid_lib.training.experiments import Experiment, did_you_mean, get_experiment
 from hybrid_lib.training.history import History
 
 FIELDS = {f.name for f in dataclasses.fields(Experiment)} - {"name", "dataset", "seed"}
@@ -143,6 +144,8 @@ class Sweep(BaseModel, frozen=True, extra="forbid", coerce_numbers_to_str=True):
             try:
                 if "lambda_sgd" in settings:
                     sgd = float(settings.pop("lambda_sgd"))
+                    if not _ends_in_sgd(get_experiment(optimizer)):
+                        raise ValueError(f"lambda_sgd: {optimizer} is not a rule merged with SGD")
                     settings["lambda_start"] = (1 - sgd, sgd)
                 for e in planning.plan(self.scale, self.dataset, [optimizer],
                                        seed_list(self.seeds), **settings):  # fmt: skip
@@ -193,13 +196,15 @@ def default_out(space: str | Path, *overrides) -> Path:
 def table(histories: Iterable[History]) -> pd.DataFrame:
     """One row per run: the settings in which the runs differ, then what was measured.
 
-    Weights that sum to 1 are shown as ``lambda_sgd``. Accuracies and losses are those of the last
-    epoch, "best" the best epoch's; they are missing if a run did not finish.
+    Weights of a rule and SGD that sum to 1 are shown as ``lambda_sgd``. Accuracies and losses are
+    those of the last epoch, "best" the best epoch's; they are missing if a run did not finish.
     """
     settings, measured = [], []
     for h in histories:
         setting = dataclasses.asdict(h.experiment)
-        if len(h.experiment.lambda_start) == 2 and abs(sum(h.experiment.lambda_start) - 1) < 1e-9:
+        if not h.experiment.is_hybrid:
+            del setting["lambda_start"]
+        elif _ends_in_sgd(h.experiment) and abs(sum(setting["lambda_start"]) - 1) < 1e-9:
             setting["lambda_sgd"] = setting.pop("lambda_start")[1]
         settings.append({"run": setting.pop("name"), "seed": setting.pop("seed")} | setting)
         last, best = ({}, {}) if h.status != "complete" else (h.final, h.best)
@@ -213,7 +218,9 @@ def table(histories: Iterable[History]) -> pd.DataFrame:
     given = given.where(given.notna(), None)
     differing = [k for k in given if k != "seed" and given[k].map(repr).nunique() > 1]
     runs = pd.DataFrame(measured, index=given.index).astype(dict.fromkeys(MEASURED[3:], float))
-    return pd.concat([given[[*differing, "seed"]].infer_objects(), runs], axis=1)
+    given = given[[*differing, "seed"]]  # numbers as such, unless one is None
+    given = given.apply(lambda column: column if column.isna().any() else column.infer_objects())
+    return pd.concat([given, runs], axis=1)
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
@@ -231,6 +238,12 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     points[chosen_by] = groups[chosen_by].mean()
     order = points.assign(lucky=points["diverged"] > 0, worst=-points[chosen_by])
     return points.loc[order.sort_values(["lucky", "worst"]).index]
+
+
+def _ends_in_sgd(experiment: Experiment) -> bool:
+    """Whether it is a hybrid of two rules, the second of which is SGD."""
+    rules = experiment.method.rules
+    return len(rules) == 2 and rules[1] is SGD
 
 
 def _at(values: list | Range, share: float):

@@ -79,20 +79,20 @@ def accuracies(histories: Sequence[History]) -> pd.DataFrame:
 def seconds(histories: Sequence[History]) -> pd.DataFrame:
     """Seconds per epoch of every method (medians), and their ratio to SGD beside the report's.
 
-    A method that ran in a different precision from SGD has no ratio.
+    A method that ran in another precision or on another engine than SGD has no ratio.
     """
     dataset, report, rows = subject(histories), paper("runs")["seconds_per_epoch"], {}
-    for name, group in statistics.group_by_method(histories).items():
+    groups = statistics.group_by_method(histories)
+    ways = {name: (group[0].experiment.precision, group[0].environment.get("engine"))
+            for name, group in groups.items()}  # fmt: skip
+    for name, group in groups.items():
         epochs = pd.DataFrame([row for h in group for row in (h.rows[1:] or h.rows)])
         train, test = epochs.reindex(columns=["train_seconds", "test_seconds"]).median()
         rows[methods.label(name)] = {
-            "train seconds": train, "test seconds": test, "ratio to SGD": train + test,
+            "train seconds": train, "test seconds": test,
+            "ratio to SGD": train + test if ways[name] == ways.get("sgd") else np.nan,
             "report's ratio": report.get(name, np.nan) / report["sgd"],
         }  # fmt: skip
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(dataset)
     table["ratio to SGD"] /= table["ratio to SGD"].get(methods.label("sgd"), np.nan)
-    precisions = {h.label: h.experiment.precision for h in histories}
-    for name in set(table.index) & precisions.keys():
-        if precisions[name] != precisions.get(methods.label("sgd")):
-            table.loc[name, "ratio to SGD"] = np.nan
     return table

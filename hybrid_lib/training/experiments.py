@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -177,9 +178,7 @@ class Experiment:
     def label(self) -> str:
         """The method's name in the report, or ``name`` for a custom experiment."""
         is_plain = self.name == self.optimizer.replace("+", "-")
-        if is_plain:
-            return self.method.label
-        known = self.name.removeprefix("dyn_") in methods.METHODS
+        known = is_plain or self.name.removeprefix("dyn_") in methods.METHODS
         return methods.label(self.name) if known else self.name
 
     @property
@@ -326,13 +325,12 @@ def get_experiment(name: str) -> Experiment:
     """
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
-    known = [*EXPERIMENTS, *(m for m in methods.METHODS if m not in EXPERIMENTS)]
-    if name not in known and not all(part in methods.RULES for part in name.split("+")):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        known = f"{', '.join(known)}, or rules joined by +"
-        raise ValueError(f"optimizer={name!r}: must be one of {known}{hint}")
-    method = methods.get_method(name)
+    try:
+        method = methods.get_method(name)
+    except ValueError:
+        known = list(dict.fromkeys([*EXPERIMENTS, *methods.METHODS]))
+        allowed = f"{', '.join(known)}, or rules joined by +{did_you_mean(name, known)}"
+        raise ValueError(f"optimizer={name!r}: must be one of {allowed}") from None
     settings = {"lr": method.defaults.get("lr", 0.01)}
     if method.is_hybrid:
         to_the_last = (*[0.0] * (len(method.rules) - 1), 1.0)
@@ -340,6 +338,16 @@ def get_experiment(name: str) -> Experiment:
     if name == "swats":
         settings |= {"lambda_schedule": "swats", "merge": "sum"}
     return Experiment(name=name.replace("+", "-"), optimizer=name, epochs=200, **settings)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the most similar known name, if one is similar enough.
+
+    >>> did_you_mean("epoch", ["epochs", "seed"])
+    ' (did you mean epochs?)'
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def error_messages(error: ValidationError) -> list[str]:

@@ -49,10 +49,6 @@ class Stopped(RuntimeError):
     """``should_stop`` returned True."""
 
 
-def _no_watch(model, optimizer) -> Callable[[], dict]:
-    return dict
-
-
 def run(
     experiment: Experiment,
     out: str | Path | None = None,
@@ -65,7 +61,7 @@ def run(
     capture: bool | None = None,
     threads: int | None = None,
     checkpoint_every: int = 1,
-    watch: Callable[..., Callable[[], dict]] = _no_watch,
+    watch: Callable[..., Callable[[], dict]] | None = None,
 ) -> History:
     """Train an experiment, resume it, or return its history if it is already complete.
 
@@ -131,10 +127,10 @@ def run(
     on_gpu = task.device.type == "cuda"
     if capture and not on_gpu:
         raise ValueError(f"capture=True needs an NVIDIA GPU, not {task.device.type!r}")
-    if capture and watch is not _no_watch:
+    if capture and watch:
         raise ValueError("capture=True: a CUDA graph replays steps unseen by watch; drop one")
     if capture is None:
-        hooked = experiment.chooses_lambdas or watch is not _no_watch
+        hooked = experiment.chooses_lambdas or watch is not None
         capture = on_gpu and not hooked and earlier.get("cuda_graphs", True)
     how = {"compile": compile, "capture": capture, "checkpoint_every": checkpoint_every,
            "should_stop": should_stop, "watch": watch}  # fmt: skip
@@ -158,7 +154,7 @@ def epochs(
     compile: bool = False,
     capture: bool = False,
     checkpoint_every: int = 1,
-    watch: Callable[..., Callable[[], dict]] = _no_watch,
+    watch: Callable[..., Callable[[], dict]] | None = None,
 ) -> Iterator[list[dict]]:
     """The loop: yield all rows so far, first those of the checkpoint, then after every epoch.
 
@@ -176,10 +172,14 @@ def epochs(
     def new_optimizer() -> tuple:
         optimizer = experiment.build_optimizer(model.named_parameters(), compile)
         step = repeated(training_step(model, one_pass, optimizer), optimizer)
-        return optimizer, step, watch(model, optimizer)
+        return optimizer, step, watch(model, optimizer) if watch else dict
+
+    def evaluate(x, y, probes=None) -> tuple:
+        outputs = model(x)
+        return task.loss(outputs, y, reduction="sum"), task.right(outputs, y)
 
     optimizer, step, watch_columns = new_optimizer()
-    evaluate = repeated(_evaluation(model, task))
+    evaluate = repeated(evaluate)
     probes = torch.Generator(task.device)
     learning_rates, lambdas = experiment.learning_rates(), experiment.lambdas()
 
@@ -267,14 +267,6 @@ def _as_json(columns: dict) -> dict:
     except (TypeError, ValueError) as error:
         allowed = "only text, finite numbers, booleans, None, lists and dicts of these can be saved"
         raise ValueError(f"watch returned {columns!r} ({error}): {allowed}") from error
-
-
-def _evaluation(model, task) -> Callable:
-    def evaluate(x, y, probes=None):
-        outputs = model(x)
-        return task.loss(outputs, y, reduction="sum"), task.right(outputs, y)
-
-    return evaluate
 
 
 @torch.no_grad()

@@ -108,6 +108,8 @@ class Explorer:
         values = {"lr_milestones": (), **enabled}
         if values.get("lambda_epochs") == "" and method.lambda_epochs is not None:
             values["lambda_epochs"] = values["epochs"]
+        if values["lr_milestones"] == "":
+            values["lr_milestones"] = method.scaled(max(1, values["epochs"])).lr_milestones
         given = {field: value for field, value in values.items() if value != ""}
         return replace(method, **self._fixed, **given)
 
@@ -129,6 +131,9 @@ class Explorer:
         self._check()
         if not queued:
             self._failures.clear()
+            if self._name not in (None, self.folder.name):  # the run shown is now an earlier one
+                shown, self.history, self._name = self._name, None, None
+                self._list_earlier(also=shown)
             self._say(f"loading {self._valid.dataset} …")
             self._thread = threading.Thread(target=self._work, daemon=True)
             (self._thread.run if self.foreground else self._thread.start)()

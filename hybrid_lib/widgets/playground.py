@@ -83,7 +83,8 @@ def show(**settings) -> None:
         return figures.show(still(**settings))
     source = html.escape(page(**settings))
     style = "width: 100%; height: 1000px; border: 0"  # the page corrects the height where it can
-    frame = f'<iframe srcdoc="{source}" style="{style}" allow="clipboard-write"></iframe>'
+    how = f'style="{style}" title="The playground" allow="clipboard-write"'
+    frame = f'<iframe srcdoc="{source}" {how}></iframe>'
     display({"text/html": frame, "text/plain": "The playground"}, raw=True)
 
 

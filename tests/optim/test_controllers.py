@@ -311,3 +311,27 @@ def test_proposals_need_a_diagonal_where_a_step_does():
     observe(parameters_of(optimizer), 0)
     with pytest.raises(RuntimeError, match="first step"):
         list(optimizer.proposals())
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_controller_sums_over_all_dtypes(foreach):
+    """Tensors of several dtypes move in parts; the weights are those of a group of one dtype."""
+    found = []
+    for first in (torch.float64, torch.float32):
+        params = [torch.nn.Parameter(torch.ones(2, dtype=d)) for d in (first, torch.float64)]
+        settings = {"controller": Hedge(1.0), "foreach": foreach}
+        optimizer = hl.Hybrid(params, [SGD(), hl.rules.Lion()], 0.01, (0.5, 0.5), **settings)
+        for step in range(3):
+            for w, g in zip(params, ([1.0, 3.0 * (-1) ** step], [0.1, step - 5.0])):
+                w.grad = torch.tensor(g, dtype=w.dtype)
+            optimizer.step()
+        found.append(optimizer.param_groups[0]["lambdas"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [hedged, swats])
+def test_a_step_without_gradients_leaves_the_controller_as_it_was(make):
+    optimizer = make()
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert same(snapshot(optimizer), before)

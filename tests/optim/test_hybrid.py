@@ -452,7 +452,7 @@ def test_a_rule_accepts_exactly_the_values_in_its_range(rule, field, value):
             rule(**{field: value})
 
 
-@pytest.mark.parametrize("rule", [Adam, Padam, AdaHessian])
+@pytest.mark.parametrize("rule", [Adam, Padam, AdaHessian, Lion])
 @no_deadline
 @given(betas=st.tuples(any_float, any_float))
 def test_betas_must_lie_in_0_to_1(rule, betas):
@@ -717,6 +717,15 @@ def test_a_bfloat16_step_is_the_exact_step_rounded_once(name):
         for p, q in zip(low, exact):
             ulp = torch.finfo(torch.bfloat16).eps * q.abs()
             assert ((p.double() - q).abs() <= 0.501 * ulp + 1e-6).all()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_decoupled_decay_acts_in_bfloat16(foreach):
+    w = torch.nn.Parameter(torch.full((4,), 2.0, dtype=torch.bfloat16))
+    optimizer = Hybrid([w], [SGD()], 0.5, decoupled_weight_decay=0.5, foreach=foreach)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert w.tolist() == [1.5] * 4
 
 
 @every_optimizer

@@ -246,3 +246,14 @@ def test_histories_that_do_not_belong_together_are_refused(message):
     more = {"no history": [], "protocols clean, released": [released, *others]}
     with pytest.raises(ValueError, match=message):
         claims.table(more.get(message, [elsewhere, *others]))
+
+
+def test_compiled_runs_are_not_timed_against_eager_ones():
+    runs = study()
+    for h in runs:
+        h.environment["engine"] = "compiled" if h.experiment.needs_hessian else "eager"
+    row = judge(runs, "A second-order epoch")
+    assert (row.verdict, row.numbers) == (UNTOLD, "some runs were compiled, others were not")
+    for h in runs:
+        h.environment["engine"] = "compiled"
+    assert "×" in judge(runs, "A second-order epoch").numbers

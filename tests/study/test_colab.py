@@ -144,6 +144,7 @@ def wanted():
     return [*project["dependencies"], *project["optional-dependencies"].get("study", [])]
 
 
+@pytest.mark.slow  # asks the package index, whose answers change
 @pytest.mark.skipif(shutil.which("uv") is None, reason="there is no uv to resolve with")
 def test_of_colab_s_packages_only_plotly_is_changed(wanted, tmp_path):
     # Its torch is built for another CUDA than the index's: those libraries cannot be compared.

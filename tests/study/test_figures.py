@@ -18,7 +18,7 @@ from PIL import Image
 
 from hybrid_lib.optim import methods
 from hybrid_lib.study import figures, tables
-from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.experiments import EXPERIMENTS, get_experiment
 from hybrid_lib.training.history import History
 
 COLUMNS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
@@ -200,6 +200,10 @@ def test_the_figure_of_schedules_shows_those_of_the_experiment():
     assert 10 ** fast.layout.yaxis.range[1] > 20, "no line is cut off"
     without_hybrids = figures.schedules([EXPERIMENTS["sgd"], EXPERIMENTS["adam"]]).data
     assert {trace.y[0] for trace in without_hybrids if trace.yaxis in ("y3", "y4")} == {1.0, 0.0}
+    others = [replace(get_experiment(name), lambda_start=(0.25, 0.75), lambda_schedule="constant")
+              for name in ("sgd+adam", "adam+adahessian")]  # fmt: skip
+    weights = [trace.y[0] for trace in figures.schedules(others).data[1::2]]
+    assert weights == [0.25, 0.0], "the weight of SGD, wherever it is"
 
 
 # --- Tables, against sums done by hand. ---
@@ -327,3 +331,13 @@ def test_lines_have_the_looks_of_their_methods_and_others_one_each():
     assert looks[:2] == [methods.look("atmo"), methods.look("dyn_atmo")]
     assert len(set(looks[2:])) == 6
     assert figure.layout.shapes[0].y0 == 1.5
+
+
+def test_seconds_in_another_precision_or_on_another_engine_have_no_ratio():
+    runs = [history("sgd"), history("adam"), history("atmo"), history("padam")]
+    for h in runs:
+        h.environment["engine"] = "eager"
+    runs[1].experiment = replace(runs[1].experiment, precision="bfloat16")
+    runs[2].environment["engine"] = "compiled"
+    missing = tables.seconds(runs)["ratio to SGD"].isna().to_dict()
+    assert missing == {"SGD": False, "Adam": True, "ATMO": True, "Padam": False}

@@ -89,6 +89,14 @@ def test_the_reader_s_own_cells_do_not_count_as_parameters(cell):
     assert vars(checked(namespace(cell), lambda params: None)) == {**DEFAULTS, "plan": None}
 
 
+@pytest.mark.parametrize("changed", ["seeds = '0-2'", "seeds: str = '0-2'\nprint(seeds)"])
+def test_parameters_without_types_are_not_ignored(changed):
+    known = {"In": ["", changed]}
+    exec(changed, known)
+    with pytest.raises(ValueError, match="no cell declares parameters with types"):
+        checked(known, lambda params: None)
+
+
 def test_parameters_may_be_changed_by_hand_and_run_again():
     known = namespace()
     changed = DECLARED.replace("epochs: int = None", "epochs: int = 4")

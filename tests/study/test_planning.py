@@ -129,6 +129,19 @@ def test_published_runs_are_read_whatever_the_scale(no_training, train, capsys):
     assert line == f"{DEMO}: shown as they were run; some settings differ from those given"
 
 
+def test_runs_under_another_protocol_are_those_asked_for(no_training, tmp_path, capsys):
+    """Notebooks do not name a protocol, but reports of either are made by them."""
+    (e,) = plan("toy", only=["sgd"])
+    (tmp_path / "sgd-seed0").mkdir()
+    for protocol in ("released", "clean"):
+        History(replace(e, protocol=protocol)).save(tmp_path / "sgd-seed0")
+        assert planning.histories([e], tmp_path)[0].experiment.protocol == protocol
+    assert capsys.readouterr().out == ""
+    History(replace(e, lr=0.5)).save(tmp_path / "sgd-seed0")
+    planning.histories([e], tmp_path)
+    assert "some settings differ" in capsys.readouterr().out
+
+
 def test_missing_runs_are_trained_once(tmp_path, capsys):
     given = {"scale": "toy", "dataset": "digits", "methods": "sgd", "out": str(tmp_path)}
     with pytest.raises(FileNotFoundError):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,29 @@ def toy_runs(n: int, epochs: int = 4) -> list:
 def rows(history: History) -> list[dict]:
     """What a run computed, without the times."""
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in history.rows]
+
+
+def test_runs_are_spread_over_all_gpus(monkeypatch, tmp_path):
+    devices = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target, args):
+            self.pipe = args[0]
+            devices.append(args[1]["device"])
+
+        def start(self):
+            self.pipe.send("done")
+
+        def join(self):
+            pass
+
+    fake = types.SimpleNamespace(Pipe=running.multiprocessing.Pipe, Process=Process)
+    monkeypatch.setattr(running.multiprocessing, "get_context", lambda kind: fake)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run_many(toy_runs(4), tmp_path, "cuda", workers=4)
+    assert devices == ["cuda:0", "cuda:1"] * 2
 
 
 def waited_for(condition, seconds: float = 60):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -56,6 +56,7 @@ def test_one_value_has_no_margin_and_equal_values_have_margin_0(values, half):
     assert statistics.margin(values) == pytest.approx(half, nan_ok=True)
 
 
+@settings(deadline=None)
 @given(accuracies, accuracies)
 def test_a_difference_has_welch_s_margin(one, two):
     value, margin = statistics.difference(one, two)

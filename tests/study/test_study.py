@@ -62,8 +62,9 @@ def check_page(page: str, figures: int, js: str = "plotly.min.js"):
 def toy(tmp_path_factory):
     """A toy study by ``python -m``, without a browser that could draw images."""
     out = tmp_path_factory.mktemp("studies") / "a study, größer"
-    where = {"BROWSER_PATH": os.devnull, "PYTHONPATH": str(ROOT)}
-    words = ("--scale", "toy", "--only", "sgd,adasgd", "--seeds", "0-1", "--out", str(out))
+    where = {"BROWSER_PATH": os.devnull, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    words = ("--scale", "toy", "--only", "sgd,adasgd", "--seeds", "0-1", "--workers", "2",
+             "--out", str(out))  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "hybrid_lib.study", *words], capture_output=True,
                           env={**os.environ, **where}, timeout=300)  # fmt: skip
     return out, done.returncode, done.stdout.decode("utf-8", "surrogateescape"), done.stderr
@@ -246,6 +247,15 @@ def test_notebooks_that_fail_are_named_and_the_others_finish(tmp_path, call, mon
     page = (out / "report.html").read_text("utf-8")
     assert "a &lt;bad&gt; cell" in page
     assert links(page) == ["notebooks/01_good.html"]
+
+
+@may_warn
+def test_without_its_notebooks_a_study_says_why_its_report_is_empty(tmp_path, call, monkeypatch):
+    """As where the package is installed and used outside the project's folder."""
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "notebooks")
+    code, shown, _ = call("--scale", "toy", "--only", "sgd", "--out", tmp_path / "out")
+    assert (code, "failed: no notebooks in" in shown) == (1, True)
+    assert "no notebooks in" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 @may_warn

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hybrid_lib.study import planning, sweeps
 from hybrid_lib.study.__main__ import sweep
 from hybrid_lib.study.sweeps import Sweep, read
-from hybrid_lib.training.experiments import EXPERIMENTS
+from hybrid_lib.training.experiments import EXPERIMENTS, get_experiment
 from hybrid_lib.training.history import History
 
 TOY = "{optimizer: atmo, scale: toy, grid: {lr: [0.003, 0.03], lambda_sgd: [0, 0.5, 1]}}"
@@ -117,6 +117,11 @@ def test_impossible_points_are_named_and_the_others_run():
         ("{grid: {lr: [0.1], width: 4}}", r"grid\.width.*=4: "),
         ("{random: {lr: {low: 1}}}", r"random\.lr\..*high="),
         ("{grid: {lr: [-1]}}", "every point .* impossible: sgd-lr-1: refused, lr="),
+        (
+            "{optimizer: sgd+adam, grid: {lambda_sgd: [1]}}",
+            r"sgd\+adam is not a rule merged",
+        ),
+        ("{optimizer: adam, grid: {lambda_sgd: [1]}}", "adam is not a rule merged"),
         ("{grid: {lambda_sgd: [1], lambda_start: ['1, 0']}}", "the same weights: give one"),
         (
             "{optimizer: sgd, grid: {hessian_every: [10]}}",
@@ -186,6 +191,21 @@ def test_the_table_has_the_settings_that_differ_and_the_last_epoch_of_finished_r
 def test_weights_that_do_not_sum_to_one_are_shown_as_pairs(weights, column, values):
     table = sweeps.table([run(lambda_start=w, lr=lr) for w in weights for lr in (0.1, 0.2)])
     assert list(table[column]) == [v for v in values for _ in range(2)]
+
+
+def test_a_weight_of_sgd_is_shown_only_where_there_is_one():
+    runs = [run(lambda_start=(0.5, 0.5)), run(lr=0.2), run(lr=0.3)]
+    for h, name in zip(runs[1:], ("sgd", "adam+adahessian")):
+        h.experiment = replace(get_experiment(name), name=name.replace("+", "-"))
+    table = sweeps.table(runs)
+    assert table["lambda_sgd"].tolist() == [0.5, None, None]
+    assert table["lambda_start"].tolist() == [None, None, (0.5, 0.5)]
+
+
+def test_a_setting_that_is_none_stays_none_beside_numbers():
+    table = sweeps.table([run(lambda_epochs=n, lr=lr) for n, lr in ((None, 0.1), (2, 0.2))])
+    assert table["lambda_epochs"].tolist() == [None, 2]
+    assert table["lr"].dtype == float
 
 
 def test_points_are_means_over_seeds_with_failed_ones_last():

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -62,6 +61,7 @@ class Child:
 
 
 def _main(log: Path, work, args) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the process that it was forked from may see GPUs
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -166,16 +166,6 @@ def clock_goes_back() -> None:
     """Set the clock back by an hour at every reading."""
     hours = itertools.count(time.time(), -3600)
     time.time = lambda: next(hours)
-
-
-def offline(downloads: Path) -> None:
-    """Resolve no host name, and keep downloads in this folder."""
-
-    def refuse(*args, **kwargs):
-        raise OSError("Name or service not known")
-
-    socket.getaddrinfo = refuse
-    os.environ["HYBRID_DATA"] = str(downloads)
 
 
 def without(package: str) -> None:

@@ -213,6 +213,11 @@ def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path, monkeyp
     assert load(f"folder:{root}").checksum == first
 
 
+def test_a_folder_s_last_images_are_held_out_for_validation(tmp_path):
+    d = load(f"folder:{image_folder(tmp_path, n=4)}", validation_limit=2)
+    assert (len(d.train_labels), d.validation_labels.tolist()) == (6, [0, 1])
+
+
 def test_paths_may_be_relative_and_hold_spaces_and_umlauts(tmp_path, monkeypatch):
     image_folder(tmp_path / "Bücher & Größen 'x'", classes=("Äpfel rot", "日本"), suffix=".jpg")
     monkeypatch.chdir(tmp_path)

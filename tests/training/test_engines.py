@@ -202,6 +202,7 @@ def test_small_gradients_survive_float16(monkeypatch, engine):
     )
     assert (small - coarse).norm() < 0.02 * coarse.norm()
     assert 0 < (coarse - exact).norm() < 0.2 * exact.norm()
+    assert gradient("float16", 1e6).abs().max() == 0, "one overflow drops the whole step"
 
 
 def test_only_long_runs_are_compiled_by_default(monkeypatch):

@@ -237,6 +237,8 @@ def test_a_warm_up_rises_linearly_to_the_rate_and_changes_no_later_rate():
     assert rates[:3] == pytest.approx([e.lr / 4, e.lr / 2, e.lr * 3 / 4])
     assert rates[3:] == plain[3:]
     assert [replace(e, lr_warmup=w).scaled(20).lr_warmup for w in (100, 199)] == [10, 19]
+    e = replace(EXPERIMENTS["sgd"].scaled(6), lr_warmup=1, restart_epoch=4)
+    assert e.learning_rates() == pytest.approx([e.lr * f for f in (0.5, 1, 1, 0.5, 1, 1)])
 
 
 # --- Weights (adaptive, SGD) of every row under both protocols, epochs counted from 1. ---

@@ -5,6 +5,7 @@ a graph, it repeats no Python. ``-m cuda`` runs real graphs.
 """
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def losses(name, device, capture=False, compile=False, **changes) -> list[float]
     return [row[name] for row in rows for name in ("train_loss", "test_loss")]
 
 
-WAYS = [*((name, False) for name in METHODS), ("atmo", True), ("adasgd", True)]
+WAYS = [*((name, False) for name in ("dyn_atmo", "padam_sgd", "adahessian", "adam+lion")),
+        ("atmo", True), ("adasgd", True)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "foreach"), WAYS)
@@ -190,6 +192,34 @@ def test_a_replayed_optimizer_counts_its_steps(graphs):
     replayed.load_state_dict(plain.state_dict())  # its buffers are not the graph's
     with pytest.raises(RuntimeError, match="no step was captured"):
         replayed.advance()
+
+
+def test_a_replay_gives_every_group_its_own_numbers(graphs):
+    def made():
+        params = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+        rules = hl.rules.Adam(), hl.rules.SGD(momentum=0.9)
+        others = {"params": params[1:], "rules": rules[1:], "lambdas": (1.0,)}
+        return params, hl.Hybrid([{"params": params[:1]}, others], rules, 0.1, (0.5, 0.5))
+
+    (ours, replayed), (theirs, plain), graph = made(), made(), Recorder()
+    replayed.capturable = True
+    for w in ours + theirs:
+        w.grad = torch.zeros(2)
+    for step in range(5):
+        for w in ours + theirs:
+            w.grad.copy_(torch.tensor([1.0, step]))
+        for optimizer, i in itertools.product((replayed, plain), range(2)):
+            optimizer.param_groups[i]["lr"] = 0.1 * (1 + 2 * i) / (step + 1)
+        plain.step()
+        if step < 2:
+            replayed.step()
+            continue
+        if step == 2:
+            with torch.cuda.graph(graph):
+                replayed.step()
+        replayed.advance()
+        graph.replay()
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("merge", ["product", "sum", "graft"])

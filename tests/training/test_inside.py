@@ -1,6 +1,5 @@
 """Hybrids beyond the report's: some layers merged, adaptive λ, a look inside."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -114,6 +113,39 @@ def test_an_interrupted_run_resumes_to_the_same_bits(name, changes, tmp_path):
     assert all(len(row["lambdas"]) == len(e.method.rules) for row in resumed.rows)
 
 
+SEVERAL_GROUPS = {
+    "some layers": ("dyn_padam_sgd", {"lambda_on": "matrices"}),
+    "per tensor": ("padam_sgd", {"lambda_schedule": "hedge", "lambda_per": "tensor"}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), SEVERAL_GROUPS.values(), ids=SEVERAL_GROUPS)
+def test_every_group_gets_the_rate_of_the_epoch(name, changes):
+    e, seen = toy_of(name, **changes), []
+
+    def watch(model, optimizer):
+        return lambda: seen.append([g["lr"] for g in optimizer.param_groups]) or {}
+
+    loop.run(e, progress=False, watch=watch)
+    rates = e.learning_rates()
+    assert len(set(rates)) > 1 < len(seen[0])
+    assert [set(of_groups) for of_groups in seen] == [{rate} for rate in rates]
+
+
+def test_rows_hold_the_mean_of_the_tensors_weights():
+    seen = []
+
+    def watch(model, optimizer):
+        return lambda: seen.append([g["lambdas"] for g in optimizer.param_groups]) or {}
+
+    e = toy_of("padam_sgd", lambda_schedule="hedge", lambda_per="tensor", lambda_rate=5.0)
+    h = loop.run(e, progress=False, watch=watch)
+    for row, of_groups in zip(h.rows, seen):
+        assert len(set(of_groups)) > 1
+        means = [sum(weights) / len(weights) for weights in zip(*of_groups)]
+        assert row["lambdas"] == pytest.approx(means)
+
+
 def test_adaptive_weights_are_logged():
     h = loop.run(toy_of("atmo", lambda_schedule="hedge", lambda_rate=5.0), progress=False)
     seen = [row["lambdas"] for row in h.rows]
@@ -127,17 +159,18 @@ def test_adaptive_weights_are_logged():
 # --- A look inside. ---
 
 
-HYBRIDS = itertools.product(["dyn_atmo", "adasgd", "adam+lion+sgd"], ["product", "sum", "graft"])
+MERGED = [("dyn_atmo", "product"), ("adasgd", "sum"), ("adam+lion+sgd", "graft"),
+          ("sgd", "product")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "merge"), [*HYBRIDS, ("sgd", "product")])
+@pytest.mark.parametrize(("name", "merge"), MERGED)
 def test_a_look_inside_changes_nothing_and_measures_every_layer(name, merge):
     e = toy_of(name, merge=merge)
     plain, seen = (loop.run(e, progress=False, **how) for how in ({}, {"watch": look_inside}))
     n, layers = len(e.method.rules), {"stem.0", "blocks.7.conv2", "blocks.2.shortcut.0", "head"}
     for row, usual in zip(seen.rows, plain.rows):
         looked = row.pop("inside")
-        assert row.pop("hessian_age", 0) == 0
+        assert row.pop("hessian_age") == 0
         drop = ("train_seconds", "test_seconds")
         assert all(row[k] == usual[k] for k in usual if k not in drop)
         assert layers < looked.keys()
@@ -187,6 +220,27 @@ def test_a_look_inside_measures_the_actual_movement(monkeypatch):
     assert row() == {}
 
 
+@pytest.mark.parametrize("merge", ["product", "sum", "graft"])
+def test_a_look_inside_measures_the_movement_of_every_merge(merge):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 4, bias=False)
+    optimizer = hl.Hybrid(model.parameters(), [Adam(), SGD()], 0.1, (0.25, 0.5), merge=merge)
+    row, w = look_inside(model, optimizer), model.weight
+    w.grad, before = torch.randn(4, 5), w.detach().clone()
+    optimizer.step()
+    moved = ((before - w.detach()).norm() / w.grad.norm()).item()
+    assert row()["inside"]["weight"]["step_size"] == pytest.approx(moved, rel=1e-3)
+
+
+def test_the_curvature_of_a_layer_is_the_quantiles_of_its_diagonal():
+    model = torch.nn.Linear(101, 1, bias=False)
+    optimizer = hl.adahessian(model.parameters())
+    row, model.weight.grad = look_inside(model, optimizer), torch.ones(1, 101)
+    optimizer.step(hess_diag=[torch.arange(-50.0, 51.0).view(1, 101)])
+    expected = [100 * q - 50 for q in inside.QUANTILES]
+    assert row()["inside"]["weight"]["curvature"] == pytest.approx(expected, abs=1e-2)
+
+
 @pytest.mark.parametrize("on", ["norms_and_head", "matrices"])
 def test_a_layer_may_mix_merged_and_other_parameters(on, monkeypatch):
     """A transformer's layer has a matrix and a bias. Checked by hand, parameter by parameter."""
@@ -221,7 +275,13 @@ def test_a_layer_may_mix_merged_and_other_parameters(on, monkeypatch):
             assert measured["cosines"] == [pytest.approx(cosine, abs=1e-3)]
         else:
             assert measured["cosines"] == []
-        assert sum(measured["shares"]) == pytest.approx(1, abs=2e-3)
+        along = torch.zeros(2)  # of Adam and of SGD, along the movement
+        for group, d, η, _ in parts:
+            size = sum(λi * ηi for λi, ηi in zip(group["lambdas"], η))
+            steps = [size * λi * di.flatten() for λi, di in zip(group["lambdas"], d)]
+            along[2 - len(d) :] += torch.stack([step @ sum(steps) for step in steps])
+        shares = (along / along.sum()).tolist()[2 - len(measured["shares"]) :]
+        assert measured["shares"] == pytest.approx(shares, abs=2e-3)
     assert mixed > 3
 
 

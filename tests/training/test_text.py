@@ -102,6 +102,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(tmp_path, name):
 def test_a_run_learns_more_than_character_frequencies_and_names_its_text():
     history = hl.run(experiment(lr=0.01, train_limit=400, epochs=3), progress=False)
     assert history.final["test_loss"] < 3.1, "frequencies of characters alone cost 3.25"
+    assert all(0 < row["train_accuracy"] < 1 for row in history.rows)
     assert history.dataset.startswith("Python 3.")
 
 

@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -151,8 +152,24 @@ def test_stop_acts_at_once_and_start_resumes_to_the_same_numbers(open_explorer, 
     assert numbers(explorer.history) == numbers(straight)
 
 
-def test_queued_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
-    explorer = open_explorer(**TINY | {"epochs": 20})
+@pytest.fixture
+def held(monkeypatch):
+    """Until this event is set, every step takes half a second."""
+    gate, run = threading.Event(), module.run
+
+    def held_run(*arguments, should_stop, **how):
+        def slowly():
+            gate.wait(0.5)
+            return should_stop()
+
+        return run(*arguments, should_stop=slowly, **how)
+
+    monkeypatch.setattr(module, "run", held_run)
+    return gate
+
+
+def test_queued_runs_wait_for_their_turn_and_stay_in_view(open_explorer, held):
+    explorer = open_explorer(**TINY)
     press(explorer, "Start")
     queued = []
     for changes in ({"seed": 1}, {"method": "sgd"}):
@@ -162,15 +179,36 @@ def test_queued_runs_wait_for_their_turn_and_stay_in_view(open_explorer):
         press(explorer, "Start")
         assert not can_start(explorer)  # it is queued already
     until(lambda: "then padam_sgd-2, sgd-1" in explorer.status.value)
+    held.set()
     explorer.wait()
     assert explorer.buttons[0].description == "Start"
     assert explorer.history.experiment == queued[1]
     assert explorer.earlier.value == ("padam_sgd-1", "padam_sgd-2")
-    assert [len(run["epoch"]) for run in drawn(explorer)] == [2, 20, 2]
-    assert explorer.figure.data["epochs"] == 20  # the longest run fits
+    assert [len(run["epoch"]) for run in drawn(explorer)] == [2, 3, 2]
+    assert explorer.figure.data["epochs"] == 3  # the longest run fits
     assert len({run["colour"] for run in drawn(explorer)}) == 3
     assert len({run["dash"] for run in drawn(explorer)}) == 3
     assert hl.History.load(explorer.runs / "padam_sgd-2").experiment == queued[0]
+
+
+def test_a_finished_run_stays_in_view_when_the_next_one_starts(open_explorer, held):
+    explorer = open_explorer(**TINY)
+    held.set()
+    train(explorer)
+    held.clear()
+    set_to(explorer, seed=1)
+    press(explorer, "Start")
+    assert explorer.earlier.value == ("padam_sgd-1",)
+    assert [len(run["epoch"]) for run in drawn(explorer)] == [3]
+    held.set()
+    explorer.wait()
+    assert [len(run["epoch"]) for run in drawn(explorer)] == [3, 3]
+
+
+def test_without_milestones_those_of_the_report_keep_their_share(open_explorer):
+    explorer = open_explorer(**TINY | {"epochs": 20})
+    set_to(explorer, lr_milestones="")
+    assert explorer.experiment().lr_milestones == (10, 15)
 
 
 def test_curves_grow_during_a_run_and_stop_empties_the_queue(open_explorer):
@@ -198,13 +236,14 @@ def test_curves_grow_during_a_run_and_stop_empties_the_queue(open_explorer):
     until(lambda: len(explorer.history.rows) > kept)
 
 
-def test_a_run_that_fails_on_its_data_leaves_the_queue_untouched(open_explorer):
-    explorer = open_explorer(**TINY | {"epochs": 20})
+def test_a_run_that_fails_on_its_data_leaves_the_queue_untouched(open_explorer, held):
+    explorer = open_explorer()
     many = {"dataset": "digits", "train_limit": "", "batch_size": 1201}
     right = {"batch_size": 32, "train_limit": "160", "seed": 1, "epochs": 1}
     for changes in ({}, {"dataset": "folder:/no"}, many, right):
         set_to(explorer, **changes)
         press(explorer, "Start")
+    held.set()
     explorer.wait()
     assert (explorer.history.status, explorer.history.experiment.seed) == ("complete", 1)
     assert "complete" in explorer.status.value  # and earlier failures are still shown
