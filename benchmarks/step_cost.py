@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from benchmarks.timing import DEVICE, interleaved, show
 from hybrid_lib import EXPERIMENTS, resnet18
 from hybrid_lib.training.engines import compiled_pass, eager_pass, training_step
+from hybrid_lib.training.loop import gpu_settings
 from hybrid_lib.training.tasks import ImageClassification, image_model
 
 LAZY = {"hessian_every": 10, "hessian_fraction": 0.25}
@@ -146,7 +147,8 @@ def main() -> None:
         for name, peak in peaks.items():
             print(f"{name:28s} {peak / 2**20:8.1f} MiB  {peak / peaks['sgd']:.2f} x sgd")
         return
-    rows = interleaved(steps, "sgd", chosen.rounds)
+    with gpu_settings(EXPERIMENTS["sgd"]):  # as in a run: no TF32
+        rows = interleaved(steps, "sgd", chosen.rounds)
     for row in rows:
         if row["name"] == "adahessian_lazy":  # ten steps were timed
             row.update({k: row[k] / LAZY["hessian_every"] for k in ("ratio", "low", "high", "ms")})

@@ -59,3 +59,14 @@ def test_the_benchmark_of_images_names_every_way(monkeypatch, capsys):
 def test_every_rival_of_the_optimizer_step_runs():
     for _, step in optimizer_step.rivals(2).values():
         step()
+
+
+def test_steps_are_timed_without_tf32_as_runs_are(monkeypatch, capsys):
+    seen = []
+    candidate = {"sgd": lambda: seen.append(torch.backends.cudnn.allow_tf32)}
+    monkeypatch.setattr(step_cost, "candidates", lambda *_: candidate)
+    monkeypatch.setattr(sys, "argv", ["step_cost", "--rounds", "2", "--json"])
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    step_cost.main()
+    assert set(seen) == {False}
+    assert torch.backends.cudnn.allow_tf32

@@ -132,6 +132,8 @@ def chosen_of(histories: list[History]) -> History:
         text = h.experiment.dataset == "python-docs"
         return -h.final["validation_loss"] if text else h.final["validation_accuracy"]
 
+    if any(h.status not in ("complete", "diverged") for h in histories):
+        raise FileNotFoundError("some trials are not finished: none can be chosen yet")
     return max(histories, key=goodness)
 
 
@@ -163,7 +165,8 @@ def published(out: Path, scale: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame
                 "trial": trial[0] if trial else "", "seed": e.seed, "lr": e.lr,
                 "lr_schedule": e.lr_schedule, "weight_decay": e.weight_decay,
                 "lambda_sgd": e.lambda_start[1] if e.is_hybrid else None,
-                "lambda_sgd_at_the_end": h.rows[-1]["lambdas"][-1] if h.rows else None,
+                "lambda_sgd_at_the_end": h.rows[-1]["lambdas"][-1]
+                if h.rows and e.is_hybrid else None,
                 "status": h.status, "validation": last.get(f"validation_{measure}"),
                 "test": last.get(f"test_{measure}"),
                 "train_seconds": sum(row["train_seconds"] for row in h.rows),

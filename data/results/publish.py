@@ -166,7 +166,7 @@ def render(folder: Path) -> list[Path]:
     if len(table):
         sections += ["## Audit: one hidden setting changed at a time", markdown(table)]
     machines = {f"{e['device_name']}, torch {e['torch']}"
-                for h in everything for e in h.environments}  # fmt: skip
+                for h in everything + audits for e in h.environments}  # fmt: skip
     head = (
         f"# {tables.subject(everything)}\n\nResNet18, {_sizes(everything)}; "
         f"{len(everything) + len(audits)} runs on {'; '.join(sorted(machines))}. "

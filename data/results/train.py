@@ -150,7 +150,11 @@ def widest(minutes: float, chosen: argparse.Namespace) -> str:
             status, done = state(out / folder)
             if status not in OVER and is_chosen(folder, chosen):
                 share = 1 - done / experiment.epochs
-                needed = share * seconds(experiment, chosen.device) / 60
+                try:
+                    needed = share * seconds(experiment, chosen.device) / 60
+                except (loop.Diverged, torch.OutOfMemoryError) as error:
+                    print(f"{scale}: {folder} cannot be timed ({type(error).__name__})")
+                    break
                 print(f"{scale}: {folder} takes about {needed:.1f} minutes")
                 if needed <= minutes:
                     return scale

@@ -49,7 +49,9 @@ def compiled(function: Callable, what: str, only: str = "", **options) -> Callab
             if fast is None:
                 if "1" in map(os.environ.get, ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")):
                     raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
-                fast = torch.compile(function_copy, fullgraph=True, dynamic=False, options=options)
+                # Older torch reuses code on disk that was made for another number of threads.
+                how = {"cpp.threads": torch.get_num_threads(), **options}
+                fast = torch.compile(function_copy, fullgraph=True, dynamic=False, options=how)
             return fast(*args)
         except Exception as error:
             module = type(error).__module__

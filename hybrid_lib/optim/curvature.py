@@ -30,8 +30,9 @@ def hessian_diagonal(
     :math:`\frac{1}{n} \sum_{j \ne i} H_{ij}^2`; on a diagonal Hessian every probe is exact.
 
     A pure function: it writes no ``.grad`` and leaves no graph behind, except the one that ``loss``
-    itself holds, so keep only ``loss.detach()``. With a GradScaler, pass the unscaled loss, since
-    ``unscale_`` divides gradients only.
+    itself holds, so keep only ``loss.detach()``. With a GradScaler, call
+    ``scaler.scale(loss).backward(retain_graph=True)`` first and take D alone from here, of the
+    unscaled loss: ``unscale_`` divides every ``.grad``, and D never.
 
     Args:
         loss: a scalar, computed from ``params`` by twice differentiable operations; or a function

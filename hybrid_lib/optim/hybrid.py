@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hybrid_lib.optim.compiled import compiled
+from hybrid_lib.optim.compiled import CannotCompile, compiled
 from hybrid_lib.optim.rules import Number, Seen, Tensors, each, state_dtype, zeros
 
 
@@ -44,6 +44,7 @@ def graft(λ: Sequence[Number], η: Sequence[Number], d: Sequence):
     return None if length is None else unit.mul_(length)
 
 
+MOST_COMPILATIONS = 32  # per group
 MERGES = {"product": product, "sum": sum_of_steps, "graft": graft}
 
 # Torch's methods without the decorator whose first call imports the whole compiler: seconds.
@@ -213,7 +214,8 @@ class Hybrid(Optimizer):
         """Count the step that a CUDA graph is about to replay, and give the graph its numbers.
 
         Call this before every replay of a graph that captured ``step``. The replay uses the current
-        learning rates, weights and bias corrections, but weights that were 0 at capture stay 0.
+        learning rates, weights, decays and bias corrections, but weights and decays that were 0 at
+        capture stay 0.
 
         Raises:
             RuntimeError: if no step has been captured since the state was made or loaded.
@@ -228,8 +230,8 @@ class Hybrid(Optimizer):
             t = states[0]["step"] + 1
             for state in states:
                 state["step"] = t
-            η, λ, corrections = group["lr"], group["lambdas"], _corrections(group, t)
-            current = [η, *λ, *itertools.chain(*corrections)]
+            η, γ, λ = group["lr"], group["decoupled_weight_decay"], group["lambdas"]
+            current = [η, γ, *λ, *itertools.chain(*_corrections(group, t))]
             cells.copy_(torch.tensor(current, dtype=cells.dtype), non_blocking=True)
 
     @torch.no_grad()
@@ -322,11 +324,12 @@ class Hybrid(Optimizer):
             diagonals = [s["hess_diag"] if "hess_diag" in s else zeros(p)
                          for p, s in zip(params, states)]  # fmt: skip
         if self.capturable:
-            graph_numbers = self._graph_numbers(group, λ, params, states, corrections)
-            η, λ, corrections = graph_numbers if _capturing() else (η, λ, corrections)
+            graph_numbers = self._graph_numbers(group, λ, γ, params, states, corrections)
+            η, λ, γ, corrections = graph_numbers if _capturing() else (η, λ, γ, corrections)
         foreach = group["foreach"]
         if foreach is None:
-            foreach = device.type == "cuda" or group["controller"] is not None
+            plain = type(params[0]) in (Tensor, torch.nn.Parameter)  # a DTensor lacks operations
+            foreach = (device.type == "cuda" and plain) or group["controller"] is not None
         if not group["compile"] and not foreach:
             each_parameter = zip(params, grads, diagonals, states)
             return _summed([move(p, g, D, s["rules"], η, λ, corrections, γ, *settings)
@@ -346,6 +349,11 @@ class Hybrid(Optimizer):
         # Everything that the compiled step does not check:
         key = (*settings, _is_zero(γ), shared, *map(id, kept))
         if key not in self._compiled:
+            if len(self._compiled) >= MOST_COMPILATIONS * len(self.param_groups):
+                raise CannotCompile(
+                    f"the optimizer's step was compiled {MOST_COMPILATIONS} times per group, as "
+                    "other parameters have gradients each time, or rules change: use compile=False"
+                )
             options = {"only": "grads", "size_asserts": False}
             self._compiled[key] = kept, compiled(move_each, "the optimizer's step", **options)
         _, fused = self._compiled[key]
@@ -353,8 +361,8 @@ class Hybrid(Optimizer):
         decay = 0 if _is_zero(γ) else number(γ)
         return fused(params, grads, diagonals, buffers, *numbers, decay, *settings)
 
-    def _graph_numbers(self, group: dict, λ, params, states, corrections) -> tuple:
-        """Return η, λ and corrections as tensors, which :meth:`advance` writes before a replay.
+    def _graph_numbers(self, group: dict, λ, γ, params, states, corrections) -> tuple:
+        """Return η, λ, γ and corrections as tensors, which :meth:`advance` writes before a replay.
 
         A step before the capture allocates them: memory of the graph's own pool may have belonged
         to another tensor, dead by the time the optimizer runs.
@@ -363,14 +371,16 @@ class Hybrid(Optimizer):
         if together not in self._cells:
             if _capturing():
                 raise RuntimeError("take a step with capturable set before capturing one")
-            n, dtype = 1 + len(λ) + sum(map(len, corrections)), state_dtype(params[0])
+            n, dtype = 2 + len(λ) + sum(map(len, corrections)), state_dtype(params[0])
             cells = torch.empty(n, dtype=dtype, device=params[0].device)
             self._cells[together] = group, states, cells
         if _capturing():
             self._captured.add(together)
         cell = iter(self._cells[together][-1].unbind())
-        η, λ = next(cell), [0.0 if _is_zero(λi) else c for λi, c in zip(λ, cell)]
-        return η, λ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
+        η, decay = next(cell), next(cell)
+        λ = [0.0 if _is_zero(λi) else c for λi, c in zip(λ, cell)]
+        γ = 0.0 if _is_zero(γ) else decay
+        return η, λ, γ, [tuple(itertools.islice(cell, len(c))) for c in corrections]
 
     def _states(self, group: dict, params: list[Tensor]) -> list[dict]:
         """Return the states, with any new buffers that a changed rule or controller needs."""
@@ -460,8 +470,8 @@ class Hybrid(Optimizer):
         saved: dict = {}
 
         def checked(_, state_dict: dict) -> dict:  # runs after the user's own hooks
-            saved.update(state_dict)
-            return {**state_dict, "param_groups": self._restored_groups(state_dict)}
+            saved.update(state_dict, state=self._with_empty_dicts(state_dict))
+            return {**saved, "param_groups": self._restored_groups(saved)}
 
         def copy(_) -> None:  # torch rounds to the parameter's dtype; for bfloat16, ours is wider
             for key, p in self._keyed(saved):
@@ -476,6 +486,17 @@ class Hybrid(Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def _with_empty_dicts(self, state_dict: dict) -> dict:
+        """The saved state; torch.distributed drops the dicts of rules without buffers."""
+        state = dict(state_dict["state"])
+        for saved, group in zip(state_dict["param_groups"], self.param_groups):
+            for key in saved["params"]:
+                if "step" in state.get(key, {}):
+                    rules = [buffers or {} for buffers in state[key].get("rules", [])]
+                    rules += [{}] * (len(_makers(group)) - len(rules))
+                    state[key] = {**state[key], "rules": rules}
+        return state
+
     def _keyed(self, state_dict: dict):
         """Pair the keys of the saved state with the parameters, in order."""
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -484,7 +505,7 @@ class Hybrid(Optimizer):
     def _restored_groups(self, state_dict: dict) -> list[dict]:
         groups = list(state_dict["param_groups"])
         for i, (saved, group) in enumerate(zip(groups, self.param_groups)):
-            saved = {"merge": "product", "controller": None, **saved}  # older states lack both
+            saved = {"merge": "product", "controller": None, "memory": {}, **saved}  # if absent
             given = [r["rule"] for r in [*saved.get("rules", []), saved["controller"]] if r]
             needed = [type(r).__name__ for r in [*group["rules"], group["controller"]] if r]
             if given != needed:

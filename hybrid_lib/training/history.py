@@ -140,12 +140,20 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
             stream.flush()
             os.fsync(stream.fileno())
         if keep is not None and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
+            _replace(path, keep)
+        _replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _replace(source: Path, target: Path) -> None:
+    for wait in (0.01, 0.1, 1):  # on Windows a file that somebody reads cannot be replaced
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(wait)
+    return os.replace(source, target)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from optimizers import OPTIMIZERS, assert_close, observe, parameters, parameters
 from torch import nn
 
 import hybrid_lib as hl
+from hybrid_lib.optim import hybrid
 from hybrid_lib.optim.compiled import CannotCompile, compiled
 
 # --- Functions that cannot be compiled. ---
@@ -386,3 +387,18 @@ def test_a_step_never_reads_values_from_the_device(name):
         w.grad = torch.empty_like(w)
         optimizer.step(hess_diag=[torch.empty_like(w)] if optimizer.needs_hessian else None)
     assert w.device.type == "meta"
+
+
+def test_a_step_that_compiles_anew_each_time_is_refused_in_the_end(traced, monkeypatch):
+    """As with layers skipped at random: other parameters have gradients at each step."""
+    monkeypatch.setattr(hybrid, "MOST_COMPILATIONS", 3)
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
+    optimizer = hl.sgd(params, compile=True)
+    for p in (*params[:3], *params[:3]):
+        optimizer.zero_grad()
+        p.grad = torch.ones(1)
+        optimizer.step()
+    optimizer.zero_grad()
+    params[3].grad = torch.ones(1)
+    with pytest.raises(CannotCompile, match="compile=False"):
+        optimizer.step()

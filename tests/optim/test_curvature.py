@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_lib.optim.curvature import hessian_diagonal, rademacher
+from hybrid_lib.optim.methods import adahessian
 
 H = torch.tensor(
     [[2.0, 0.7, -1.1, 0.3], [0.7, -1.0, 0.4, 0.0], [-1.1, 0.4, 0.5, 2.0], [0.3, 0.0, 2.0, 3.0]],
@@ -364,3 +365,23 @@ def test_what_the_refusals_suggest_works():
     again = checkpoint(net, leaf(4, 3, dtype=torch.float32), use_reentrant=False).square().sum()
     _, diag = hessian_diagonal(again, net.parameters())
     assert all(D.abs().sum() > 0 for D in diag)
+
+
+def test_with_a_grad_scaler_only_the_diagonal_is_taken_from_the_plain_loss():
+    ends = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh()), torch.randn(8, 3)
+        params, probes = list(net.parameters()), torch.Generator().manual_seed(1)
+        optimizer, loss = adahessian(params), net(x).square().mean()
+        if scaled:
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            scaler.scale(loss).backward(retain_graph=True)
+            scaler.step(optimizer, hess_diag=hessian_diagonal(loss, params, 1, probes)[1])
+        else:
+            grads, diagonal = hessian_diagonal(loss, params, 1, probes)
+            for p, g in zip(params, grads):
+                p.grad = g
+            optimizer.step(hess_diag=diagonal)
+        ends.append([p.detach() for p in params])
+    torch.testing.assert_close(*ends)

@@ -621,6 +621,20 @@ def test_torch_s_distributed_checkpoints_accept_a_fresh_optimizer(name):
             optimizer.step()
 
 
+@pytest.mark.parametrize("rules", [(SGD(), Adam()), (Adam(), SGD()), (SGD(), SGD(0.9))])
+def test_full_state_dicts_of_torch_distributed_keep_rules_without_buffers(rules):
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    whole, model = checkpoint.StateDictOptions(full_state_dict=True), torch.nn.Linear(3, 2)
+    first, other = (Hybrid(model.parameters(), rules, 0.1, [0.5] * len(rules)) for _ in range(2))
+    saved = checkpoint.get_optimizer_state_dict(model, train(first, range(3)), options=whole)
+    before = snapshot(first)
+    model.zero_grad()
+    checkpoint.set_optimizer_state_dict(model, other, saved, options=whole)
+    assert same(snapshot(other), before)
+    train(other, [3])
+    assert {state["step"] for state in other.state.values()} == {4}
+
+
 @every_optimizer
 def test_neither_saving_nor_loading_shares_memory_with_the_copy(name):
     source, copied = OPTIMIZERS[name](parameters()), OPTIMIZERS[name](parameters())

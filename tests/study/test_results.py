@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from hybrid_lib import History
@@ -105,9 +106,25 @@ def test_trials_are_trained_listed_chosen_from_and_published(tmp_path, monkeypat
         best = trials.loc[trials["validation"].idxmax()]
         assert set(finals["lr"]) == {best["lr"]}, name
         assert set(finals["seed"]) == {1, 2}
+    last = runs.groupby("contestant")["lambda_sgd_at_the_end"]
+    assert last.count().to_dict() == {"atmo": 4, "sgd": 0}, "a rule alone has no weight"
     kept = History.load(tmp_path / "digits/final/runs/sgd-final-seed1")
     (shown,) = runs[runs["run"] == "digits/final/sgd-final-seed1"]["test"]
     assert shown == pytest.approx(kept.final["test_accuracy"], rel=1e-4)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        fair.chosen_of([kept, replace(kept, status="running")])
+
+
+@pytest.mark.parametrize(("statuses", "code"), [(["complete", "diverged"], 0), (["complete"], 1)])
+def test_a_run_that_diverged_is_a_result_and_one_without_a_history_has_failed(
+    statuses, code, monkeypatch, capsys
+):
+    fair, e = script("fair"), EXPERIMENTS["sgd"]
+    ended = [History(e, status=status) for status in statuses], ["a line about the other"]
+    monkeypatch.setitem(fair.command.__globals__, "run_many", lambda *_, **how: ended)
+    stages = [[("digits", [e, replace(e, seed=1)])]]
+    assert fair.command(fair.__doc__, lambda chosen: stages, dict, []) == code
+    assert capsys.readouterr().out == "a line about the other\n"
 
 
 def test_merges_and_layers_differ_in_nothing_else():
@@ -174,6 +191,20 @@ def test_a_slice_takes_the_widest_network_whose_next_run_fits(monkeypatch, tmp_p
     with pytest.raises(SystemExit):
         train.main([*command, "9", "--out", str(tmp_path)])
     assert "omit --out" in capsys.readouterr().err
+
+
+def test_a_slice_skips_a_width_that_does_not_fit_into_memory(monkeypatch, tmp_path, capsys):
+    def seconds(e, device):
+        if e.width == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1
+
+    monkeypatch.setattr(train, "seconds", seconds)
+    monkeypatch.setattr(data, "PROJECT", tmp_path)
+    train.main(["--dataset", "cifar10", "--scale", "auto", "--list", "--minutes", "9"])
+    printed = capsys.readouterr().out
+    assert "paper: released/padam_sgd-seed0 cannot be timed (OutOfMemoryError)" in printed
+    assert "paper-32: released/padam_sgd-seed0 takes about" in printed
 
 
 def test_the_estimated_time_of_a_run_is_that_of_its_steps(monkeypatch):
@@ -280,6 +311,12 @@ def check_published(tmp_path, monkeypatch):
     for title in ("protocol released", "protocol clean", "The report's claims", "Audit"):
         assert title in page
     assert "weight_decay_in: None → both" in page
+    file = next((target / "audit").rglob("history.json"))
+    audit = History.load(file)
+    audit.environment["device_name"] = "an abacus"
+    audit.save(file)
+    publish.render(target)
+    assert "an abacus" in (target / "TABLES.md").read_text("utf-8")
     assert {f.name for f in target.glob("*.png")} == {
         f"{protocol}-figure{n}.png" for protocol in ("clean", "released") for n in range(1, 6)
     }

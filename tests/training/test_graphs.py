@@ -173,7 +173,8 @@ def test_a_replayed_optimizer_counts_its_steps(graphs):
     for step in range(6):
         for optimizer, w in ((replayed, ours), (plain, theirs)):
             w.grad.copy_(torch.tensor([1.0, step]))
-            optimizer.param_groups[0].update(lr=0.1 / (step + 1), lambdas=(0.5, 0.1 * (step + 1)))
+            numbers = {"lr": 0.1 / (step + 1), "lambdas": (0.5, 0.1 * (step + 1))}
+            optimizer.param_groups[0].update(numbers, decoupled_weight_decay=0.05 * (step + 1))
         plain.step()
         if step < 2:
             replayed.step()

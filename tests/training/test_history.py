@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,3 +186,25 @@ def test_the_umask_decides_who_may_read_the_file(tmp_path, umask):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_file_that_somebody_reads_is_replaced_a_moment_later(times, tmp_path, monkeypatch):
+    """On Windows a file cannot be replaced while it is open."""
+    replace_, refused = os.replace, iter(range(times))
+
+    def replace_later(source, target):
+        if next(refused, None) is not None:
+            raise PermissionError("in use")
+        replace_(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_later)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (tmp_path / "file").write_text("old")
+    if times > 3:
+        with pytest.raises(PermissionError):
+            write_atomically(tmp_path / "file", b"new")
+    else:
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_text() == ("old" if times > 3 else "new")
+    assert len(list(tmp_path.iterdir())) == 1
