@@ -46,6 +46,7 @@ def test_the_benchmark_of_curves_counts_seeds_that_diverge(monkeypatch, capsys):
     assert "diverged: 1" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader")  # on a machine with one core
 def test_the_benchmark_of_images_names_every_way(monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["data_feed", "--images", "64", "--batch", "32", "--rounds", "2", "--json"]
